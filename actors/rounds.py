@@ -1,0 +1,257 @@
+"""The run itself: admits rounds, sends batches on their way, commits, publishes, evaluates. Control only."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from typing import Any
+
+from ray.exceptions import ObjectLostError, RayActorError
+
+from actors.pair_buffer import Recovered
+from actors.pool import GeneratorPool, GivenUp
+from actors.spawn import Crew
+from actors.watch import Watch
+from rlsf_ray.errors import ServiceError, StorageError
+from rlsf_ray.loop import no_pairs_error
+from rlsf_ray.records import Json, Outcome, Prompt
+from rlsf_ray.run_store import RunStore
+from rlsf_ray.stream.ledger import IN_FLIGHT, PAIRS
+from rlsf_ray.stream.run_state import RunState
+from rlsf_ray.tasks.sources import prompts_of_round
+
+LAST_COMMIT_S = 30.0
+TRAINING, EVALUATION = 0, 1  # lanes of the generator pool, most urgent first
+
+
+class Rounds:
+    """One life of a run, from what the run directory holds to the last round."""
+
+    def __init__(self, store: RunStore, state: RunState, crew: Crew, watch: Watch) -> None:
+        self._store, self._state, self._crew, self._watch = store, state, crew, watch
+        self._config = store.config
+        cluster = self._config.cluster
+        self._size = cluster.prompts_per_call
+        self._permits = asyncio.Semaphore(2 * cluster.generators.count + cluster.scorers.count)
+        self._queued = dict.fromkeys(crew.scorers, 0)  # batches at each scorer
+        self._commits: asyncio.Queue[tuple[Json | None, list[Any]]] = asyncio.Queue()
+        self._saving = asyncio.Lock()
+        self._trainer_at: int | None = None  # the round that the trainer goes on with
+        self.fit: Any = None
+
+    async def run(self, stop: asyncio.Future[None]) -> None:
+        """Every round that is left. `stop` ends it at any moment by its exception.
+
+        Raises NoPairsError, counting the reasons, if no round gave a pair.
+        """
+        async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
+            stopping = tasks.create_task(_forward(stop))
+            self.fit = self._crew.driver.fit.remote()
+            fitting = tasks.create_task(self._fit())
+            resumed = bool(self._state.ledger.size(0))
+            await self._prepare()
+            committing = tasks.create_task(self._take_commits())
+            if resumed:
+                self._say("waiting for the trainer")
+                await self._watch.until(lambda: self._trainer_at is not None, "the trainer")
+            await self._evaluate(0)
+            await self._all_rounds()
+            self._say("waiting for the trainer to end")
+            await fitting
+            if self._state.admission.newest == 0:
+                raise no_pairs_error(self._state.reasons())
+            await self._evaluate(self._state.admission.newest)
+            stopping.cancel()
+            committing.cancel()
+
+    def committed(self, record: Json | None, boxed: list[Any]) -> None:
+        """A checkpoint is saved, or (with `record` None) the trainer begins without one."""
+        self._commits.put_nowait((record, boxed))
+
+    async def _prepare(self) -> None:
+        """Start every actor; take up what an earlier life has left."""
+        self._say("starting actors")
+        answer, crew, admission = self._watch.answer, self._crew, self._state.admission
+        ended = admission.rounds_ended
+        _, recovered, (self._train, self._probe), *_ = await asyncio.gather(
+            answer(crew.weights.prepare.remote(), "weight_store"),
+            answer(crew.buffer.prepare.remote(ended, self._config.rounds), "pair_buffer"),
+            answer(crew.evaluator.prepare.remote(), "evaluator"),
+            *(answer(scorer.prepare.remote(), name) for name, scorer in crew.scorers.items()),
+        )
+        self._state.prompts_per_round = len(self._prompts(0))
+        for round, found in recovered.items():
+            self._recover(round, found)
+        cluster = self._config.cluster
+        self._pool = GeneratorPool(crew.generators, self._watch, cluster.attempts, self._start)
+        await self._pool.prepare(admission.newest)
+
+    def _start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        return self._tasks.create_task(work)
+
+    def _prompts(self, round: int) -> list[Prompt]:
+        return prompts_of_round(self._train, round, self._config.prompts_per_round, self._config.seed)
+
+    def _recover(self, round: int, found: Recovered) -> None:
+        """Book what the run directory says about a round in progress; a batch counts whole or not at all."""
+        ledger, size = self._state.ledger, len(self._prompts(round))
+        ledger.admit(round, size)
+        for start in range(0, size, self._size):
+            batch = range(start, min(start + self._size, size))
+            if all(sequence in found.reasons or sequence in found.sequences for sequence in batch):
+                ledger.recovered(round, {sequence: found.reasons.get(sequence) for sequence in batch})
+
+    async def _fit(self) -> None:
+        await self._watch.answer_while_moving(self.fit, "the trainer")
+        until = asyncio.get_running_loop().time() + LAST_COMMIT_S  # `committed` and this answer are two messages
+        while self._state.admission.rounds_ended < self._config.rounds:
+            if asyncio.get_running_loop().time() > until:
+                raise ServiceError("the trainer ended before the last round; see its log, run the same command to resume")
+            await asyncio.sleep(0.1)
+
+    # --- rounds -------------------------------------------------------------------------------------------------
+
+    async def _all_rounds(self) -> None:
+        admission = self._state.admission
+        for round in range(admission.rounds_ended, self._config.rounds):
+            self._say("waiting for the trainer")
+            await self._watch.until(lambda round=round: admission.may_admit(round), "the trainer")  # type: ignore[misc]
+            self._state.round = round
+            self._say("generating")
+            await self._admit(round)
+        self._say("training the last round")
+        await self._watch.until(lambda: admission.rounds_ended == self._config.rounds, "the trainer")
+
+    async def _admit(self, round: int) -> None:
+        """Send the batches of a round on their way, in order, as permits come free.
+
+        The earliest unfinished batch always holds a permit, so what the trainer waits for is always being made.
+        """
+        prompts, ledger = self._prompts(round), self._state.ledger
+        ledger.admit(round, len(prompts))
+        await self._save()
+        waiting, batches = set(ledger.sequences(round, IN_FLIGHT)), []
+        for part, first in enumerate(range(0, len(prompts), self._size)):
+            if first in waiting:
+                await self._permits.acquire()
+                batches.append(self._start(self._batch(round, part, first, prompts[first : first + self._size])))
+        self._start(self._close(round, batches, len(prompts)))
+
+    async def _batch(self, round: int, part: int, first: int, prompts: Sequence[Prompt]) -> None:
+        """One batch from the generator pool to the buffer."""
+        try:
+            outcomes = await self._generate_and_score(round, part, first, prompts)
+            self._state.scored(round, outcomes)
+        except GivenUp as error:
+            sequences = list(range(first, first + len(prompts)))
+            self._state.ledger.failed(round, sequences, error.reason)
+            await self._watch.answer(self._crew.buffer.put.remote(round, part, [], sequences), "pair_buffer")
+        finally:
+            self._permits.release()
+        await self._save()
+        self._watch.moved()
+
+    async def _generate_and_score(self, round: int, part: int, first: int, prompts: Sequence[Prompt]) -> list[Outcome]:
+        """Traces go from generator to scorer as a reference; only the small outcomes come here."""
+        least = self._state.admission.least_version(round)
+        for _ in range(self._config.cluster.attempts):
+            groups, event = await self._pool.call(
+                "write", prompts, round, first, priority=(TRAINING, round, first), least_version=least
+            )
+            self._record(event)
+            self._watch.moved()
+            name = min(self._queued, key=lambda scorer: self._queued[scorer])
+            self._queued[name] += 1
+            try:
+                call = self._crew.scorers[name].process.remote([groups], round, part)
+                outcomes, event = await self._watch.answer_while_moving(call, name)
+            except (RayActorError, ObjectLostError):
+                continue  # the scorer restarts; its next call builds it again
+            finally:
+                self._queued[name] -= 1
+            self._record(event)
+            return list(outcomes)
+        raise GivenUp("ScorerDied")
+
+    async def _close(self, round: int, batches: Sequence[asyncio.Task[None]], size: int) -> None:
+        """Every batch of the round has ended: the buffer learns its size. Without pairs the round is over."""
+        await asyncio.gather(*batches)
+        await self._watch.answer(self._crew.buffer.close_round.remote(round, size), "pair_buffer")
+        if not self._state.ledger.sequences(round, PAIRS):
+            await self._watch.until(lambda: self._state.admission.rounds_ended == round, "the trainer")
+            self._state.had_no_pairs(round)
+            await self._save()
+            await self._watch.answer(self._crew.buffer.end_rounds.remote(round + 1), "pair_buffer")
+        self._watch.moved()
+
+    # --- commits ------------------------------------------------------------------------------------------------
+
+    async def _take_commits(self) -> None:
+        while True:
+            record, boxed = await self._commits.get()
+            if record is not None:
+                await self._commit(record, boxed)
+            elif self._state.admission.newest > 0:
+                raise StorageError(
+                    f"version {self._state.admission.newest} is published, but the trainer finds no checkpoint in"
+                    f" {self._store.path('checkpoints')}; restore that folder from a copy, or begin a new run"
+                )
+            self._trainer_at = record["round"] + 1 if record else 0
+            self._watch.moved()
+
+    async def _commit(self, record: Json, boxed: list[Any]) -> None:
+        """Publish the version of a saved checkpoint. Being told twice changes nothing."""
+        round, version = record["round"], record["version"]
+        if round < self._state.admission.rounds_ended:
+            return
+        await self._watch.answer(self._crew.weights.publish.remote(record, boxed), "weight_store")
+        self._state.committed(round, version, record["sequences"])
+        await self._save()
+        await self._watch.answer(self._crew.buffer.end_rounds.remote(round + 1), "pair_buffer")
+        self._pool.publish(version)
+        if self._config.eval.during and round + 1 < self._config.rounds:
+            self._start(self._evaluate(version, self._config.eval.during))
+
+    # --- evaluation ---------------------------------------------------------------------------------------------
+
+    async def _evaluate(self, version: int, questions: int | None = None) -> None:
+        """Measure a version on the first `questions` of the probe set (None: all), unless that is known."""
+        prompts = self._probe[:questions]
+        known = self._crew.evaluator.known.remote(version, len(prompts))
+        if not prompts or await self._watch.answer(known, "evaluator"):
+            return
+        self._say(f"evaluating version {version}")
+        firsts = range(0, len(prompts), self._size)
+        await asyncio.gather(*(self._probe_batch(version, first, prompts[first : first + self._size]) for first in firsts))
+        await self._watch.answer(self._crew.evaluator.finish.remote(version), "evaluator")
+
+    async def _probe_batch(self, version: int, first: int, prompts: Sequence[Prompt]) -> None:
+        try:
+            groups, event = await self._pool.call(
+                "probe", prompts, first, priority=(EVALUATION, version, first), least_version=0, version=version
+            )
+        except GivenUp as error:
+            raise ServiceError(f"version {version} cannot be evaluated: {error.reason} too often; see the log") from error
+        self._record(event)
+        self._watch.moved()
+        judged = self._crew.evaluator.judge.remote([groups], version, first)
+        self._record(await self._watch.answer(judged, "evaluator"))
+        self._watch.moved()
+
+    # --- keeping ------------------------------------------------------------------------------------------------
+
+    async def _save(self) -> None:
+        async with self._saving:
+            await asyncio.to_thread(self._store.write_json, "state.json", self._state.to_json())
+
+    def _record(self, event: Json) -> None:
+        self._store.append_metrics("stages", [event])
+
+    def _say(self, message: str) -> None:
+        self._state.message = message
+
+
+async def _forward(stop: asyncio.Future[None]) -> None:
+    """Raise inside the task group what `stop` holds, without letting its cancellation reach `stop`."""
+    await asyncio.shield(stop)

@@ -1,0 +1,60 @@
+"""Turns groups into pairs, and hands them to the buffer."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import ray
+
+from actors.generator import num_tokens
+from actors.job import Job, event
+from rlsf_ray.records import Group, Json, Outcome, ScoredGroup, TrainingGroup
+
+
+class ScorerWorker:
+    """One scorer. Its methods run in several threads, of which one computes: the others wait for room in the buffer.
+
+    So a batch that waits never keeps back an earlier one, which the trainer may be waiting for.
+    """
+
+    def __init__(self, job: Job, name: str) -> None:
+        self._job, self._name = job, name
+        self._computing = threading.Lock()
+        self._scorer: Any = None
+
+    def prepare(self) -> None:
+        """Build the scorer if there is none (first start, or a restart)."""
+        with self._computing:
+            if self._scorer is None:
+                from rlsf_ray.engines.scorer import Scorer
+
+                self._store = self._job.enter(self._name, threads=0)
+                config = self._store.config
+                self._scorer = Scorer(config, threads=config.cluster.scorers.threads)
+                self._buffer = self._job.actor("pair_buffer")
+
+    def process(self, boxed: list[Any], round: int, part: int) -> tuple[list[Outcome], Json]:
+        """Score one batch and put it into the buffer; waits while the buffer is full.
+
+        `boxed` holds the reference of a list of groups. Traces are stored before the buffer hears of them. The
+        coordinator watches how long this takes.
+        """
+        from rlsf_ray.engines.scorer import outcome
+
+        self.prepare()
+        groups: list[Group] = ray.get(boxed[0], timeout=self._store.config.cluster.deadline_s)
+        with self._computing:
+            start = time.time()
+            scored, training = self._score(groups)
+            rows = [row for one in scored for row in self._store.trace_rows(one)]
+            self._store.write_table("traces", round, part, rows)
+            done = event("scorer", self._name, "score", round, start, num_tokens(groups))
+        skipped = [one.group.sequence for one in scored if not one.pairs]
+        ray.get(self._buffer.put.remote(round, part, training, skipped))
+        return [outcome(one) for one in scored], done
+
+    def _score(self, groups: list[Group]) -> tuple[list[ScoredGroup], list[TrainingGroup]]:
+        scored = self._scorer.score(groups)
+        return scored, self._scorer.training_groups(scored)

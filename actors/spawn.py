@@ -1,0 +1,95 @@
+"""Creates and removes the actors of a run. The only place that applies `ray.remote`."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import Any
+
+import ray
+from ray.util import remove_placement_group
+
+from actors.evaluator import Evaluator
+from actors.generator import Generator
+from actors.job import NAMESPACE, Job
+from actors.pair_buffer import PairBuffer
+from actors.scorer import ScorerWorker
+from actors.weight_store import WeightStore
+from rlsf_ray.config import PoolConfig, RunConfig
+
+RESTARTS = 3
+SCORER_THREADS = 64  # batches that wait for room in the buffer; more are never in flight
+
+# Idle OpenMP threads must not spin: phases overlap on few cores. The rest is for Ray Train: report to the controller
+# every 0.2 s instead of 2 s, and do without the watcher for preempted nodes.
+ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "TOKENIZERS_PARALLELISM": "false",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+
+
+def spawn_coordinator(job: Job, environment: dict[str, str]) -> Any:
+    """The detached coordinator of a run, or the one that is there already. It outlives the driver."""
+    from actors.coordinator import Coordinator
+
+    options = {
+        "name": f"{job.run}/coordinator",
+        "namespace": NAMESPACE,
+        "lifetime": "detached",
+        "get_if_exists": True,
+        "num_cpus": 0,
+        "max_concurrency": 200,
+        "runtime_env": {"env_vars": {**ENVIRONMENT, **environment}},  # its children inherit it
+    }
+    return ray.remote(Coordinator).options(**options).remote(job)
+
+
+class Crew:
+    """Every actor of one run but the coordinator, which owns them: they die with it."""
+
+    def __init__(self, job: Job, config: RunConfig) -> None:
+        from actors.trainer import TrainDriver
+
+        self._job = job
+        self._placement_group: Any = None
+        cluster = config.cluster
+        none = PoolConfig()
+        self.weights = self._spawn(WeightStore, "weight_store", none)
+        self.buffer = self._spawn(PairBuffer, "pair_buffer", none, max_concurrency=200)
+        self.evaluator = self._spawn(Evaluator, "evaluator", none)
+        self.driver = self._spawn(TrainDriver, "train_driver", none)
+        self.generators = self._pool(Generator, "generator", cluster.generators)
+        self.scorers = self._pool(ScorerWorker, "scorer", cluster.scorers, max_concurrency=SCORER_THREADS)
+
+    def _pool(self, cls: type, role: str, pool: PoolConfig, **options: Any) -> dict[str, Any]:
+        names = [f"{role}-{index}" for index in range(pool.count)]
+        return {name: self._spawn(cls, name, pool, max_restarts=RESTARTS, **options) for name in names}
+
+    def _spawn(self, cls: type, name: str, pool: PoolConfig, **options: Any) -> Any:
+        return (
+            ray.remote(cls)
+            .options(
+                name=f"{self._job.run}/{name}", namespace=NAMESPACE, num_cpus=pool.cpus, num_gpus=pool.gpus, **options
+            )
+            .remote(self._job, name)
+        )
+
+    def remember(self, placement_group: Any) -> None:
+        """The placement group of the training workers, which must not outlive the run."""
+        self._placement_group = placement_group
+
+    async def dismiss(self, seconds: float) -> None:
+        """Kill every actor and free the placement group; returns when their names are gone, or after `seconds`."""
+        singles = {"weight_store": self.weights, "pair_buffer": self.buffer, "evaluator": self.evaluator}
+        everyone = {"train_driver": self.driver, **singles, **self.generators, **self.scorers}
+        for handle in everyone.values():
+            ray.kill(handle)
+        if self._placement_group is not None:
+            with suppress(ValueError):  # gone already
+                remove_placement_group(self._placement_group)
+        until = asyncio.get_running_loop().time() + seconds
+        names = {f"{self._job.run}/{name}" for name in everyone}
+        while names & set(ray.util.list_named_actors()) and asyncio.get_running_loop().time() < until:
+            await asyncio.sleep(0.1)

@@ -1,0 +1,227 @@
+"""The training job: one `TorchTrainer.fit()` for the whole run, fed by the buffer, one checkpoint a round."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import torch
+import torch.distributed as dist
+from ray.train.torch import TorchTrainer
+from ray.util import get_current_placement_group
+from safetensors.numpy import save_file
+
+from actors.job import Job
+from actors.weight_store import ADAPTER_FILE
+from rlsf_ray.adapters import checksum
+from rlsf_ray.engines.learner import Learner, pass_order, training_steps
+from rlsf_ray.errors import DrainedError, RlsfError, WeightsError
+from rlsf_ray.loop import step_row
+from rlsf_ray.records import Json, TrainingGroup
+
+WAIT_S = 5.0  # rank 0 tells the others "nothing yet" this often, which keeps collectives far from their time-out
+LEASE = 16  # groups a lease may hold
+STATE_FILE, RECORD_FILE = "learner.safetensors", "record.json"
+
+
+class TrainDriver:
+    """Holds `fit()`, which has no public cancel: killing this actor is the hard way to stop it."""
+
+    def __init__(self, job: Job, name: str) -> None:
+        self._job, self._name = job, name
+
+    def fit(self) -> None:
+        """Train every round that is left. Returns when the last is committed, or the buffer was closed."""
+        store = self._job.enter(self._name)
+        pool = store.config.cluster.trainers
+        TorchTrainer(
+            train_fn,
+            train_loop_config={"job": self._job},
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=pool.count,
+                use_gpu=pool.gpus > 0,
+                resources_per_worker={"CPU": pool.cpus, **({"GPU": pool.gpus} if pool.gpus else {})},
+            ),
+            run_config=ray.train.RunConfig(
+                name=self._job.run,
+                storage_path=store.path("checkpoints"),
+                failure_config=ray.train.FailureConfig(max_failures=3),
+                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+                callbacks=[Commit(self._job)],
+            ),
+        ).fit()
+
+
+class Commit(ray.train.UserCallback):
+    """Tells the coordinator that a checkpoint is saved. Runs in Ray Train's controller.
+
+    `ray.train.report` returns before the checkpoint is registered, so rank 0 cannot say this.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+
+    def after_report(self, run_context: Any, metrics: list[Json], checkpoint: Any) -> None:
+        if checkpoint is not None:
+            self._job.actor("coordinator").committed.remote(metrics[0], [checkpoint])
+
+
+def train_fn(settings: Json) -> None:
+    """What each worker of the training job runs."""
+    Worker(settings["job"]).run()
+
+
+class Worker:
+    """One rank. Rank 0 leases groups and leads; every rank trains its share of each step."""
+
+    def __init__(self, job: Job) -> None:
+        context = ray.train.get_context()
+        self._rank, self._world = context.get_world_rank(), context.get_world_size()
+        self._store = job.enter(f"trainer-{self._rank}", threads=0)
+        self._config = self._store.config
+        self._coordinator, self._buffer = job.actor("coordinator"), job.actor("pair_buffer")
+        self._learner = Learner(self._config, threads=self._config.cluster.trainers.threads)
+        self._versions = [0]  # published before the round in work
+
+    def run(self) -> None:
+        """Every round from the last checkpoint on. A typed error ends the run at once, without Train's retries."""
+        try:
+            for round in range(self._resume(), self._config.rounds):
+                trained = self._lead(round) if self._rank == 0 else self._follow()
+                if trained:
+                    self._report(round, trained)
+        except DrainedError:
+            return
+        except RlsfError as error:
+            ray.get(self._coordinator.train_failed.remote(error), timeout=self._config.cluster.deadline_s)
+            raise
+
+    def _resume(self) -> int:
+        """Load the newest checkpoint if there is one; returns the round to go on with."""
+        checkpoint, record = ray.train.get_checkpoint(), None
+        if checkpoint is not None:
+            with checkpoint.as_directory() as folder:
+                record = json.loads((Path(folder) / RECORD_FILE).read_text())
+                self._learner.load_state_bytes((Path(folder) / STATE_FILE).read_bytes())
+            self._versions = record["versions"]
+        if self._rank == 0:
+            ready = self._coordinator.trainer_ready.remote(record, [checkpoint], get_current_placement_group())
+            ray.get(ready, timeout=self._config.cluster.deadline_s)
+        return record["round"] + 1 if record else 0
+
+    def _lead(self, round: int) -> list[TrainingGroup]:
+        """Rank 0's round: lease, send each step to the others, train. Returns the round's groups."""
+        groups: list[TrainingGroup] = []
+        size = self._config.learner.pairs_per_step
+        try:
+            for pass_index in range(self._config.learner.epochs):
+                arriving = self._leased(round, groups)
+                order = arriving if pass_index == 0 else pass_order(groups, self._config.seed, round, pass_index)
+                for step in training_steps(order, size):
+                    self._send(("step", step, round, pass_index))
+                    self._step(step, round, pass_index)
+        except DrainedError:
+            self._send(("drain",))
+            raise
+        self._send(("end", bool(groups)))
+        return groups
+
+    def _follow(self) -> bool:
+        """Another rank's round: train what rank 0 sends. Returns whether the round had groups."""
+        while True:
+            kind, *content = self._receive()
+            if kind == "step":
+                self._step(*content)
+            elif kind == "end":
+                return bool(content[0])
+            elif kind == "drain":
+                raise DrainedError("the run is draining")
+
+    def _leased(self, round: int, taken: list[TrainingGroup]) -> Iterator[TrainingGroup]:
+        """The round's groups as they arrive, in admission order; they are added to `taken`."""
+        first, deadline_s = 0, self._config.cluster.deadline_s
+        while True:
+            lease = ray.get(self._buffer.lease.remote(round, first, LEASE, WAIT_S), timeout=WAIT_S + deadline_s)
+            if lease is None:
+                raise DrainedError("the run is draining")
+            for group in lease.groups:
+                self._check_age(group)
+                taken.append(group)
+                yield group
+            if lease.ended:
+                return
+            first = lease.next_sequence
+            if not lease.groups:
+                self._send(("nothing yet",))
+
+    def _check_age(self, group: TrainingGroup) -> None:
+        written = min(trace.version for trace in group.traces)
+        age = sum(version > written for version in self._versions)
+        if age > self._config.cluster.max_staleness:
+            raise WeightsError(
+                f"group {group.id} was written by version {written}, {age} versions ago; expected at most"
+                f" max_staleness={self._config.cluster.max_staleness}; this is a fault of admission"
+            )
+
+    def _step(self, step: Sequence[TrainingGroup], round: int, pass_index: int) -> None:
+        """One optimiser step; rank 0 records it and asks whether to go on."""
+        report = self._learner.train_step(
+            step[self._rank :: self._world],
+            total_pairs=sum(len(group.pairs) for group in step),
+            round=round,
+            pass_index=pass_index,
+            all_reduce=_sum_over_ranks if self._world > 1 else None,
+        )
+        if self._rank == 0:
+            self._store.append_metrics("train", [step_row(report)])
+            go_on = self._coordinator.stepped.remote(round, report.step)
+            if not ray.get(go_on, timeout=self._config.cluster.deadline_s):
+                raise DrainedError("the run is draining")
+
+    def _report(self, round: int, groups: list[TrainingGroup] | bool) -> None:
+        """Save the learner, the adapter of the next version and the ids it was trained on as one checkpoint."""
+        version = round + 1
+        self._versions = [*self._versions, version]
+        if self._rank != 0 or isinstance(groups, bool):
+            ray.train.report({})
+            return
+        adapter = self._learner.adapter()
+        record = {
+            "round": round,
+            "version": version,
+            "versions": self._versions,
+            "checksum": checksum(adapter),
+            "sequences": [group.sequence for group in groups],
+            "ids": [group.id for group in groups],
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            save_file({name: np.ascontiguousarray(a) for name, a in adapter.items()}, os.path.join(folder, ADAPTER_FILE))
+            Path(folder, STATE_FILE).write_bytes(self._learner.state_bytes())
+            Path(folder, RECORD_FILE).write_text(json.dumps(record))
+            ray.train.report(record, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+    def _send(self, message: tuple[Any, ...]) -> None:
+        if self._world > 1:
+            dist.broadcast_object_list([message], src=0)
+
+    def _receive(self) -> Any:
+        box = [None]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+def _sum_over_ranks(tensors: list[torch.Tensor]) -> None:
+    """Sum tensors of one type over the ranks in place, in one message."""
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    if dist.get_backend() == "nccl":
+        flat = flat.cuda()
+    dist.all_reduce(flat)
+    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))

@@ -1,0 +1,88 @@
+"""Waiting with a deadline that names who has not answered, and errors as the project's own types."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from ray.exceptions import RayActorError, RayTaskError
+
+from rlsf_ray.errors import DeadlineError, RlsfError, ServiceError
+
+
+class Watch:
+    """Deadlines of one run. `moved` says that something happened, and lets `until` look again."""
+
+    def __init__(self, deadline_s: float) -> None:
+        self._deadline_s = deadline_s
+        self._moved_at = time.monotonic()
+        self._event = asyncio.Event()
+
+    def moved(self) -> None:
+        """Something made progress."""
+        self._moved_at = time.monotonic()
+        self._event.set()
+        self._event = asyncio.Event()
+
+    async def answer(self, call: Any, who: str) -> Any:
+        """The result of one call, which must come within the deadline. Raises DeadlineError or the call's own error."""
+        try:
+            return await asyncio.wait_for(asyncio.ensure_future(call), self._deadline_s)
+        except TimeoutError:
+            raise self._late(who, "has not answered") from None
+
+    async def answer_while_moving(self, call: Any, who: str) -> Any:
+        """The result of a call that may take long, as long as anything in the run makes progress."""
+        future = asyncio.ensure_future(call)
+        try:
+            while not future.done():
+                remaining_s = self._deadline_s - (time.monotonic() - self._moved_at)
+                if remaining_s <= 0:
+                    raise self._late(who, "has not answered and nothing else has moved")
+                await asyncio.wait({future}, timeout=remaining_s)
+            return future.result()
+        finally:
+            future.cancel()
+
+    async def until(self, ready: Callable[[], bool], who: str) -> None:
+        """Return once `ready()`; looked at after each `moved`."""
+        while not ready():
+            event = self._event
+            remaining_s = self._deadline_s - (time.monotonic() - self._moved_at)
+            if remaining_s <= 0:
+                raise self._late(who, "has not answered and nothing else has moved")
+            with suppress(TimeoutError):
+                await asyncio.wait_for(event.wait(), remaining_s)
+
+    def _late(self, who: str, what: str) -> DeadlineError:
+        return DeadlineError(
+            f"{who} {what} for {self._deadline_s:g} s, expected less than cluster.deadline_s; look at its log under"
+            " Ray's session folder, or raise cluster.deadline_s"
+        )
+
+
+def plain(error: BaseException) -> RlsfError:
+    """The error of the project's own types that stands behind what Ray or asyncio wrapped around it."""
+    found = list(_leaves(error))
+    for leaf in found:
+        if isinstance(leaf, RlsfError):
+            return leaf
+    first = found[0]
+    if isinstance(first, RayActorError):
+        return ServiceError(f"an actor of the run died and did not come back: {first}; run the same command to resume")
+    return ServiceError(f"{type(first).__name__}: {first}; run the same command again to resume")
+
+
+def _leaves(error: BaseException) -> list[BaseException]:
+    """Errors at the bottom of groups, of Ray's task errors and of Ray Train's worker errors."""
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for inner in error.exceptions for leaf in _leaves(inner)]
+    if isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
+        return _leaves(error.cause)
+    workers = getattr(error, "worker_failures", None)  # ray.train.WorkerGroupError
+    if workers:
+        return [leaf for inner in workers.values() for leaf in _leaves(inner)]
+    return [error]

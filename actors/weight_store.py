@@ -1,0 +1,57 @@
+"""Owns every published version, so that weights outlive the worker that trained them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from actors.job import Job
+from rlsf_ray.adapters import from_peft
+from rlsf_ray.errors import WeightsError
+from rlsf_ray.records import Json, WeightsVersion
+
+ADAPTER_FILE = "adapter_model.safetensors"  # in a checkpoint
+
+
+class WeightStore:
+    """Versions on storage, the newest few also as numpy arrays in the object store."""
+
+    def __init__(self, job: Job, name: str) -> None:
+        self._job, self._name = job, name
+        self._held: dict[int, tuple[WeightsVersion, Any]] = {}
+
+    def prepare(self) -> None:
+        self._store = self._job.enter(self._name)
+
+    def publish(self, record: Json, boxed: list[Any]) -> WeightsVersion:
+        """Make the adapter of a committed checkpoint a version. Doing it again changes nothing.
+
+        Raises WeightsError if the adapter is not what the trainer said, or if the version is known with other content.
+        """
+        with boxed[0].as_directory() as folder:
+            adapter = from_peft((Path(folder) / ADAPTER_FILE).read_bytes())
+        config = self._store.config
+        weights = self._store.write_adapter(record["version"], adapter, config.model.name, config)
+        if weights.checksum != record["checksum"]:
+            raise WeightsError(
+                f"the checkpoint of round {record['round']} holds an adapter with checksum {weights.checksum}, expected"
+                f" {record['checksum']} as the trainer reported; the checkpoint changed on storage"
+            )
+        self._hold(weights, adapter)
+        return weights
+
+    def get(self, version: int) -> tuple[WeightsVersion, list[Any]]:
+        """(name and checksum, [reference of the arrays]). Raises WeightsError for an unknown version."""
+        if version not in self._held:
+            adapter, weights = self._store.read_adapter(version)
+            self._hold(weights, adapter)
+        weights, reference = self._held[version]
+        return weights, [reference]
+
+    def _hold(self, weights: WeightsVersion, adapter: Any) -> None:
+        self._held[weights.version] = (weights, ray.put(adapter))
+        for old in sorted(self._held)[: -(self._store.config.cluster.max_staleness + 2)]:
+            if old != weights.version:
+                del self._held[old]

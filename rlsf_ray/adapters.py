@@ -1,0 +1,63 @@
+"""LoRA adapters as names and arrays: their checksum, and PEFT's own file format for them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+
+
+def checksum(adapter: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 over sorted names, shapes, types and bytes: equal content has an equal sum, however it travelled."""
+    digest = hashlib.sha256()
+    for name in sorted(adapter):
+        array = np.ascontiguousarray(adapter[name])
+        digest.update(f"{name}|{array.shape}|{array.dtype.str}|".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def to_peft(adapter: Mapping[str, np.ndarray], *, base_model: str, lora_alpha: float) -> dict[str, bytes]:
+    """The two files that `PeftModel.from_pretrained` reads, by file name.
+
+    Rank and target modules are read off the arrays: `...self_attn.q_proj.lora_A.weight` [rank, in] -> `q_proj`.
+    Raises ValueError for names that are not PEFT's, or for more than one rank.
+    """
+    down = {name: array for name, array in adapter.items() if name.endswith(".lora_A.weight")}
+    ranks = {array.shape[0] for array in down.values()}
+    if len(down) * 2 != len(adapter) or len(ranks) != 1:
+        raise ValueError(
+            f"an adapter needs pairs of `*.lora_A.weight` and `*.lora_B.weight` of one rank, got {len(adapter)} arrays,"
+            f" {len(down)} of them lora_A, ranks {sorted(ranks)}"
+        )
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": ranks.pop(),
+        "lora_alpha": lora_alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted({name.split(".")[-3] for name in down}),
+        "inference_mode": True,
+    }
+    weights = {name: np.ascontiguousarray(array) for name, array in adapter.items()}
+    return {
+        WEIGHTS_FILE: save(weights, metadata={"format": "pt"}),  # as PEFT marks its own
+        CONFIG_FILE: (json.dumps(config, indent=2) + "\n").encode(),
+    }
+
+
+def from_peft(weights: bytes) -> dict[str, np.ndarray]:
+    """Arrays by name from the bytes of `adapter_model.safetensors`. Raises ValueError if they are no such file."""
+    try:
+        return load(weights)
+    except SafetensorError as error:
+        raise ValueError(f"not a safetensors file: {error}") from error

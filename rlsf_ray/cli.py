@@ -1,0 +1,283 @@
+"""The command `rlsf`. Whatever is heavy is imported inside the command that needs it.
+
+Exit codes: 0 done, 2 input, 3 guard or no pairs, 4 service, 5 drained.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rlsf_ray.errors import InputError, RlsfError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from rlsf_ray.config import RunConfig
+    from rlsf_ray.records import Json
+    from rlsf_ray.run_store import RunStore
+
+app = typer.Typer(
+    help="A language model improves itself from its own feedback, spread over a Ray cluster.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+Recipe = Annotated[
+    str, typer.Argument(metavar="RECIPE_OR_FILE", help="A recipe's name (see `rlsf recipes`) or a YAML file.")
+]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's name under --root, or its folder or URL.")]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="The run's name.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as loss.beta=0.2; repeatable."),
+]
+Name = Annotated[str | None, typer.Option("--run", metavar="NAME", help="Name of the run.  [default: RECIPE-seedN]")]
+Root = Annotated[
+    str, typer.Option(help="Folder or URL that holds the runs; shared storage on a cluster of several nodes.")
+]
+Address = Annotated[
+    str | None, typer.Option(help="Ray's address, such as auto; else RAY_ADDRESS; else a Ray of its own.")
+]
+Seed = Annotated[int | None, typer.Option(help="Short for --set seed=N.")]
+Version = Annotated[int | None, typer.Option(help="Version of the adapter.  [default: the newest]")]
+
+
+class What(StrEnum):
+    """What `rlsf export` can take out of a run."""
+
+    adapter = "adapter"
+    merged = "merged"
+    pairs = "pairs"
+
+
+@app.command()
+def run(
+    recipe: Recipe,
+    set_: Set = None,
+    name: Name = None,
+    root: Root = "runs",
+    address: Address = None,
+    seed: Seed = None,
+) -> None:
+    """Run a recipe; the same command again resumes it."""
+    _run(_load(recipe, set_, seed), name, root, address)
+
+
+@app.command()
+def demo(
+    set_: Set = None,
+    name: Name = None,
+    root: Root = "runs",
+    address: Address = None,
+    seed: Seed = None,
+) -> None:
+    """Let SmolLM2-135M teach itself arithmetic, and measure it before and after."""
+    console = _console()
+    console.print("SmolLM2-135M-Instruct improves its own arithmetic: no labels, no reward model.", highlight=False)
+    _run(_load("rlsf", set_, seed), name, root, address)
+
+
+@app.command()
+def plan(recipe: Recipe, set_: Set = None, address: Address = None, seed: Seed = None) -> None:
+    """Print the resolved config, what the run needs and what is missing; start nothing."""
+    from rlsf_ray.plan import check_input, describe, local_resources
+
+    checked = check_input(_load(recipe, set_, seed))
+    if address is None:
+        print(describe(checked, local_resources(), "this machine"))
+    else:
+        from rlsf_ray.service import cluster_resources
+
+        print(describe(checked, cluster_resources(address), f"the cluster at {address}"))
+
+
+@app.command("eval")
+def evaluate(
+    run_or_model: Annotated[
+        str, typer.Argument(metavar="RUN|MODEL", help="A run, or a model's name, folder or hub id.")
+    ],
+    version: Version = None,
+    recipe: Annotated[str, typer.Option(help="Where the probe set and sampling of a MODEL come from.")] = "rlsf",
+    set_: Set = None,
+    root: Root = "runs",
+) -> None:
+    """Measure a run's newest adapter, or any model, on the probe set."""
+    store = _open(run_or_model, root) if _is_run(run_or_model, root) else None
+    if store is None:
+        if version:
+            raise InputError(f"--version {version}: {run_or_model} is not a run under {root}; expected a run's name")
+        config = _load(recipe, [f"model.name={run_or_model}", *(set_ or [])], None)
+    else:
+        from rlsf_ray.config_loading import override_config
+
+        config = override_config(store.config, set_ or [])
+    _evaluate(config, store, version, keep=not set_)
+
+
+@app.command()
+def status(run: RunName, address: Address = None) -> None:
+    """Show how far a running run is."""
+    from rlsf_ray import service
+    from rlsf_ray.progress import line, panel
+
+    console, found = _console(), service.status(run, address)
+    console.print(
+        panel(found) if console.is_terminal else line(found), highlight=False, soft_wrap=not console.is_terminal
+    )
+    if not console.is_terminal:
+        counts = found.get("accounting") or {}
+        print("accounting: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
+
+
+@app.command()
+def stop(run: RunName, address: Address = None) -> None:
+    """Ask a running run to drain: it finishes what is in flight, and can be resumed."""
+    from rlsf_ray import service
+
+    service.stop(run, address)
+    print(f"{run} drains; the same `rlsf run` resumes it")
+
+
+@app.command()
+def report(run: Run, root: Root = "runs") -> None:
+    """Write a run's report.html."""
+    from rlsf_ray.report import write_report
+
+    print(write_report(_open(run, root)))
+
+
+@app.command()
+def export(
+    run: Run,
+    what: Annotated[What, typer.Option(help="PEFT folder, whole model folder, or preference data as TRL reads it.")],
+    to: Annotated[Path, typer.Option(help="New folder; for pairs a file that ends in .jsonl or .parquet.")],
+    version: Version = None,
+    root: Root = "runs",
+) -> None:
+    """Take an adapter, the merged model or the preference pairs out of a run."""
+    from rlsf_ray.export import export_adapter, export_merged, export_pairs, latest_version
+
+    store = _open(run, root)
+    if what is What.pairs:
+        print(export_pairs(store, to))
+    else:
+        write = export_adapter if what is What.adapter else export_merged
+        print(write(store, latest_version(store, version), to))
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes."""
+    from rlsf_ray.config_loading import recipe_names, recipe_text
+
+    width = max(map(len, recipe_names()))
+    for name in recipe_names():
+        print(f"{name:{width}}  {recipe_text(name).splitlines()[0].lstrip('# ')}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the command: every error ends with its exit code."""
+    try:
+        app(args=arguments, prog_name="rlsf")
+    except RlsfError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except Exception:  # the one broad except: whatever was not foreseen is a fault of the service
+        traceback.print_exc()
+        sys.exit(RlsfError.exit_code)
+
+
+def _run(config: RunConfig, name: str | None, root: str, address: str | None) -> None:
+    from rlsf_ray.logs import setup_logging
+    from rlsf_ray.plan import check_input
+    from rlsf_ray.progress import Progress, print_before_after
+
+    check_input(config)
+    from rlsf_ray import service  # heavy, and not needed to refuse bad input
+
+    run_name = name or f"{config.recipe}-seed{config.seed}"
+    setup_logging("driver", run_name)
+    console = _console()
+    with Progress(console) as progress:
+        folder = f"{_absolute(root)}/{run_name}"
+        summary = service.run(config, root=folder, run_name=run_name, address=address, on_status=progress)
+    print_before_after(console, summary)
+    _print_costs(summary)
+    print(f"run directory: {folder}\n  summary: {folder}/summary.json\n  report:  {folder}/report.html")
+
+
+def _print_costs(summary: Json) -> None:
+    from rlsf_ray.progress import duration
+
+    costs = []
+    if (seconds := (summary.get("seconds") or {}).get("total")) is not None:
+        costs.append(f"time {duration(seconds)}")
+    if (memory := summary.get("peak_memory_gb")) is not None:
+        costs.append(f"peak memory of all processes {memory:.1f} GB")
+    if costs:
+        print(", ".join(costs))
+
+
+def _evaluate(config: RunConfig, store: RunStore | None, version: int | None, *, keep: bool) -> None:
+    from rlsf_ray.export import latest_version
+    from rlsf_ray.plan import check_input
+    from rlsf_ray.progress import print_metrics
+    from rlsf_ray.tasks.sources import load_sets
+
+    number = latest_version(store, version) if store is not None and version != 0 else 0
+    check_input(config)
+    probe = load_sets(config)[1]
+    if not probe:
+        raise InputError("there is no probe set to measure on: data.probe is empty; give it a source with answers")
+    from rlsf_ray.engines.transformers_engine import TransformersEngine
+    from rlsf_ray.evaluate import evaluate_version
+
+    engine = TransformersEngine(config.model, config.learner)
+    if store is not None and number:
+        engine.load_version(number, store.read_adapter(number)[0])
+    console = _console()
+    with console.status("measuring") as spinner:
+        result = evaluate_version(
+            engine, probe, config, number, lambda done: spinner.update(f"measuring: {done}/{len(probe)} questions")
+        )
+    if store is not None and keep:
+        store.write_json(f"eval/version-{number:04d}.json", result)
+    what = config.model.name if store is None else store.root
+    print_metrics(console, f"{what}, version {number}, {len(probe)} questions", result["metrics"])
+
+
+def _load(recipe: str, overrides: list[str] | None, seed: int | None) -> RunConfig:
+    from rlsf_ray.config_loading import load_config
+
+    return load_config(recipe, [*(overrides or []), *([] if seed is None else [f"seed={seed}"])])
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+def _absolute(root: str) -> str:
+    """A URL as it is; a folder made absolute, since workers have working directories of their own."""
+    return root.rstrip("/") if "://" in root else os.path.abspath(os.path.expanduser(root))
+
+
+def _is_run(run: str, root: str) -> bool:
+    return "://" in run or any(Path(folder, "config.yaml").is_file() for folder in (run, Path(_absolute(root), run)))
+
+
+def _open(run: str, root: str) -> RunStore:
+    from rlsf_ray.run_store import RunStore
+
+    is_folder = "://" in run or Path(run, "config.yaml").is_file()
+    return RunStore.open(_absolute(run) if is_folder else f"{_absolute(root)}/{run}")

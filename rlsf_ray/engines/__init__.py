@@ -1,0 +1,1 @@
+"""Tensors in one process: generating, scoring, learning."""

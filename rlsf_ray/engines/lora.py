@@ -1,0 +1,97 @@
+"""The adapter on a base model: one place that knows PEFT's names and shapes."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlsf_ray.config import LearnerConfig
+from rlsf_ray.errors import InputError, WeightsError
+
+
+def add_adapter(model: Any, config: LearnerConfig, *, seed: int, dtype: torch.dtype) -> Any:
+    """Wrap `model` with a LoRA on every linear layer, initialised from `seed` alone (B is zero).
+
+    The initialisation must not depend on the process, so it is drawn here and not by PEFT.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    wrapped = get_peft_model(
+        model,
+        LoraConfig(
+            r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+        ),
+    )
+    for name, parameter in _lora_parameters(wrapped):
+        parameter.data = parameter.data.to(dtype)
+        if "lora_A" in name:
+            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+            bound = 1 / math.sqrt(parameter.shape[1])  # PEFT's own: kaiming uniform with a = sqrt(5)
+            values = torch.rand(parameter.shape, generator=generator) * (2 * bound) - bound
+            parameter.data.copy_(values.to(dtype))
+    return wrapped
+
+
+def _lora_parameters(wrapped: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    return ((name, p) for name, p in wrapped.named_parameters() if "lora_" in name)
+
+
+def _public_name(name: str) -> str:
+    return name.replace(".default.", ".")  # PEFT leaves the adapter's name out of its files
+
+
+def adapter_arrays(wrapped: Any) -> dict[str, np.ndarray]:
+    """The adapter as float32 arrays under the names PEFT uses in its files."""
+    return {_public_name(n): p.detach().float().cpu().numpy().copy() for n, p in _lora_parameters(wrapped)}
+
+
+def load_adapter(wrapped: Any, adapter: Mapping[str, np.ndarray]) -> None:
+    """Write `adapter` into the wrapped model in place. Raises WeightsError on other names or shapes."""
+    own = {_public_name(name): parameter for name, parameter in _lora_parameters(wrapped)}
+    if own.keys() != adapter.keys():
+        odd = sorted(own.keys() ^ adapter.keys())
+        raise WeightsError(
+            f"adapter does not fit the model: expected {len(own)} tensors, got {len(adapter)}, first difference {odd[0]};"
+            " was it made for another model or other LoRA targets?"
+        )
+    for name, parameter in own.items():
+        if tuple(parameter.shape) != adapter[name].shape:
+            raise WeightsError(
+                f"adapter tensor {name}: expected shape {tuple(parameter.shape)}, got {adapter[name].shape};"
+                " was lora_rank changed?"
+            )
+        parameter.data.copy_(torch.tensor(adapter[name]))
+
+
+def body_and_head(model: Any) -> tuple[Any, Callable[[torch.Tensor], torch.Tensor]]:
+    """(body that returns hidden states, function from hidden states to logits) of a causal LM, adapter or not."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    output = inner.get_output_embeddings()
+    cap = getattr(inner.config, "final_logit_softcapping", None)
+
+    def head(hidden: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = output(hidden)
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    return inner.get_decoder(), head
+
+
+@torch.no_grad()
+def check_logits(model: Any) -> None:
+    """Raise InputError where `body_and_head` does not give the model's own logits (an unknown last step)."""
+    ids = torch.arange(1, 9, device=model.device)[None]
+    body, head = body_and_head(model)
+    ours = head(body(input_ids=ids, use_cache=False).last_hidden_state).float()
+    own = model(input_ids=ids, use_cache=False).logits.float()
+    worst = (ours - own).abs().max().item()
+    if worst > 1e-2 * own.abs().max().item():
+        raise InputError(
+            f"{type(model).__name__} does something to its logits that this project does not know: they differ by"
+            f" {worst:.3g}; use another model, or teach rlsf_ray/engines/lora.py:body_and_head"
+        )

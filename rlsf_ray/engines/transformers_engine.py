@@ -1,0 +1,255 @@
+"""Batched generation with transformers: one decoding loop that keeps statistics and drops logits.
+
+Letters in shapes: R rows (traces in flight), V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers.decoders import DecodeStream
+
+from rlsf_ray.adapters import checksum
+from rlsf_ray.config import LearnerConfig, ModelConfig
+from rlsf_ray.engines.base import Adapter, Completion, Request, Sampling
+from rlsf_ray.engines.lora import add_adapter, adapter_arrays, load_adapter
+from rlsf_ray.engines.models import context_length, find_model, load_model, load_tokenizer
+from rlsf_ray.errors import EngineError, InputError, WeightsError
+from rlsf_ray.records import IntArray, Prompt
+
+TOKEN_BUDGET = 1 << 16  # cached tokens (rows x length) of one decoding batch; larger requests are split
+COMPACT_BELOW = 0.75  # drop finished rows from the batch once fewer than this share are alive
+
+
+class TransformersEngine:
+    """An `Engine` in this process. Keeps every loaded version as arrays and writes the asked one in place."""
+
+    def __init__(self, model: ModelConfig, learner: LearnerConfig, *, threads: int = 0) -> None:
+        if threads:
+            torch.set_num_threads(threads)
+        self._config = model
+        self._tokenizer = load_tokenizer(model)
+        base = load_model(model)
+        self._eos = _eos_ids(base, self._tokenizer)
+        self._context = context_length(find_model(model.name))
+        self._model = add_adapter(base, learner, seed=0, dtype=base.dtype).eval()
+        self._adapters: dict[int, Adapter] = {}
+        self._active = 0
+
+    def encode(self, prompt: Prompt) -> IntArray:
+        messages = [{"role": role, "content": content} for role, content in prompt.messages]
+        if self._config.chat == "plain":
+            text = "\n".join(message["content"] for message in messages) + "\n"
+            return np.asarray(self._tokenizer(text)["input_ids"], dtype=np.int32)
+        encoded = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        return np.asarray(encoded["input_ids"], dtype=np.int32)
+
+    def encode_text(self, text: str) -> IntArray:
+        """Token ids of plain text that continues a trace (no special tokens)."""
+        return np.asarray(self._tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
+
+    def load_version(self, version: int, adapter: Adapter) -> str:
+        """Keep `adapter` as `version` and make it active; what the model then holds is read back and compared."""
+        load_adapter(self._model, adapter)
+        held = adapter_arrays(self._model)
+        for name, array in adapter.items():
+            expected = torch.tensor(array).to(self._model.dtype).float().numpy()
+            if not np.array_equal(held[name], expected):
+                raise WeightsError(f"version {version}: {name} is not what was loaded; reload the generator")
+        self._adapters[version] = adapter
+        self._active = version
+        return checksum(adapter)
+
+    def forget_versions(self, older_than: int) -> None:
+        """Drop adapters no longer needed."""
+        self._adapters = {v: a for v, a in self._adapters.items() if v >= older_than}
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling, version: int) -> list[list[Completion]]:
+        self._check(requests, sampling)
+        self._activate(version)
+        results: list[list[Completion]] = []
+        for batch in _within_budget(requests, sampling.max_tokens):
+            if version == 0:
+                with self._model.disable_adapter():
+                    results += self._decode(batch, sampling)
+            else:
+                results += self._decode(batch, sampling)
+        return results
+
+    def _check(self, requests: Sequence[Request], sampling: Sampling) -> None:
+        longest = max(len(request.prompt_ids) for request in requests)
+        if longest + sampling.max_tokens > self._context:
+            raise InputError(
+                f"a prompt of {longest} tokens and max_tokens={sampling.max_tokens} do not fit the model's context"
+                f" of {self._context}; shorten the prompts or lower rollout.max_tokens"
+            )
+
+    def _activate(self, version: int) -> None:
+        if version in (0, self._active):
+            return
+        if version not in self._adapters:
+            raise EngineError(f"version {version} is not loaded (loaded: {sorted(self._adapters)}); load it first")
+        load_adapter(self._model, self._adapters[version])
+        self._active = version
+
+    @torch.inference_mode()
+    def _decode(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+        state = _Prefill(self._model, requests)
+        rows = [(r, k) for r, request in enumerate(requests) for k in range(len(request.seeds))]
+        state.select(torch.tensor([r for r, _ in rows]))
+        choose = _Chooser(sampling, rows, requests, self._model.device)
+        tokens, statistics = [[] for _ in rows], [[] for _ in rows]  # type: ignore[var-annotated]
+        alive = np.arange(len(rows))  # row of the batch -> trace
+        done = np.zeros(len(rows), dtype=bool)
+        for step in range(sampling.max_tokens):
+            chosen, values = choose(state.logits, alive, step)
+            for row, trace in enumerate(alive):
+                if not done[trace]:
+                    tokens[trace].append(int(chosen[row]))
+                    statistics[trace].append(values[row])
+                    done[trace] = int(chosen[row]) in self._eos
+            keep = ~done[alive]
+            if not keep.any() or step + 1 == sampling.max_tokens:
+                break
+            if keep.mean() < COMPACT_BELOW:
+                alive, index = alive[keep], torch.from_numpy(np.flatnonzero(keep))
+                state.select(index)
+                chosen = chosen[keep]
+            state.advance(torch.from_numpy(chosen))
+        results: list[list[Completion]] = [[] for _ in requests]
+        for (request, _), ids, values, ended in zip(rows, tokens, statistics, done, strict=True):
+            results[request].append(self._completion(ids, np.asarray(values, dtype=np.float32), bool(ended)))
+        return results
+
+    def _completion(self, ids: list[int], values: np.ndarray, finished: bool) -> Completion:
+        text, spans = token_characters(self._tokenizer, ids)
+        return Completion(
+            token_ids=np.asarray(ids, dtype=np.int32),
+            logprob=values[:, 0],
+            top1=values[:, 1],
+            top2=values[:, 2],
+            text=text,
+            char_spans=spans,
+            finished=finished,
+        )
+
+
+class _Prefill:
+    """Left-padded prompts, their key-value cache, and the logits [R, V] of the next token."""
+
+    def __init__(self, model: Any, requests: Sequence[Request]) -> None:
+        longest = max(len(request.prompt_ids) for request in requests)
+        ids = torch.zeros((len(requests), longest), dtype=torch.long)
+        self._mask = torch.zeros((len(requests), longest), dtype=torch.long)
+        for row, request in enumerate(requests):
+            ids[row, longest - len(request.prompt_ids) :] = torch.from_numpy(request.prompt_ids.astype(np.int64))
+            self._mask[row, longest - len(request.prompt_ids) :] = 1
+        self._model = model
+        self._mask = self._mask.to(model.device)
+        positions = (self._mask.cumsum(-1) - 1).clamp(min=0)
+        self._next_position = positions[:, -1:] + 1
+        self._cache: Any = None
+        self._forward(ids.to(model.device), positions)
+
+    def _forward(self, ids: torch.Tensor, positions: torch.Tensor) -> None:
+        output = self._model(
+            input_ids=ids,
+            attention_mask=self._mask,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self._cache = output.past_key_values
+        self.logits = output.logits[:, -1].float()
+
+    def select(self, index: torch.Tensor) -> None:
+        """Keep, drop or repeat rows."""
+        index = index.to(self._mask.device)
+        self._cache.batch_select_indices(index)
+        self._mask, self._next_position = self._mask[index], self._next_position[index]
+        self.logits = self.logits[index]
+
+    def advance(self, chosen: torch.Tensor) -> None:
+        """Feed one chosen token [R] for each row."""
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(self._mask), 1)], dim=1)
+        self._forward(chosen.to(self._mask.device)[:, None], self._next_position)
+        self._next_position = self._next_position + 1
+
+
+class _Chooser:
+    """Picks the next token of each row, and its statistics (log-prob, top-1, top-2 of the raw distribution)."""
+
+    def __init__(
+        self, sampling: Sampling, rows: Sequence[tuple[int, int]], requests: Sequence[Request], device: Any
+    ) -> None:
+        self._sampling = sampling
+        self._branch = torch.tensor([k for _, k in rows], device=device)
+        if sampling.method == "sample":  # one stream of uniform numbers for each trace, whatever batch it is in
+            draws = [np.random.default_rng(requests[r].seeds[k]).random(sampling.max_tokens) for r, k in rows]
+            self._uniform = torch.tensor(np.stack(draws), dtype=torch.float32, device=device)
+
+    def __call__(self, logits: torch.Tensor, alive: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
+        total = logits.logsumexp(-1, keepdim=True)
+        top_values, top_ids = logits.topk(2, dim=-1)
+        if self._sampling.method == "sample":
+            chosen = self._sample(logits, self._uniform[alive, step])
+        elif self._sampling.method == "branch" and step == 0:
+            wanted = self._branch[torch.from_numpy(alive)]
+            ranked = logits.topk(int(self._branch.max()) + 1, dim=-1).indices
+            chosen = ranked.gather(1, wanted[:, None])[:, 0]
+        else:
+            chosen = top_ids[:, 0]
+        logprob = logits.gather(1, chosen[:, None]) - total
+        statistics = torch.cat([logprob, (top_values - total).exp()], dim=1)
+        return chosen.cpu().numpy(), statistics.cpu().numpy()
+
+    def _sample(self, logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+        """Inverse of the cumulative distribution at one uniform number for each row."""
+        highest = logits.max(-1, keepdim=True).values
+        cumulative = ((logits - highest) / self._sampling.temperature).exp_().cumsum(-1)
+        target = uniform[:, None] * cumulative[:, -1:]
+        return torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[1] - 1)[:, 0]
+
+
+def token_characters(tokenizer: Any, ids: Sequence[int]) -> tuple[str, IntArray]:
+    """The text of `ids` without special tokens, and the characters [T, 2] that each token covers.
+
+    Tokens that only together make a character (byte-level BPE) share its range; a special token covers nothing.
+    """
+    stream = DecodeStream(skip_special_tokens=True)
+    text, waiting = "", []
+    spans = np.zeros((len(ids), 2), dtype=np.int32)
+    for position, token in enumerate(ids):
+        chunk = stream.step(tokenizer.backend_tokenizer, token)
+        waiting.append(position)
+        if chunk is not None:
+            spans[waiting] = (len(text), len(text) + len(chunk))
+            text += chunk
+            waiting = []
+    spans[waiting] = (len(text), len(text))
+    return text, spans
+
+
+def _eos_ids(model: Any, tokenizer: Any) -> set[int]:
+    ids = model.generation_config.eos_token_id if model.generation_config is not None else None
+    found = {ids} if isinstance(ids, int) else set(ids or ())
+    return found | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())
+
+
+def _within_budget(requests: Sequence[Request], max_tokens: int) -> list[list[Request]]:
+    """Split requests so that rows x (longest prompt + max_tokens) stays under the budget; at least one in each."""
+    batches: list[list[Request]] = []
+    rows = longest = 0
+    for request in requests:
+        wide = max(longest, len(request.prompt_ids))
+        if batches and (rows + len(request.seeds)) * (wide + max_tokens) <= TOKEN_BUDGET:
+            batches[-1].append(request)
+            rows, longest = rows + len(request.seeds), wide
+        else:
+            batches.append([request])
+            rows, longest = len(request.seeds), len(request.prompt_ids)
+    return batches

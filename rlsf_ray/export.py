@@ -1,0 +1,119 @@
+"""Take a run's results out: an adapter, a merged model, or its preference data."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from rlsf_ray.adapters import CONFIG_FILE, WEIGHTS_FILE
+from rlsf_ray.errors import InputError
+from rlsf_ray.records import Json
+from rlsf_ray.run_store import RunStore
+
+
+def export_adapter(store: RunStore, version: int, to: Path) -> Path:
+    """Copy a version's PEFT folder; `PeftModel.from_pretrained` reads it."""
+    store.read_adapter(version)  # proves the checksum
+    _new_folder(to)
+    for name in (WEIGHTS_FILE, CONFIG_FILE):
+        content = store.storage.read(f"versions/{version:04d}/{name}")
+        if content is None:
+            raise InputError(f"{store.root}: version {version} has no {name}; export another version")
+        (to / name).write_bytes(content)
+    return to
+
+
+def export_merged(store: RunStore, version: int, to: Path) -> Path:
+    """Save the base model with the adapter added into its weights, and the tokenizer, as an ordinary model folder.
+
+    The sum is made in float32 and then cast to the run's dtype, so that it is rounded once.
+    """
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from rlsf_ray.engines.models import find_model, load_tokenizer
+
+    _new_folder(to)
+    config = store.config.model
+    base = AutoModelForCausalLM.from_pretrained(find_model(config.name), dtype=torch.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        adapter = export_adapter(store, version, Path(folder))
+        merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
+    merged.to(getattr(torch, config.dtype)).save_pretrained(to)
+    load_tokenizer(config).save_pretrained(to)
+    return to
+
+
+def export_pairs(store: RunStore, to: Path) -> Path:
+    """Write all preference pairs with `prompt`, `chosen`, `rejected` as chat messages, the form that TRL reads.
+
+    `to` ends in .jsonl or .parquet. Each row keeps its score, margin, weight, round and prompt id.
+    """
+    writers: dict[str, Callable[[list[Json], Path], None]] = {".jsonl": _write_jsonl, ".parquet": _write_parquet}
+    if to.suffix not in writers:
+        raise InputError(f"--to: expected a file that ends in .jsonl or .parquet, got {to}; choose one of the two")
+    rows = pair_messages(store)
+    if not rows:
+        raise InputError(f"{store.root} holds no pairs yet; let the run train a round first")
+    to.parent.mkdir(parents=True, exist_ok=True)
+    writers[to.suffix](rows, to)
+    return to
+
+
+def pair_messages(store: RunStore) -> list[Json]:
+    """One row for each pair of the run, in the order of rounds."""
+    from rlsf_ray.tasks.sources import load_sets
+
+    train, _ = load_sets(store.config)
+    messages = {
+        prompt.id: [{"role": role, "content": content} for role, content in prompt.messages] for prompt in train
+    }
+    columns = store.read_table("traces").select(["trace_id", "text"]).to_pydict()
+    text = dict(zip(columns["trace_id"], columns["text"], strict=True))
+    return [
+        {
+            "prompt": messages[pair["prompt_id"]],
+            "chosen": [{"role": "assistant", "content": text[pair["chosen_trace_id"]]}],
+            "rejected": [{"role": "assistant", "content": text[pair["rejected_trace_id"]]}],
+            **{
+                name: pair[name]
+                for name in ("prompt_id", "round", "weight", "margin", "chosen_score", "rejected_score")
+            },
+        }
+        for pair in store.read_table("pairs").to_pylist()
+    ]
+
+
+def latest_version(store: RunStore, version: int | None) -> int:
+    """`version` if it is published, or the newest. Raises InputError where there is none."""
+    known = store.versions()
+    if not known:
+        raise InputError(f"{store.root} has published no version yet; let the run finish a round first")
+    if version is not None and version not in known:
+        raise InputError(f"{store.root}: no version {version}; published: {', '.join(map(str, known))}")
+    return known[-1] if version is None else version
+
+
+def _new_folder(to: Path) -> None:
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise InputError(f"--to: {to} exists and is not an empty folder; choose another, or remove it")
+    to.mkdir(parents=True, exist_ok=True)
+
+
+def _write_jsonl(rows: list[Json], to: Path) -> None:
+    half_made = to.with_name(to.name + ".tmp")
+    half_made.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    os.replace(half_made, to)
+
+
+def _write_parquet(rows: list[Json], to: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    half_made = to.with_name(to.name + ".tmp")
+    pq.write_table(pa.Table.from_pylist(rows), half_made)
+    os.replace(half_made, to)

@@ -1,0 +1,160 @@
+"""What a run will need and do, found without starting anything: no torch, no Ray."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from rlsf_ray.config import PoolConfig, RunConfig
+from rlsf_ray.config_loading import dump_config
+from rlsf_ray.errors import InputError
+from rlsf_ray.model_check import ModelFacts, check_lengths, check_model, prompt_lengths
+from rlsf_ray.tasks.sources import load_sets
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The result of checking a run's input. Counts of steps are the most there can be."""
+
+    config: RunConfig
+    model: ModelFacts | None  # None: not on this machine yet
+    train_prompts: int  # distinct
+    probe_prompts: int
+    longest_prompt: int | None  # tokens; None: not known before the model is here
+    prompts: int  # over all rounds
+    traces: int
+    steps: int
+    resources: dict[str, float]
+
+
+def check_input(config: RunConfig) -> Plan:
+    """Everything that can be found wrong before anything heavy starts.
+
+    Raises InputError for a fault of the model folder, of the data, or of a function named by the config.
+    """
+    for key, name in _functions(config).items():
+        _check_function(key, name)
+    model = check_model(config.model)
+    train, probe = load_sets(config)
+    prompts = [*train, *(item.prompt for item in probe)]
+    lengths = prompt_lengths(model, prompts) if model else None
+    if model and lengths:
+        check_lengths(model, prompts, lengths, config.rollout.max_tokens)
+    per_round = min(config.prompts_per_round, len(train))  # no prompt stands twice in a round
+    num_prompts = config.rounds * per_round
+    return Plan(
+        config=config,
+        model=model,
+        train_prompts=len(train),
+        probe_prompts=len(probe),
+        longest_prompt=max(lengths) if lengths else None,
+        prompts=num_prompts,
+        traces=num_prompts * config.rollout.traces,
+        steps=_most_steps(config, per_round),
+        resources=needed_resources(config),
+    )
+
+
+def pools(config: RunConfig) -> dict[str, PoolConfig]:
+    """The pools of actors by the role of their members."""
+    cluster = config.cluster
+    return {"generator": cluster.generators, "scorer": cluster.scorers, "trainer": cluster.trainers}
+
+
+def needed_resources(config: RunConfig) -> dict[str, float]:
+    """Ray's logical CPUs and GPUs, summed over the pools; the actors that only steer take none."""
+    members = pools(config).values()
+    return {
+        "CPU": sum(pool.count * pool.cpus for pool in members),
+        "GPU": sum(pool.count * pool.gpus for pool in members),
+    }
+
+
+def missing_resources(config: RunConfig, available: Mapping[str, float]) -> list[str]:
+    """One line for each resource of which `available` (as `ray.cluster_resources()` gives it) has too little."""
+    keys = {"CPU": "cpus", "GPU": "gpus"}
+    lines = []
+    for name, needed in needed_resources(config).items():
+        there = float(available.get(name, 0.0))
+        if needed > there + 1e-6:
+            share = " + ".join(
+                f"{role} {pool.count} x {getattr(pool, keys[name]):g}"
+                for role, pool in pools(config).items()
+                if getattr(pool, keys[name])
+            )
+            lines.append(
+                f"{needed:g} {name} needed ({share}), {there:g} there; add nodes, or lower"
+                f" cluster.<pool>.count or cluster.<pool>.{keys[name]}"
+            )
+    return lines
+
+
+def local_resources() -> dict[str, float]:
+    """What an embedded Ray would find on this machine."""
+    gpus = Path("/proc/driver/nvidia/gpus")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        num_gpus = len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
+    else:
+        num_gpus = len(list(gpus.iterdir())) if gpus.is_dir() else 0
+    return {"CPU": float(os.cpu_count() or 1), "GPU": float(num_gpus)}
+
+
+def describe(plan: Plan, available: Mapping[str, float], where: str) -> str:
+    """The plan as text for a terminal; `where` names the cluster whose resources `available` are."""
+    config = plan.config
+    lines = [dump_config(config).rstrip(), "", f"Model    {_describe_model(plan)}"]
+    longest = "not known before the model is here" if plan.longest_prompt is None else f"{plan.longest_prompt} tokens"
+    lines += [
+        f"Prompts  {plan.train_prompts} to train, {plan.probe_prompts} to probe; longest: {longest}",
+        f"Work     {config.rounds} rounds x {plan.prompts // config.rounds} prompts x {config.rollout.traces} traces"
+        f" = {plan.traces} traces; at most {plan.steps} optimiser steps",
+        "Actors   " + "; ".join(_describe_pool(role, pool) for role, pool in pools(config).items()),
+        f"Needs    {plan.resources['CPU']:g} CPU, {plan.resources['GPU']:g} GPU",
+        f"There    {available.get('CPU', 0):g} CPU, {available.get('GPU', 0):g} GPU ({where})",
+    ]
+    missing = missing_resources(config, available)
+    return "\n".join([*lines, *(f"Missing  {line}" for line in missing)] if missing else [*lines, "Missing  nothing"])
+
+
+def _describe_model(plan: Plan) -> str:
+    if plan.model is None:
+        how = "converted" if plan.config.model.name == "smollm2" else "fetched from the hub"
+        return f"{plan.config.model.name}: {how} at the first run"
+    return f"{plan.model.folder} ({plan.model.architecture}, context {plan.model.context} tokens)"
+
+
+def _describe_pool(role: str, pool: PoolConfig) -> str:
+    gpu = f", {pool.gpus:g} GPU each" if pool.gpus else ""
+    return f"{pool.count} {role}{'s' if pool.count > 1 else ''} ({pool.cpus:g} CPU{gpu})"
+
+
+def _most_steps(config: RunConfig, prompts_per_round: int) -> int:
+    """Every prompt gives as many pairs as the rule allows; the last step of a pass may be short."""
+    all_pairs = config.rollout.traces * (config.rollout.traces - 1) // 2
+    pairs = prompts_per_round * min(config.pairs.max_pairs or all_pairs, all_pairs)
+    return config.rounds * config.learner.epochs * math.ceil(pairs / config.learner.pairs_per_step)
+
+
+def _functions(config: RunConfig) -> dict[str, str]:
+    return {"signal": config.signal, "pairs.rule": config.pairs.rule, "rollout.name": config.rollout.name}
+
+
+def _check_function(key: str, name: str) -> None:
+    """The module of a user's own `package.module:function` can be found (it is not run)."""
+    if ":" not in name:
+        return
+    module = name.partition(":")[0]
+    try:
+        found = find_spec(module) is not None
+    except ImportError:
+        found = False
+    if not found:
+        raise InputError(
+            f"{key}={name}: no module called {module} can be found; install it, put its folder on PYTHONPATH,"
+            " or correct the name"
+        )

@@ -1,0 +1,168 @@
+"""A run on the terminal: a live panel while it goes on, or plain lines where there is none; a table at its end."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from rlsf_ray.records import Json
+
+# metric of eval/version-NNNN.json, its name in the table, what is better, digits
+_METRICS = (
+    ("greedy_accuracy", "greedy accuracy", "higher", 3),
+    ("sampled_accuracy", "sampled accuracy [95 %]", "higher", 3),
+    ("majority_accuracy", "majority accuracy", "higher", 3),
+    ("ece_answer_prob", "ECE, answer probability", "lower", 3),
+    ("ece_agreement", "ECE, agreement", "lower", 3),
+    ("brier_answer_prob", "Brier, answer probability", "lower", 3),
+    ("brier_agreement", "Brier, agreement", "lower", 3),
+    ("auroc_answer_prob", "AUROC, answer probability", "higher", 3),
+    ("auroc_agreement", "AUROC, agreement", "higher", 3),
+    ("parsed", "share parsed", "higher", 3),
+    ("cut_off", "share cut off", "lower", 3),
+    ("mean_length", "mean length (tokens)", "neither", 1),
+)
+
+
+class Progress:
+    """Shows each status it is called with. A context manager, because a live panel must be taken down again."""
+
+    def __init__(self, console: Console, *, clock: Callable[[], float] = time.monotonic, every_s: float = 10.0) -> None:
+        self._console = console
+        self._clock = clock
+        self._every_s = every_s
+        self._last_line_s = float("-inf")
+        self._last_state = ""
+        self._live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
+
+    def __enter__(self) -> Progress:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def __call__(self, status: Json) -> None:
+        """Redraw the panel; or print a line if the last one is `every_s` old or the state has changed."""
+        if self._live is not None:
+            self._live.update(panel(status))
+            return
+        now_s, state = self._clock(), str(status.get("state", ""))
+        if state == self._last_state and now_s - self._last_line_s < self._every_s:
+            return
+        self._last_line_s, self._last_state = now_s, state
+        self._console.print(line(status), soft_wrap=True, highlight=False, markup=False)
+
+
+def line(status: Json) -> str:
+    """The status in one line; what is not known yet is left out."""
+    parts = [str(status.get("state", "")) or "running"]
+    if status.get("rounds"):
+        parts.append(_round(status))
+    if status.get("prompts_total"):
+        parts.append(f"prompts {status.get('prompts_done', 0)}/{status['prompts_total']}")
+    parts.append(f"traces {status.get('traces', 0)} ({float(status.get('traces_per_s') or 0.0):.1f}/s)")
+    parts += [f"{name} {status.get(name, 0)}" for name in ("pairs", "steps", "version")]
+    if status.get("eta_s") is not None:
+        parts.append(f"ETA {duration(status['eta_s'])}")
+    if status.get("message"):
+        parts.append(str(status["message"]))
+    return " | ".join(parts)
+
+
+def panel(status: Json) -> Panel:
+    """The status as a compact panel that fits 80 columns."""
+    done, total = int(status.get("prompts_done") or 0), int(status.get("prompts_total") or 0)
+    bar = Table.grid(padding=(0, 2), expand=True)
+    bar.add_column(ratio=1)
+    bar.add_column(justify="right")
+    bar.add_row(ProgressBar(total=max(total, 1), completed=done), f"{done}/{total} prompts")
+    eta = "" if status.get("eta_s") is None else f"   ETA {duration(status['eta_s'])}"
+    rows = [
+        f"{_round(status)}   version {status.get('version', 0)}{eta}",
+        f"traces {status.get('traces', 0)} ({float(status.get('traces_per_s') or 0.0):.1f}/s)   "
+        f"pairs {status.get('pairs', 0)}   steps {status.get('steps', 0)}",
+    ]
+    counts = {name: n for name, n in (status.get("accounting") or {}).items() if isinstance(n, int)}
+    dim = ["   ".join(f"{name.replace('_', ' ')} {n}" for name, n in counts.items()), str(status.get("message") or "")]
+    texts = [Text(row) for row in rows] + [Text(row, style="dim") for row in dim if row]
+    title = Text(f"{status.get('run', '')}: {status.get('state', '')}")
+    return Panel(Group(bar, *texts), title=title, title_align="left", width=80)
+
+
+def _round(status: Json) -> str:
+    """Rounds count from 0 inside; people count from 1."""
+    rounds = int(status.get("rounds") or 0)
+    return f"round {min(int(status.get('round') or 0) + 1, rounds)}/{rounds}"
+
+
+def duration(seconds: float) -> str:
+    """75 -> 1:15, 3675 -> 1:01:15."""
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def print_before_after(console: Console, summary: Json) -> None:
+    """The table of the probe set before and after, from summary.json; says so where nothing was measured."""
+    before, after = summary.get("before"), summary.get("after")
+    if not before or not after:
+        console.print("no before/after table: the run has not measured two versions on a probe set", highlight=False)
+        return
+    table = Table(title="Probe set, before and after", title_justify="left", width=80)
+    table.add_column("")
+    for heading in ("before", "after", "change"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for key, name, better, digits in _METRICS:
+        values = [_value(metrics, key, digits) for metrics in (before, after)]
+        table.add_row(name, *values, _change(before, after, key, better, digits))
+    console.print(table)
+    rise = (summary.get("difference") or {}).get("sampled_accuracy")
+    if rise:
+        mean, low, high = rise
+        text = f"sampled accuracy, same questions: {mean:+.3f}, 95 % interval [{low:+.3f}, {high:+.3f}]"
+        console.print(text, highlight=False, markup=False)
+
+
+def print_metrics(console: Console, title: str, metrics: Json) -> None:
+    """One version's metrics on the probe set."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    table.add_column("value", justify="right", no_wrap=True)
+    for key, name, _, digits in _METRICS:
+        table.add_row(name, _value(metrics, key, digits))
+    console.print(table)
+
+
+def _value(metrics: Json, key: str, digits: int) -> Text:
+    value = metrics.get(key)
+    if value is None or math.isnan(value):
+        return Text("-")
+    text = f"{value:.{digits}f}"
+    if f"{key}_low" in metrics:
+        text += f" [{metrics[f'{key}_low']:.{digits - 1}f}, {metrics[f'{key}_high']:.{digits - 1}f}]"
+    return Text(text)
+
+
+def _change(before: Json, after: Json, key: str, better: str, digits: int) -> Text:
+    old, new = before.get(key), after.get(key)
+    if old is None or new is None or math.isnan(new - old):
+        return Text("-")
+    change = new - old
+    style = ""
+    if better != "neither" and change:
+        style = "green" if (change > 0) == (better == "higher") else "red"
+    return Text(f"{change:+.{digits}f}", style=style)

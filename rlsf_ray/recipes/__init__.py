@@ -1,0 +1,1 @@
+"""Recipes: one YAML file chooses the parts of a method."""

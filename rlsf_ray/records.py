@@ -1,0 +1,200 @@
+"""Frozen records that cross a boundary between stages. Lengths are checked once, here.
+
+Letters in shapes: P prompt tokens, T tokens of one trace, K traces of a group.
+Records on the training side (`Prompt` to `TrainingGroup`) have no field for a gold answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float32]
+IntArray = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """A question for the policy. `key` is its canonical form: equal questions have equal keys."""
+
+    id: str
+    messages: tuple[tuple[str, str], ...]  # (role, content)
+    task: str
+    key: str
+    answer_format: str = "number"  # how the answer is found in a trace: see algorithms/answers.py
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbePrompt:
+    """A held-out prompt with its gold answer. Only evaluation may hold one."""
+
+    prompt: Prompt
+    gold: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """The final answer of a trace and where it stands."""
+
+    text: str
+    chars: tuple[int, int]  # [start, end) in the trace's text
+    tokens: tuple[int, int]  # [start, end) in the trace's tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trace:
+    """One sampled completion. Statistics are of the raw distribution (temperature 1).
+
+    `logprob` [T] is the log-probability of the chosen token, `top1` and `top2` [T] the two largest
+    probabilities at its position.
+    """
+
+    id: str
+    index: int
+    seed: int
+    version: int
+    text: str
+    token_ids: IntArray
+    logprob: FloatArray
+    top1: FloatArray
+    top2: FloatArray
+    finished: bool  # False: cut off at the token limit
+    answer: Answer | None = None
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.token_ids), len(self.logprob), len(self.top1), len(self.top2)}
+        if len(lengths) != 1:
+            raise ValueError(f"trace {self.id}: token_ids, logprob, top1, top2 must have one length, got {lengths}")
+        if self.answer is not None and self.answer.tokens[1] > len(self.token_ids):
+            raise ValueError(f"trace {self.id}: answer span {self.answer.tokens} outside {len(self.token_ids)} tokens")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """A prompt and its K traces, made in one round by one version."""
+
+    id: str
+    round: int
+    sequence: int  # admission order within the round
+    version: int
+    prompt: Prompt
+    prompt_ids: IntArray  # [P]
+    traces: tuple[Trace, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """One preference. `chosen` and `rejected` index the traces of the record that holds the pair."""
+
+    chosen: int
+    rejected: int
+    weight: float = 1.0
+    margin: float = 0.0  # gap of the two scores
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredGroup:
+    """A group with one score for each trace (nan: absent), its answer classes and its pairs.
+
+    `labels` [K] numbers the distinct answers (equal answers share a number, -1: no answer).
+    `reason` names why there are no pairs; None when there are some.
+    """
+
+    group: Group
+    signal: str
+    scores: tuple[float, ...]
+    labels: tuple[int, ...]
+    pairs: tuple[Pair, ...]
+    reason: str | None = None
+
+    def __post_init__(self) -> None:
+        num_traces = len(self.group.traces)
+        if len(self.scores) != num_traces or len(self.labels) != num_traces:
+            raise ValueError(
+                f"group {self.group.id}: {num_traces} traces, {len(self.scores)} scores, {len(self.labels)} labels"
+            )
+        if bool(self.pairs) == (self.reason is not None):
+            raise ValueError(f"group {self.group.id}: needs either pairs or a reason, got {self.pairs}, {self.reason}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingTrace:
+    """What the learner needs of a trace, and the provenance a pair is stored with."""
+
+    id: str
+    seed: int
+    version: int
+    score: float
+    answer: str | None
+    token_ids: IntArray  # [T]
+    reference_logprob: FloatArray  # [T], of the frozen base model
+
+    def __post_init__(self) -> None:
+        if len(self.token_ids) != len(self.reference_logprob):
+            raise ValueError(
+                f"trace {self.id}: {len(self.token_ids)} tokens but {len(self.reference_logprob)} reference log-probs"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingGroup:
+    """A prompt with the traces that stand in its pairs, each once. `pairs` index `traces`."""
+
+    id: str
+    round: int
+    sequence: int
+    prompt_id: str
+    signal: str
+    prompt_ids: IntArray  # [P]
+    traces: tuple[TrainingTrace, ...]
+    pairs: tuple[Pair, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens one pass over this group costs when its prompt is shared."""
+        return len(self.prompt_ids) + sum(len(trace.token_ids) for trace in self.traces)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How one (prompt, round) ended at the scorer: with pairs, or filtered for a named reason."""
+
+    group_id: str
+    sequence: int
+    num_traces: int
+    num_tokens: int
+    num_cut_off: int
+    num_parsed: int
+    num_pairs: int
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsVersion:
+    """A published adapter: the whole number that names it, its content's checksum, its folder."""
+
+    version: int
+    checksum: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """One optimiser step: sums over pairs, divided by the reader."""
+
+    round: int
+    step: int
+    pass_index: int
+    num_pairs: int
+    sums: dict[str, float] = field(default_factory=dict)  # loss, margin, accuracy, ...
+    grad_norm: float = 0.0
+    learning_rate: float = 0.0
+
+    def means(self) -> dict[str, float]:
+        return {name: value / max(1, self.num_pairs) for name, value in self.sums.items()}
+
+
+Json = dict[str, Any]

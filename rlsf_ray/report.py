@@ -1,0 +1,288 @@
+"""One self-contained HTML page of a run: no scripts, no links to elsewhere, and honest about what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from html import escape
+from importlib import resources
+from string import Template
+from typing import Any
+
+from rlsf_ray import __version__, plots
+from rlsf_ray.config import RunConfig
+from rlsf_ray.records import Json
+from rlsf_ray.report_parts import examples, facts, figure, missing, number, section, signed, table, verdict
+from rlsf_ray.run_store import RunStore
+from rlsf_ray.timeline import Timeline, make_timeline, merge
+
+NUM_EXAMPLES = 10
+MAX_LANES = 32
+
+# metric, its name for people, +1 where more is better and -1 where less is
+METRICS = (
+    ("greedy_accuracy", "Greedy accuracy", 1),
+    ("sampled_accuracy", "Sampled accuracy", 1),
+    ("majority_accuracy", "Majority accuracy", 1),
+    ("ece_answer_prob", "ECE of the answer probability", -1),
+    ("ece_agreement", "ECE of the agreement", -1),
+    ("brier_answer_prob", "Brier score of the answer probability", -1),
+    ("brier_agreement", "Brier score of the agreement", -1),
+    ("auroc_answer_prob", "AUROC of the answer probability", 1),
+    ("auroc_agreement", "AUROC of the agreement", 1),
+    ("parsed", "Share with an answer found", 1),
+    ("cut_off", "Share cut off at the token limit", -1),
+    ("mean_length", "Mean length in tokens", 0),
+)
+CONFIDENCES = {"answer_prob": "Answer probability", "agreement": "Agreement"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunData:
+    """What the page is made of, as read from the run directory."""
+
+    root: str
+    config: RunConfig
+    summary: Json
+    evals: list[Json]  # by version
+    train: list[Json]  # by step
+    stages: list[Json]
+
+    @property
+    def ends(self) -> tuple[Json | None, Json | None]:
+        """The first and the last evaluation over the whole probe set: before and after (None: not measured)."""
+        largest = max((e["num_questions"] for e in self.evals), default=0)
+        whole = [e for e in self.evals if e["num_questions"] == largest]
+        before = whole[0] if whole and whole[0]["version"] == 0 else None
+        after = whole[-1] if whole and whole[-1]["version"] > 0 else None
+        return before, after
+
+
+def write_report(store: RunStore) -> str:
+    """Write `report.html` from what the run directory holds now; returns its path.
+
+    A part whose data is missing says so. Raises `StorageError` for files that are damaged or cannot be written.
+    """
+    return store.write_text("report.html", render(read_run(store)))
+
+
+def read_run(store: RunStore) -> RunData:
+    """All that the report shows. After a resume a step can be there twice: the later one is the run's."""
+    evals = [store.read_json(f"eval/{name}") for name in store.names("eval") if name.startswith("version-")]
+    train = {row["step"]: row for row in store.read_metrics("train")}
+    return RunData(
+        root=store.root,
+        config=store.config,
+        summary=store.read_json("summary.json") or {},
+        evals=sorted(evals, key=lambda e: e["version"]),
+        train=[train[step] for step in sorted(train)],
+        stages=store.read_metrics("stages"),
+    )
+
+
+def render(run: RunData) -> str:
+    """The page as text."""
+    parts = (
+        section("results", "Before and after", _results(run)),
+        section("reliability", "Does confidence mean what it says?", _reliability(run)),
+        section("versions", "By version", _versions(run)),
+        section("training", "Training", _training(run)),
+        section("time", "Where the time went", _time(run)),
+        section("accounting", "What became of each prompt", _accounting(run)),
+        section("examples", "Examples", _examples(run)),
+    )
+    template = Template((resources.files("rlsf_ray") / "report_template.html").read_text(encoding="utf-8"))
+    return template.substitute(
+        title=escape(f"{run.config.recipe} on {run.config.model.name}, seed {run.config.seed}"),
+        header=_header(run),
+        sections="\n".join(parts),
+        footer=f"rlsf-ray {escape(__version__)} &middot; run directory <code>{escape(run.root)}</code>",
+    )
+
+
+def _header(run: RunData) -> str:
+    summary, seconds = run.summary, run.summary.get("seconds", {})
+    began = min((row["start"] for row in run.stages), default=None)
+    memory = summary.get("peak_memory_gb")
+    rows = {
+        "Model": run.config.model.name,
+        "Seed": run.config.seed,
+        "Date": datetime.fromtimestamp(began, UTC).strftime("%Y-%m-%d %H:%M UTC") if began else "not recorded",
+        "Duration": _duration(seconds.get("total")),
+        "Peak memory": f"{memory:.1f} GB" if memory is not None else "not recorded",
+        "Rounds": f"{run.config.rounds} of {run.config.prompts_per_round} prompts",
+    }
+    status = summary.get("status", "no summary yet")
+    command = summary.get("command")
+    return (
+        f'<h1>{escape(run.config.recipe)} <span class="badge">{escape(str(status))}</span></h1>'
+        f'<p class="headline">{_headline(run)}</p>'
+        + facts(rows, wide={"Command": f"<code>{escape(str(command))}</code>"} if command else {})
+    )
+
+
+def _headline(run: RunData) -> str:
+    before, after = run.ends
+    if not before or not after:
+        return "This run has no measurement both before and after training."
+    old, new = (e["metrics"].get("sampled_accuracy") for e in (before, after))
+    interval = _interval(run)
+    if old is None or new is None:
+        return "Sampled accuracy was not measured."
+    moved = "rose" if new > old else "fell" if new < old else "stayed"
+    span = f", 95&nbsp;% interval of the difference {signed(interval[1])} to {signed(interval[2])}" if interval else ""
+    return (
+        f"Sampled accuracy on {after['num_questions']} held-out questions {moved} from"
+        f" <b>{number(old)}</b> to <b>{number(new)}</b>{span}."
+    )
+
+
+def _interval(run: RunData) -> Sequence[float] | None:
+    """(mean, low, high) of the paired difference of sampled accuracy."""
+    return (run.summary.get("difference") or {}).get("sampled_accuracy")
+
+
+def _results(run: RunData) -> str:
+    before, after = run.ends
+    if before is None and after is None:
+        return missing("Nothing was measured: the run has no probe set, or it stopped before its first evaluation.")
+    old, new = (e["metrics"] if e else {} for e in (before, after))
+    rows = []
+    for key, name, direction in METRICS:
+        change = verdict(old.get(key), new.get(key), direction)
+        if key == "sampled_accuracy" and (interval := _interval(run)):
+            covers = " (includes 0)" if interval[1] <= 0 <= interval[2] else ""
+            change += f'<span class="small">95 %: {signed(interval[1])} to {signed(interval[2])}{covers}</span>'
+        digits = 1 if key == "mean_length" else 3
+        rows.append((escape(name), _value(old, key, digits), _value(new, key, digits), change))
+    measured = after or before or {}
+    note = f"{measured['num_questions']} questions, {measured['num_samples']} samples each."
+    if not (before and after):
+        note += f" {'Version 0' if before is None else 'A version after training'} was not measured on them."
+    return table(("", "before", "after", "change"), rows) + f'<p class="note">{note}</p>'
+
+
+def _value(metrics: Json, key: str, digits: int) -> str:
+    text = number(metrics.get(key), digits)
+    if metrics.get(f"{key}_low") is None or metrics.get(f"{key}_high") is None:
+        return text
+    return f'{text}<span class="small">{number(metrics[f"{key}_low"])} to {number(metrics[f"{key}_high"])}</span>'
+
+
+def _reliability(run: RunData) -> str:
+    before, after = run.ends
+    if before is None and after is None:
+        return missing("No evaluation, so no confidences to compare with the truth.")
+    figures = []
+    for key, name in CONFIDENCES.items():
+        old, new = ((e or {}).get("reliability", {}).get(key) for e in (before, after))
+        alt = f"Reliability diagram of the {name.lower()}, before and after training"
+        figures.append(figure(name, plots.reliability(old, new), alt))
+    note = "On the dashed line confidence equals accuracy; below it the model is over-confident."
+    return f'<div class="grid">{"".join(figures)}</div><p class="note">{note}</p>'
+
+
+def _versions(run: RunData) -> str:
+    if not run.evals:
+        return missing("No version was evaluated.")
+    accuracy = {f"{kind}_accuracy": kind for kind in ("sampled", "greedy", "majority")}
+    ece = {f"ece_{key}": name.lower() for key, name in CONFIDENCES.items()}
+    figures = (
+        figure(
+            "Accuracy", plots.by_version(run.evals, accuracy, interval="sampled_accuracy"), "Accuracy of each version"
+        ),
+        figure("ECE (lower is better)", plots.by_version(run.evals, ece), "Calibration error of each version"),
+    )
+    counts = sorted({e["num_questions"] for e in run.evals})
+    note = "Bars are 95 % intervals over questions."
+    if len(counts) > 1:
+        note += f" Versions in between were measured on {counts[0]} of the {counts[-1]} questions."
+    return f'<div class="grid">{"".join(figures)}</div><p class="note">{note}</p>'
+
+
+def _training(run: RunData) -> str:
+    if not run.train:
+        return missing("No training step was recorded.")
+    names = {"loss": "loss", "margin": "reward margin", "accuracy": "share of pairs ranked right"}
+    figures = (
+        figure(name.capitalize(), plots.curve(run.train, key, name), f"{name} over training steps")
+        for key, name in names.items()
+    )
+    pairs = sum(row.get("num_pairs") or 0 for row in run.train)
+    note = f"{len(run.train)} steps over {pairs} pairs (all passes). Dotted lines: a new round begins."
+    return f'<div class="grid">{"".join(figures)}</div><p class="note">{note}</p>'
+
+
+def _time(run: RunData) -> str:
+    line = make_timeline(run.stages)
+    if not line.length_s:
+        return missing("No stage was timed.")
+    rows = [
+        (escape(s.role), str(s.num_actors), _duration(s.busy_s), f"{100 * s.idle:.0f} %", f"{s.tokens:,}")
+        for s in line.shares()
+    ]
+    axis = f'<div class="axis"><span>0</span><span>{_duration(line.length_s)}</span></div>'
+    notes = []
+    if len(line.lanes) > MAX_LANES:
+        notes.append(f"The first {MAX_LANES} of {len(line.lanes)} actors are drawn.")
+    if line.pause_s > 0:
+        notes.append(f"{_duration(line.pause_s)} in which nothing ran (the run was resumed) are left out.")
+    note = f'<p class="note">{" ".join(notes)}</p>' if notes else ""
+    head = ("role", "actors", "busy", "idle", "tokens")
+    return "".join(_lanes(line)) + f'<div class="lane"><span></span>{axis}</div>' + note + table(head, rows)
+
+
+def _lanes(line: Timeline) -> Iterable[str]:
+    scale = 100 / line.length_s
+    for lane in line.lanes[:MAX_LANES]:
+        # Gaps too small to be seen are closed, so that a long run stays a small page.
+        spans = merge(lane.spans, gap_s=line.length_s / 1000)
+        role = escape(lane.role)
+        name = lane.actor if lane.role in lane.actor else f"{lane.actor} ({lane.role})"
+        bars = "".join(
+            f'<i class="{role}" style="left:{scale * start:.2f}%;width:{scale * (end - start):.2f}%"></i>'
+            for start, end in spans
+        )
+        yield f'<div class="lane"><span>{escape(name)}</span><div class="track">{bars}</div></div>'
+
+
+def _accounting(run: RunData) -> str:
+    counts = run.summary.get("accounting")
+    if not counts:
+        return missing("The run has not written its summary, so its prompts are not counted yet.")
+    ends = {name: counts.get(name, 0) for name in ("trained", "filtered", "failed")}
+    ends |= {name.replace("_", " "): counts[name] for name in ("rolled_back", "in_flight") if counts.get(name)}
+    equation = " + ".join(f"<b>{count}</b> {name}" for name, count in ends.items())
+    text = f'<p class="equation"><b>{counts["admitted"]}</b> admitted = {equation}</p>'
+    if sum(ends.values()) != counts["admitted"]:
+        open_ones = counts["admitted"] - sum(ends.values())
+        text += f'<p class="worse">These do not add up: {open_ones} prompts have no end (a run that stopped early).</p>'
+    reasons = sorted((counts.get("reasons") or {}).items(), key=lambda item: -item[1])
+    if not reasons:
+        return text + '<p class="note">No prompt was filtered.</p>'
+    most = max(1, reasons[0][1])
+    rows = [
+        (
+            f"<code>{escape(name)}</code>",
+            str(count),
+            f'<span class="bar" style="width:{100 * count / most:.0f}%"></span>',
+        )
+        for name, count in reasons
+    ]
+    return text + table(("why filtered", "prompts", ""), rows, wide_last=True)
+
+
+def _examples(run: RunData) -> str:
+    before, after = run.ends
+    if before is None and after is None:
+        return missing("No evaluation, so no held-out answers to show.")
+    return examples(before, after, NUM_EXAMPLES)
+
+
+def _duration(seconds: Any) -> str:
+    if seconds is None:
+        return "not recorded"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

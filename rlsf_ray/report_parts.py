@@ -1,0 +1,116 @@
+"""The small pieces of HTML that the report is put together from. Text from outside is escaped here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from rlsf_ray.records import Json
+
+
+def section(name: str, title: str, body: str) -> str:
+    """One titled box of the page."""
+    return f'<section id="{name}"><h2>{escape(title)}</h2>{body}</section>'
+
+
+def missing(text: str) -> str:
+    """What stands in a section whose data is not there."""
+    return f'<p class="missing">{escape(text)}</p>'
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number for a table; n/a where it is absent."""
+    return "n/a" if value is None else f"{value:.{digits}f}"
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """A number with its sign, always; a true minus."""
+    text = f"{value:+.{digits}f}"
+    return text.replace("-", "&minus;")
+
+
+def verdict(before: float | None, after: float | None, direction: int) -> str:
+    """The change with its sign, and better or worse in word and colour. `direction` -1: less is better."""
+    if before is None or after is None:
+        return "n/a"
+    digits = 3 if direction else 1
+    change = after - before
+    text = signed(change, digits)
+    if direction == 0 or abs(change) < 0.5 * 10**-digits:
+        return f"<span>{text}</span>"
+    word = "better" if change * direction > 0 else "worse"
+    return f'<span class="{word}">{text} {word}</span>'
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, wide_last: bool = False) -> str:
+    """Rows of finished HTML cells. All columns but the first hold numbers; `wide_last`: the last one holds bars."""
+
+    def kind(column: int) -> str:
+        if wide_last and column == len(head) - 1:
+            return ' style="width:55%"'
+        return ' class="num"' if column else ""
+
+    top = "".join(f"<th{kind(i)}>{escape(name)}</th>" for i, name in enumerate(head))
+    body = "".join(
+        "<tr>" + "".join(f"<td{kind(i)}>{cell}</td>" for i, cell in enumerate(row)) + "</tr>" for row in rows
+    )
+    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def facts(rows: Mapping[str, Any], wide: Mapping[str, str]) -> str:
+    """Names with their values; `wide` ones are finished HTML and take a line each."""
+    short = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>" for name, value in rows.items())
+    long = "".join(f'<div class="wide"><dt>{escape(name)}</dt><dd>{value}</dd></div>' for name, value in wide.items())
+    return f"<dl>{short}{long}</dl>"
+
+
+def figure(title: str, source: str, alt: str) -> str:
+    """A titled picture from a data URI."""
+    return f'<figure><h3>{escape(title)}</h3><img src="{source}" alt="{escape(alt)}"></figure>'
+
+
+def examples(before: Json | None, after: Json | None, count: int) -> str:
+    """The first sample of `count` questions, spread evenly over the probe set whatever their result."""
+    sides = [(name, {q["id"]: q for q in e["questions"]}) for name, e in (("before", before), ("after", after)) if e]
+    ids = [name for name in sides[0][1] if all(name in questions for _, questions in sides)]
+    count = min(count, len(ids))
+    if not count:
+        return missing("The evaluations keep no texts.")
+    chosen = [ids[i * len(ids) // count] for i in range(count)]
+    note = f'<p class="note">The first sample for {count} questions, spread evenly over the probe set.</p>'
+    return note + "".join(_example([(name, questions[key]) for name, questions in sides]) for key in chosen)
+
+
+def _example(sides: Sequence[tuple[str, Json]]) -> str:
+    question = sides[0][1]
+    columns = "".join(_sample(name, q["samples"][0]) for name, q in sides if q["samples"])
+    return (
+        f'<div class="example"><p class="question"><b>{escape(question["question"].strip())}</b>'
+        f' <span class="note">gold: {escape(str(question["gold"]))}</span></p><div class="grid">{columns}</div></div>'
+    )
+
+
+def _sample(name: str, sample: Json) -> str:
+    if sample["answer"] is None:
+        result = "no answer found" if sample["finished"] else "cut off at the token limit"
+    else:
+        result = "right" if sample["correct"] else "wrong"
+    colour = "better" if sample["correct"] else "worse"
+    confidence = ", ".join(
+        f"{label} {number(sample.get(key), 2)}"
+        for key, label in (("answer_prob", "answer probability"), ("agreement", "agreement"))
+    )
+    return (
+        f'<div><h3>{name}: <span class="{colour}">{result}</span></h3>'
+        f'<pre>{marked(sample["text"].strip(), sample["answer"])}</pre><span class="small">{confidence}</span></div>'
+    )
+
+
+def marked(text: str, answer: str | None) -> str:
+    """The escaped text with the last place of the answer marked."""
+    at = text.rfind(answer) if answer else -1
+    if answer is None or at < 0:
+        return escape(text)
+    end = at + len(answer)
+    return f"{escape(text[:at])}<mark>{escape(text[at:end])}</mark>{escape(text[end:])}"

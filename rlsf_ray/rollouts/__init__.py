@@ -1,0 +1,1 @@
+"""Programs that turn a prompt into a group through an engine."""

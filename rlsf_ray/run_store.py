@@ -1,0 +1,273 @@
+"""The run directory: everything a run keeps, readable at every moment and enough to go on after a crash.
+
+config.yaml packages.json state.json summary.json report.html
+traces/ groups/ pairs/ probe/     round-0003/part-00007.parquet
+versions/0001/                    one adapter in PEFT format; version.json is written last and makes it count
+metrics/*.jsonl  tensorboard/  eval/version-0001.json  checkpoints/ (Ray Train's own)
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+import yaml
+from pydantic import ValidationError
+
+from rlsf_ray import adapters, tables
+from rlsf_ray.adapters import checksum
+from rlsf_ray.config import RunConfig
+from rlsf_ray.errors import InputError, WeightsError
+from rlsf_ray.records import Json, WeightsVersion
+from rlsf_ray.storage import Storage, damaged
+from rlsf_ray.tables import group_to_row, pair_rows, row_to_group, trace_rows
+
+__all__ = ["RunStore", "checksum", "group_to_row", "pair_rows", "row_to_group", "trace_rows"]
+
+
+class RunStore:
+    """One run's files. Make one with `create_or_resume` or `open`; it pickles, and each process may hold its own."""
+
+    trace_rows = staticmethod(trace_rows)
+    pair_rows = staticmethod(pair_rows)
+    group_to_row = staticmethod(group_to_row)
+    row_to_group = staticmethod(row_to_group)
+
+    def __init__(self, storage: Storage, config: RunConfig) -> None:
+        self.storage = storage
+        self.config = config
+        self._events_name = ""
+
+    @classmethod
+    def create_or_resume(cls, root: str, config: RunConfig) -> RunStore:
+        """The run at `root` with exactly this config, made if it is not there yet.
+
+        Raises `InputError` that names every differing key if another config lies there.
+        """
+        storage = Storage(root)
+        ours = config.model_dump(mode="json")
+        theirs = _read_config(storage)
+        if theirs is None:
+            storage.write("packages.json", _to_json(_packages()))
+            storage.write("config.yaml", yaml.safe_dump(ours, sort_keys=False).encode())
+        elif theirs != ours:
+            raise InputError(
+                f"{storage.root} holds a run with other settings:\n{_differences(theirs, ours)}\n"
+                "give this run another --run name, or give the same settings to resume that one"
+            )
+        return cls(storage, config)
+
+    @classmethod
+    def open(cls, root: str) -> RunStore:
+        """An existing run. Raises `InputError` if there is none."""
+        storage = Storage(root)
+        values = _read_config(storage)
+        if values is None:
+            raise InputError(f"no run at {storage.root}: expected a config.yaml there; check the run's name or path")
+        try:
+            return cls(storage, RunConfig.model_validate(values))
+        except ValidationError as error:
+            raise InputError(
+                f"{storage.path('config.yaml')} is not a config of this version of rlsf-ray: {error}; open the run"
+                " with the version in its packages.json"
+            ) from error
+
+    @property
+    def root(self) -> str:
+        """Absolute path or URL of the run."""
+        return self.storage.root
+
+    def path(self, name: str) -> str:
+        """Absolute path or URL of one file of the run."""
+        return self.storage.path(name)
+
+    def names(self, folder: str) -> list[str]:
+        """What lies in a folder of the run, sorted."""
+        return self.storage.names(folder)
+
+    def write_text(self, name: str, text: str) -> str:
+        """Put a text file in place; returns its full path."""
+        self.storage.write(name, text.encode())
+        return self.path(name)
+
+    def write_json(self, name: str, obj: Any) -> None:
+        """Put a JSON file in place. Numpy numbers become plain ones; nan and inf become null."""
+        self.storage.write(name, _to_json(obj))
+
+    def read_json(self, name: str) -> Any:
+        """The content of a JSON file, None where there is none. Raises `StorageError` if it is damaged."""
+        data = self.storage.read(name)
+        if data is None:
+            return None
+        try:
+            return json.loads(data)
+        except ValueError as error:
+            raise damaged(self.path(name), error) from error
+
+    def write_table(self, kind: str, round: int, part: int, rows: Sequence[Json]) -> None:
+        """Put one part of a table in place (see tables.py for the kinds and their columns)."""
+        self.storage.write(f"{kind}/round-{round:04d}/part-{part:05d}.parquet", tables.encode(kind, rows))
+
+    def read_table(self, kind: str, round: int | None = None) -> Any:
+        """The `pyarrow.Table` of one round, or of all, in the order of rounds and parts."""
+        folders = self.names(kind) if round is None else [f"round-{round:04d}"]
+        files = [f"{kind}/{folder}/{name}" for folder in folders for name in self.names(f"{kind}/{folder}")]
+        return tables.concat(kind, [self._read_part(name) for name in files if name.endswith(".parquet")])
+
+    def _read_part(self, name: str) -> Any:
+        try:
+            return tables.decode(self.storage.read(name) or b"")
+        except ValueError as error:
+            raise damaged(self.path(name), error) from error
+
+    def append_metrics(self, name: str, records: Sequence[Json]) -> None:
+        """Add rows to `metrics/<name>.jsonl`, and those of `train` to TensorBoard. One writer for each name."""
+        lines = b"".join(_to_json(record, indent=None) for record in records)
+        self.storage.append(f"metrics/{name}.jsonl", lines, separator=b"\n")
+        if name == "train":
+            self._append_events(name, records)
+
+    def read_metrics(self, name: str) -> list[Json]:
+        """The rows of `metrics/<name>.jsonl`; a last line that a crash cut short does not count."""
+        path = f"metrics/{name}.jsonl"
+        whole, _, _ = (self.storage.read(path) or b"").rpartition(b"\n")
+        try:
+            return [json.loads(line) for line in whole.split(b"\n") if line]
+        except ValueError as error:
+            raise damaged(self.path(path), error) from error
+
+    def _append_events(self, name: str, records: Sequence[Json]) -> None:
+        """TensorBoard reads every event file of a folder, so each process and each resume begins a file of its own."""
+        if not self._events_name:
+            self._events_name = f"tensorboard/events.out.tfevents.{time.time_ns()}.{os.getpid()}"
+        self.storage.append(self._events_name, _events(name, records))
+
+    def write_adapter(
+        self, version: int, adapter: Mapping[str, np.ndarray], base_model: str, config: RunConfig
+    ) -> WeightsVersion:
+        """Keep an adapter under `versions/`. Writing the same content again changes nothing.
+
+        Raises `WeightsError` if the version is known with other content.
+        """
+        folder = f"versions/{version:04d}"
+        made = WeightsVersion(version=version, checksum=checksum(adapter), path=self.path(folder))
+        known = self.read_json(f"{folder}/version.json")
+        if known is not None:
+            if known.get("checksum") != made.checksum:
+                raise WeightsError(
+                    f"version {version} is already published with other weights: expected checksum"
+                    f" {known.get('checksum')}, got {made.checksum}; publish the new weights as a new version"
+                )
+            return made
+        files = adapters.to_peft(adapter, base_model=base_model, lora_alpha=config.learner.lora_alpha)
+        for name, data in files.items():
+            self.storage.write(f"{folder}/{name}", data)
+        self.write_json(f"{folder}/version.json", {"version": version, "checksum": made.checksum})
+        return made
+
+    def read_adapter(self, version: int) -> tuple[dict[str, np.ndarray], WeightsVersion]:
+        """An adapter and its name. Raises `WeightsError` if it is unknown or no longer what was published."""
+        folder = f"versions/{version:04d}"
+        known = self.read_json(f"{folder}/version.json")
+        if known is None:
+            raise WeightsError(f"no version {version} in {self.root}; published are {self.versions()}")
+        weights = f"{folder}/{adapters.WEIGHTS_FILE}"
+        try:
+            adapter = adapters.from_peft(self.storage.read(weights) or b"")
+        except ValueError as error:
+            raise damaged(self.path(weights), error) from error
+        found = checksum(adapter)
+        if found != known.get("checksum"):
+            raise WeightsError(
+                f"{self.path(weights)} changed after it was published: expected checksum {known.get('checksum')}, got"
+                f" {found}; restore it from a copy"
+            )
+        return adapter, WeightsVersion(version=version, checksum=found, path=self.path(folder))
+
+    def versions(self) -> list[int]:
+        """Published versions, oldest first."""
+        folders = [name for name in self.names("versions") if name.isdigit()]
+        return [int(name) for name in folders if "version.json" in self.names(f"versions/{name}")]
+
+
+def _read_config(storage: Storage) -> Json | None:
+    data = storage.read("config.yaml")
+    if data is None:
+        return None
+    try:
+        values = yaml.safe_load(data)
+    except yaml.YAMLError as error:
+        raise damaged(storage.path("config.yaml"), error) from error
+    if not isinstance(values, dict):
+        raise damaged(storage.path("config.yaml"), f"expected keys, got {type(values).__name__}")
+    return values
+
+
+def _differences(theirs: Json, ours: Json) -> str:
+    """One line for each differing key, as a dotted path: what was asked for now, what the run has."""
+    old, new = _flat(theirs), _flat(ours)
+    keys = [key for key in {**old, **new} if old.get(key, "absent") != new.get(key, "absent")]
+    return "\n".join(f"  {key}: got {new.get(key, 'absent')}, expected {old.get(key, 'absent')}" for key in keys)
+
+
+def _flat(value: Any, path: str = "") -> dict[str, str]:
+    """Leaves by their dotted path; an empty list or section is a leaf."""
+    if not value or not isinstance(value, dict | list):
+        return {path: repr(value)}
+    flat: dict[str, str] = {}
+    for name, part in value.items() if isinstance(value, dict) else enumerate(value):
+        flat |= _flat(part, f"{path}.{name}" if path else str(name))
+    return flat
+
+
+def _packages() -> Json:
+    installed = {d.metadata["Name"]: d.version for d in metadata.distributions() if d.metadata["Name"]}
+    return {
+        "python": platform.python_version(),
+        "packages": dict(sorted(installed.items(), key=lambda p: p[0].lower())),
+    }
+
+
+def _to_json(obj: Any, indent: int | None = 2) -> bytes:
+    return (json.dumps(_plain(obj), indent=indent, allow_nan=False) + "\n").encode()
+
+
+def _plain(obj: Any) -> Any:
+    if isinstance(obj, Mapping):
+        return {str(key): _plain(value) for key, value in obj.items()}
+    if isinstance(obj, np.ndarray | np.generic):
+        return _plain(obj.tolist())
+    if isinstance(obj, list | tuple):
+        return [_plain(value) for value in obj]
+    if isinstance(obj, float) and not math.isfinite(obj):
+        return None
+    return obj
+
+
+def _events(name: str, records: Sequence[Json]) -> bytes:
+    """TensorBoard's records for the numbers of each row, at the row's step and time."""
+    # Imported here: only the trainer writes curves.
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    buffer = io.BytesIO()
+    writer = RecordWriter(buffer)
+    for record in records:
+        numbers = {key: value for key, value in record.items() if key not in ("time", "step") and _is_number(value)}
+        values = [Summary.Value(tag=f"{name}/{key}", simple_value=value) for key, value in numbers.items()]
+        event = Event(wall_time=record["time"], step=record["step"], summary=Summary(value=values))
+        writer.write(event.SerializeToString())
+    return buffer.getvalue()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)

@@ -1,0 +1,150 @@
+"""Whole files under one root, a local folder or an fsspec URL: a reader sees the old content or the new, never half.
+
+Locally a file is written beside its target, flushed to disk, then renamed over it. On an object store one put is
+atomic by itself. Every failure of the storage becomes a `StorageError` that names the file.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from rlsf_ray.errors import InputError, StorageError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # disk full, quota used up, size limit of the process
+
+
+class Storage:
+    """Files by their name relative to `root`. Raises `InputError` for a root that no file system serves."""
+
+    def __init__(self, root: str) -> None:
+        self._fs, self._base = _file_system(root)
+        self.local = isinstance(self._fs, LocalFileSystem)
+        self.root = self._base if self.local else root.rstrip("/")
+
+    def path(self, name: str) -> str:
+        """The absolute path or URL of a file."""
+        return f"{self.root}/{name}"
+
+    def write(self, name: str, data: bytes) -> None:
+        """Put `data` in place of what was there. A crash at any moment leaves the old content."""
+        with self._guard("write", name):
+            if not self.local:
+                self._fs.pipe_file(self._key(name), data)
+                return
+            target = Path(self._key(name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+            try:
+                with temporary.open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(target)
+            except OSError:
+                with suppress(OSError):
+                    temporary.unlink(missing_ok=True)
+                raise
+
+    def append(self, name: str, data: bytes, *, separator: bytes = b"") -> None:
+        """Add `data` at the end. What a crash left behind the last `separator` is dropped first.
+
+        One writer for each name. An object store cannot append, so the file is put anew.
+        """
+        if not self.local:
+            self.write(name, (self.read(name) or b"") + data)
+            return
+        with self._guard("append to", name):
+            target = Path(self._key(name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if separator:
+                _drop_torn_end(target, separator)
+            with target.open("ab", buffering=0) as file:
+                size = file.tell()
+                try:
+                    written = file.write(data)
+                    if written != len(data):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+                except OSError:
+                    with suppress(OSError):
+                        file.truncate(size)
+                    raise
+
+    def read(self, name: str) -> bytes | None:
+        """The content, or None where there is no such file."""
+        with self._guard("read", name):
+            try:
+                return self._fs.cat_file(self._key(name))
+            except FileNotFoundError:
+                return None
+
+    def names(self, folder: str) -> list[str]:
+        """Base names in a folder, sorted, without unfinished files; empty where there is no such folder."""
+        with self._guard("list", folder):
+            self._fs.invalidate_cache()
+            try:
+                entries = self._fs.ls(self._key(folder), detail=False)
+            except FileNotFoundError:
+                return []
+        names = {entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries}
+        return sorted(name for name in names if not name.startswith("."))
+
+    def _key(self, name: str) -> str:
+        return f"{self._base}/{name}"
+
+    @contextmanager
+    def _guard(self, verb: str, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            path = self.path(name)
+            if error.errno in _FULL:
+                raise StorageError(
+                    f"cannot {verb} {path}: no space left ({error}); what was committed is still readable. Free space"
+                    f" on the disk that holds {self.root} (old runs, old folders in checkpoints/), then run the same"
+                    " command again to resume"
+                ) from error
+            raise StorageError(
+                f"cannot {verb} {path}: {error}; check that the path exists, is a folder of yours and is reachable"
+            ) from error
+
+
+def damaged(path: str, why: object) -> StorageError:
+    """The error for a file whose content cannot be understood."""
+    return StorageError(
+        f"{path} is damaged or was only half written ({why}); restore it from a copy, or delete it and run the same"
+        " command again"
+    )
+
+
+def _file_system(root: str) -> tuple[Any, str]:
+    if not root.strip():
+        raise InputError(
+            "the run directory must have a name, got an empty text; give a folder or a URL like s3://b/run"
+        )
+    if "://" not in root:
+        return LocalFileSystem(), os.path.abspath(os.path.expanduser(root))
+    try:
+        fs, base = fsspec.core.url_to_fs(root)
+    except (ValueError, ImportError) as error:
+        raise InputError(
+            f"no file system for the run directory {root}: {error}; give a folder, or install the fsspec package that"
+            " serves this URL (s3fs for s3://, gcsfs for gs://)"
+        ) from error
+    return fs, base.rstrip("/")
+
+
+def _drop_torn_end(target: Path, separator: bytes) -> None:
+    if not target.exists() or target.stat().st_size == 0:
+        return
+    content = target.read_bytes()
+    if not content.endswith(separator):
+        os.truncate(target, content.rfind(separator) + len(separator) if separator in content else 0)

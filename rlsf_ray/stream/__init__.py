@@ -1,0 +1,1 @@
+"""Decisions without Ray: pure state machines, tested with an injected clock."""

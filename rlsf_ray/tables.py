@@ -1,0 +1,204 @@
+"""Records as rows of Parquet tables, each with its full provenance. No row has room for a gold answer.
+
+traces   one row a trace, with its scores and why its prompt gave no pairs
+pairs    one row a pair, with both traces' seeds, versions, answers and scores
+groups   one row a `TrainingGroup`, exact: what the learner is fed, and fed again after a crash
+probe    rows of evaluation, of any columns
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rlsf_ray.records import Json, Pair, ScoredGroup, TrainingGroup, TrainingTrace
+
+_TOKENS, _FLOATS, _SPAN = pa.list_(pa.int32()), pa.list_(pa.float32()), pa.list_(pa.int32())
+_SEED = pa.uint64()
+
+_TRACES = {
+    "group_id": pa.string(),
+    "prompt_id": pa.string(),
+    "round": pa.int32(),
+    "sequence": pa.int64(),
+    "trace_id": pa.string(),
+    "index": pa.int32(),
+    "seed": _SEED,
+    "version": pa.int32(),
+    "text": pa.string(),
+    "token_ids": _TOKENS,
+    "logprob": _FLOATS,
+    "top1": _FLOATS,
+    "top2": _FLOATS,
+    "finished": pa.bool_(),
+    "answer": pa.string(),
+    "answer_chars": _SPAN,
+    "answer_tokens": _SPAN,
+    "label": pa.int32(),
+    "signal": pa.string(),
+    "score": pa.float64(),
+    "reason": pa.string(),
+}
+
+_SIDE = {
+    "trace_id": pa.string(),
+    "seed": _SEED,
+    "version": pa.int32(),
+    "answer": pa.string(),
+    "score": pa.float64(),
+}
+_PAIRS = {
+    "group_id": pa.string(),
+    "prompt_id": pa.string(),
+    "round": pa.int32(),
+    "signal": pa.string(),
+    **{f"{side}_{name}": kind for side in ("chosen", "rejected") for name, kind in _SIDE.items()},
+    "weight": pa.float64(),
+    "margin": pa.float64(),
+}
+
+_TRAINING_TRACE = {
+    "id": pa.string(),
+    "seed": _SEED,
+    "version": pa.int32(),
+    "score": pa.float64(),
+    "answer": pa.string(),
+    "token_ids": _TOKENS,
+    "reference_logprob": _FLOATS,
+}
+_PAIR = {"chosen": pa.int32(), "rejected": pa.int32(), "weight": pa.float64(), "margin": pa.float64()}
+_GROUPS = {
+    "id": pa.string(),
+    "round": pa.int32(),
+    "sequence": pa.int64(),
+    "prompt_id": pa.string(),
+    "signal": pa.string(),
+    "prompt_ids": _TOKENS,
+    "traces": pa.list_(pa.struct(list(_TRAINING_TRACE.items()))),
+    "pairs": pa.list_(pa.struct(list(_PAIR.items()))),
+}
+
+SCHEMAS = {
+    "traces": pa.schema(list(_TRACES.items())),
+    "pairs": pa.schema(list(_PAIRS.items())),
+    "groups": pa.schema(list(_GROUPS.items())),
+}
+KINDS = (*SCHEMAS, "probe")
+
+
+def trace_rows(scored: ScoredGroup) -> list[Json]:
+    """One row for each trace of a scored group; an absent score is null."""
+    group = scored.group
+    shared = {
+        "group_id": group.id,
+        "prompt_id": group.prompt.id,
+        "round": group.round,
+        "sequence": group.sequence,
+        "signal": scored.signal,
+        "reason": scored.reason,
+    }
+    rows = []
+    for trace, label, score in zip(group.traces, scored.labels, scored.scores, strict=True):
+        own = {name: getattr(trace, name) for name in ("index", "seed", "version", "text", "finished")}
+        arrays = {name: getattr(trace, name) for name in ("token_ids", "logprob", "top1", "top2")}
+        answer = trace.answer
+        span = {
+            "answer": answer and answer.text,
+            "answer_chars": answer and answer.chars,
+            "answer_tokens": answer and answer.tokens,
+        }
+        rows.append({**shared, "trace_id": trace.id, **own, **arrays, **span, "label": label, "score": _or_null(score)})
+    return rows
+
+
+def pair_rows(group: TrainingGroup) -> list[Json]:
+    """One row for each pair of a training group."""
+
+    def side(name: str, trace: TrainingTrace) -> Json:
+        values = (trace.id, trace.seed, trace.version, trace.answer, _or_null(trace.score))
+        return {f"{name}_{key}": value for key, value in zip(_SIDE, values, strict=True)}
+
+    shared = {"group_id": group.id, "prompt_id": group.prompt_id, "round": group.round, "signal": group.signal}
+    return [
+        {
+            **shared,
+            **side("chosen", group.traces[pair.chosen]),
+            **side("rejected", group.traces[pair.rejected]),
+            "weight": pair.weight,
+            "margin": pair.margin,
+        }
+        for pair in group.pairs
+    ]
+
+
+def group_to_row(group: TrainingGroup) -> Json:
+    """A training group as one row of the `groups` table; `row_to_group` gives it back exactly."""
+    row = {name: getattr(group, name) for name in _GROUPS}
+    row["traces"] = [
+        {name: getattr(trace, name) for name in _TRAINING_TRACE} | {"score": _or_null(trace.score)}
+        for trace in group.traces
+    ]
+    row["pairs"] = [{name: getattr(pair, name) for name in _PAIR} for pair in group.pairs]
+    return row
+
+
+def row_to_group(row: Json) -> TrainingGroup:
+    """The training group of one row, as `group_to_row` or `Table.to_pylist` gives it."""
+    traces = tuple(
+        TrainingTrace(
+            **{
+                **trace,
+                "score": math.nan if trace["score"] is None else trace["score"],
+                "token_ids": np.asarray(trace["token_ids"], np.int32),
+                "reference_logprob": np.asarray(trace["reference_logprob"], np.float32),
+            }
+        )
+        for trace in row["traces"]
+    )
+    pairs = tuple(Pair(**pair) for pair in row["pairs"])
+    return TrainingGroup(
+        **{**row, "prompt_ids": np.asarray(row["prompt_ids"], np.int32), "traces": traces, "pairs": pairs}
+    )
+
+
+def encode(kind: str, rows: Sequence[Json]) -> bytes:
+    """Rows as the bytes of one Parquet file. Raises ValueError for an unknown kind or a column too many."""
+    _check_kind(kind)
+    schema = SCHEMAS.get(kind)
+    if schema is not None:
+        unknown = {name for row in rows for name in row} - set(schema.names)
+        if unknown:
+            raise ValueError(f"rows of {kind} have unknown columns {sorted(unknown)}; expected {schema.names}")
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), sink, compression="zstd")
+    return sink.getvalue().to_pybytes()
+
+
+def decode(data: bytes) -> Any:
+    """The `pyarrow.Table` of one Parquet file. Raises ValueError if the bytes are not a whole file."""
+    try:
+        return pq.read_table(pa.BufferReader(data))
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"not a whole Parquet file: {error}") from error
+
+
+def concat(kind: str, tables: Sequence[Any]) -> Any:
+    """One table of many parts; no parts give an empty table of the kind's columns."""
+    _check_kind(kind)
+    if not tables:
+        return pa.Table.from_pylist([], schema=SCHEMAS.get(kind, pa.schema([])))
+    return pa.concat_tables(tables, promote_options="default")
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"unknown table {kind!r}; expected one of {KINDS}")
+
+
+def _or_null(score: float) -> float | None:
+    return None if math.isnan(score) else score

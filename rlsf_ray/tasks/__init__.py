@@ -1,0 +1,1 @@
+"""Prompts in, answer checks out."""

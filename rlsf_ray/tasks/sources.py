@@ -1,0 +1,112 @@
+"""Prompts: the training set and the probe set of a run, and which prompts a round takes.
+
+Training gets `Prompt` records, which have no field for a gold answer; for training sources the gold is not even read.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from collections.abc import Iterator, Sequence
+
+from rlsf_ray.config import RunConfig, SourceConfig
+from rlsf_ray.errors import InputError
+from rlsf_ray.records import ProbePrompt, Prompt
+from rlsf_ray.tasks.files import file_stem
+from rlsf_ray.tasks.gym import gym_questions
+from rlsf_ray.tasks.questions import Question, first_duplicate, spread_seed, to_prompt
+from rlsf_ray.tasks.rows import row_questions
+
+logger = logging.getLogger(__name__)
+
+PROBE_SEED = 2507_21931  # the probe set is the same for every run seed
+
+
+def load_prompts(source: SourceConfig, *, seed: int, suffix: str, answer_format: str) -> list[ProbePrompt]:
+    """Up to `source.count` distinct prompts with their gold answers, chosen by `seed`.
+
+    Raises InputError for a source that cannot be read or lacks a gold answer.
+    """
+    questions = _take(source, seed=seed, labelled=True, taken=set())
+    return [_probe(question, suffix, answer_format) for question in questions]
+
+
+def load_sets(config: RunConfig) -> tuple[list[Prompt], list[ProbePrompt]]:
+    """(training prompts, probe set). The two share no canonical key, and neither repeats one.
+
+    The probe set comes first and does not depend on `config.seed`; the training prompts and their order do.
+    Each set holds *up to* the counts asked for: a small family may not have more.
+    Raises InputError for bad sources, for ids that two sources of a set share, and when no training prompt is left.
+    """
+    data = config.data
+    taken: set[str] = set()
+    labelled = _collect(data.probe, seed=PROBE_SEED, labelled=True, taken=taken)
+    num_probe = len(labelled)
+    unlabelled = _collect(data.train, seed=config.seed, labelled=False, taken=taken)
+    if not unlabelled:
+        raise InputError(
+            f"no training prompt is left: every prompt of data.train is among the {num_probe} of the probe set;"
+            " add training data or make the probe set smaller"
+        )
+    if len(unlabelled) < config.prompts_per_round:
+        logger.warning(
+            "prompts_per_round is %d but only %d distinct training prompts exist; rounds will be smaller",
+            config.prompts_per_round,
+            len(unlabelled),
+        )
+    random.Random(config.seed).shuffle(unlabelled)
+    random.Random(PROBE_SEED).shuffle(labelled)  # so that the first n are a fair part of all sources
+    train = [to_prompt(question, suffix=data.suffix, answer_format=data.answer) for question in unlabelled]
+    return train, [_probe(question, data.suffix, data.answer) for question in labelled]
+
+
+def prompts_of_round(train: Sequence[Prompt], round: int, prompts_per_round: int, seed: int) -> list[Prompt]:
+    """The prompts of round 0, 1, ...: the next window of the endlessly repeated training set, in a shuffled order.
+
+    No prompt stands twice in a round, so a round holds min(prompts_per_round, len(train)) prompts.
+    """
+    size = min(prompts_per_round, len(train))
+    window = [train[(round * size + i) % len(train)] for i in range(size)]
+    random.Random(spread_seed(f"round {round}", seed)).shuffle(window)
+    return window
+
+
+def _collect(sources: Sequence[SourceConfig], *, seed: int, labelled: bool, taken: set[str]) -> list[Question]:
+    questions = [q for source in sources for q in _take(source, seed=seed, labelled=labelled, taken=taken)]
+    if duplicate := first_duplicate([question.id for question in questions]):
+        raise InputError(
+            f"two sources of data.{'probe' if labelled else 'train'} use the id {duplicate[0]!r};"
+            " give the sources distinct ids or file names"
+        )
+    return questions
+
+
+def _take(source: SourceConfig, *, seed: int, labelled: bool, taken: set[str]) -> list[Question]:
+    """The first `count` questions whose keys are not in `taken`; their keys are added to it."""
+    questions = []
+    for question in _read(source, seed=seed, labelled=labelled):
+        if question.key not in taken:
+            taken.add(question.key)
+            questions.append(question)
+        if len(questions) == source.count:
+            break
+    if source.count and len(questions) < source.count:
+        logger.info("%s: %d of %d prompts found", source.name or source.path, len(questions), source.count)
+    return questions
+
+
+def _read(source: SourceConfig, *, seed: int, labelled: bool) -> Iterator[Question]:
+    """Questions in an order that the seed and the source's identity (not its count or folder) decide."""
+    identity = json.dumps([source.kind, source.name, file_stem(source.path or ""), source.options], default=str)
+    seed = spread_seed(identity, seed)
+    if source.kind == "reasoning_gym":
+        return gym_questions(source, seed=seed, labelled=labelled)
+    questions = row_questions(source, labelled=labelled)
+    random.Random(seed).shuffle(questions)
+    return iter(questions)
+
+
+def _probe(question: Question, suffix: str, answer_format: str) -> ProbePrompt:
+    assert question.gold is not None, f"{question.id} was read without its gold answer"
+    return ProbePrompt(prompt=to_prompt(question, suffix=suffix, answer_format=answer_format), gold=question.gold)

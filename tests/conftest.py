@@ -1,0 +1,34 @@
+"""Fixtures shared by all tests: a tiny model, and a cache folder of the test session's own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from tiny import tiny_config, tiny_model
+
+from rlsf_ray.config import RunConfig
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random two-layer model."""
+    return tiny_model(tmp_path_factory.mktemp("tiny-model"))
+
+
+@pytest.fixture(scope="session")
+def config(tiny: Path) -> RunConfig:
+    """A run of two rounds over the tiny model."""
+    return tiny_config(tiny)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> None:
+    """Evaluations are cached by content; tests that use the real model share its converted copy on purpose."""
+    if "real_model" not in request.keywords:
+        os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.getbasetemp() / "cache")
+    else:
+        os.environ.pop("XDG_CACHE_HOME", None)

@@ -1,0 +1,167 @@
+"""The plan finds every fault of model and data before anything heavy starts, and counts what a run needs."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import tiny_config
+
+from rlsf_ray.config import RunConfig
+from rlsf_ray.config_loading import load_config, override_config
+from rlsf_ray.errors import InputError
+from rlsf_ray.model_check import check_model, prompt_lengths
+from rlsf_ray.plan import check_input, describe, missing_resources, needed_resources
+from rlsf_ray.records import Prompt
+
+
+def copy_of(tiny: Path, to: Path, *without: str) -> Path:
+    """The tiny model's small files, less some."""
+    to.mkdir()
+    for file in tiny.iterdir():
+        if file.suffix != ".safetensors" and file.name not in without:
+            (to / file.name).write_bytes(file.read_bytes())
+    return to
+
+
+def changed_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def prompt_of(text: str) -> Prompt:
+    return Prompt(id="p0", messages=(("system", "Add."), ("user", text)), task="t", key=text)
+
+
+def test_resources_are_summed_over_the_pools() -> None:
+    pools = ["cluster.generators={count: 3, cpus: 1, gpus: 0.5}", "cluster.scorers={count: 2, gpus: 0.25}"]
+    config = load_config("rlsf", [*pools, "cluster.trainers={count: 2, cpus: 2, gpus: 1}"])
+    assert needed_resources(config) == {"CPU": 3 * 1 + 2 * 2, "GPU": 3 * 0.5 + 2 * 0.25 + 2 * 1}
+
+
+def test_missing_resources_name_amounts_pools_and_cure() -> None:
+    config = load_config("rlsf", ["cluster.generators.gpus=1", "cluster.generators.count=2"])
+    (line,) = missing_resources(config, {"CPU": 8.0, "GPU": 1.0})
+    assert line.startswith("2 GPU needed (generator 2 x 1), 1 there; ")
+    assert missing_resources(config, {"CPU": 3.0, "GPU": 2.0}) == []
+    assert len(missing_resources(config, {})) == 2
+
+
+def test_the_plan_counts_prompts_traces_and_the_most_steps(config: RunConfig) -> None:
+    """2 rounds x 8 prompts x 4 traces = 64 traces; at most 2 pairs a prompt = 16 pairs = 4 steps of 4, times 2 epochs
+    and 2 rounds = 16 steps."""
+    plan = check_input(config)
+    assert (plan.train_prompts, plan.probe_prompts) == (16, 6)
+    assert (plan.prompts, plan.traces, plan.steps) == (16, 64, 16)
+
+
+def test_the_description_shows_config_needs_and_what_is_missing(config: RunConfig) -> None:
+    text = describe(check_input(config), {"CPU": 1.0}, "the cluster at auto")
+    assert "beta: 0.1" in text
+    assert "64 traces; at most 16 optimiser steps" in text
+    assert "Missing  2 CPU needed (generator 1 x 1 + trainer 1 x 1), 1 there" in text
+
+
+def test_lengths_are_those_of_the_engine(tiny: Path, config: RunConfig) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    prompt = prompt_of("What is 3 + 4?")
+    messages = [{"role": role, "content": content} for role, content in prompt.messages]
+    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    facts = check_model(config.model)
+    assert facts is not None
+    assert prompt_lengths(facts, [prompt]) == [len(expected)]
+
+
+def test_plain_lengths_are_those_of_the_engine(tiny: Path) -> None:
+    from transformers import AutoTokenizer
+
+    facts = check_model(override_config(tiny_config(tiny), ["model.chat=plain"]).model)
+    assert facts is not None
+    expected = AutoTokenizer.from_pretrained(tiny)("Add.\nWhat is 3 + 4?\n")["input_ids"]
+    assert prompt_lengths(facts, [prompt_of("What is 3 + 4?")]) == [len(expected)]
+
+
+def test_prompts_that_do_not_fit_the_context_are_refused(tiny: Path, tmp_path: Path) -> None:
+    folder = copy_of(tiny, tmp_path / "short")
+    changed_json(folder / "config.json", max_position_embeddings=20)
+    with pytest.raises(InputError, match=r"do not fit the model's context: .* at most 8 \(20 of the model less .*=12\)"):
+        check_input(tiny_config(folder))
+
+
+def test_a_model_not_yet_on_this_machine_leaves_the_lengths_open() -> None:
+    plan = check_input(load_config("rlsf"))
+    assert (plan.model, plan.longest_prompt) == (None, None)
+    assert "smollm2: converted at the first run" in describe(plan, {}, "nowhere")
+
+
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not found"):
+        check_input(tiny_config(tmp_path / "nowhere"))
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no config\.json"):
+        check_input(tiny_config(tmp_path))
+
+
+def test_a_model_that_does_not_write_is_refused(tiny: Path, tmp_path: Path) -> None:
+    folder = copy_of(tiny, tmp_path / "encoder")
+    changed_json(folder / "config.json", architectures=["BertForMaskedLM"])
+    with pytest.raises(InputError, match=r"got BertForMaskedLM, expected a name ending in ForCausalLM"):
+        check_input(tiny_config(folder))
+
+
+def test_a_broken_config_json_is_named(tiny: Path, tmp_path: Path) -> None:
+    folder = copy_of(tiny, tmp_path / "broken")
+    (folder / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"cannot read .*config\.json"):
+        check_input(tiny_config(folder))
+
+
+def test_a_model_without_tokenizer_is_refused(tiny: Path, tmp_path: Path) -> None:
+    folder = copy_of(tiny, tmp_path / "mute", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    with pytest.raises(InputError, match="no tokenizer in model folder"):
+        check_input(tiny_config(folder))
+
+
+def test_a_missing_chat_template_is_refused_with_the_cure_and_the_cure_works(tiny: Path, tmp_path: Path) -> None:
+    folder = copy_of(tiny, tmp_path / "base", "chat_template.jinja")
+    kept = json.loads((folder / "tokenizer_config.json").read_text())
+    kept.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(kept))
+    with pytest.raises(InputError, match=r"--set model\.chat=plain"):
+        check_input(tiny_config(folder))
+    assert check_input(override_config(tiny_config(folder), ["model.chat=plain"])).model is not None
+
+
+def test_a_template_that_refuses_the_prompts_is_an_input_error(tiny: Path, tmp_path: Path) -> None:
+    folder = copy_of(tiny, tmp_path / "strict")
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(InputError, match="refuses the prompts: roles must alternate"):
+        check_input(tiny_config(folder))
+
+
+def test_a_users_function_in_no_module_is_refused(config: RunConfig) -> None:
+    with pytest.raises(InputError, match=r"signal=no_such_package\.signals:mine: no module"):
+        check_input(config.model_copy(update={"signal": "no_such_package.signals:mine"}))
+
+
+def test_planning_imports_no_torch_and_is_quick(tiny: Path, tmp_path: Path) -> None:
+    """Under 2 s on a quiet machine; the bound here leaves room for a busy one."""
+    code = (
+        "import sys; from rlsf_ray.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "print('heavy:', sorted({'torch', 'ray', 'transformers'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", code, "plan", "rlsf", "--set", f"model.name={tiny}", "--set", "rollout.max_tokens=20"]
+    start = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("heavy: []\n")
+    assert "200 to train, 150 to probe; longest: " in done.stdout
+    assert time.monotonic() - start < 5.0
+    assert list(tmp_path.iterdir()) == []  # it has started and written nothing

@@ -1,0 +1,107 @@
+"""Signals against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from rlsf_ray.algorithms.signals import SIGNALS, TraceStats
+
+
+def trace(
+    *probabilities: float,
+    top: tuple[tuple[float, float], ...] | None = None,
+    span: tuple[int, int] | None,
+    label: int = 0,
+    finished: bool = True,
+) -> TraceStats:
+    """A trace whose tokens have these probabilities; `top` holds (top 1, top 2) where the token is not the arg-max."""
+    pairs = top or tuple((p, 1.0 - p) for p in probabilities)
+    return TraceStats(
+        logprob=np.log(np.array(probabilities, dtype=np.float32)),
+        top1=np.array([pair[0] for pair in pairs], dtype=np.float32),
+        top2=np.array([pair[1] for pair in pairs], dtype=np.float32),
+        span=span,
+        label=label,
+        finished=finished,
+    )
+
+
+def scores(name: str, *traces: TraceStats) -> list[float]:
+    return SIGNALS[name].fn(traces).tolist()
+
+
+def test_disparity_is_the_mean_gap_over_the_answer_only() -> None:
+    # answer tokens 1 and 2: (0.75 - 0.25 + 1.0 - 0.0) / 2 = 0.75; token 0 is left out
+    assert scores("disparity", trace(0.5, 0.75, 1.0, span=(1, 3))) == [0.75]
+
+
+def test_disparity_scores_the_distribution_not_the_sampled_token() -> None:
+    # the sampled token has probability 0.25, the arg-max 0.5: |0.5 - 0.25| stays
+    assert scores("disparity", trace(0.25, top=((0.5, 0.25),), span=(0, 1))) == [0.25]
+
+
+def test_answer_probabilities_are_the_product_and_the_mean_over_the_span() -> None:
+    one = trace(0.125, 0.5, 0.25, span=(1, 3))
+    assert scores("answer_prob", one) == pytest.approx([0.125])  # 0.5 * 0.25
+    assert scores("answer_prob_mean", one) == pytest.approx([0.375])  # (0.5 + 0.25) / 2
+
+
+def test_mean_logprob_is_over_all_tokens() -> None:
+    # (ln 1/8 + ln 1/2 + ln 1/4) / 3 = -(3 + 1 + 2) ln 2 / 3 = -2 ln 2
+    assert scores("mean_logprob", trace(0.125, 0.5, 0.25, span=(1, 3))) == pytest.approx([-2 * math.log(2)])
+
+
+def group() -> list[TraceStats]:
+    """Disparities 0.5, 0.25, 0.25, absent, absent; answers 0, 1, 0, none, 0 but cut off."""
+    return [
+        trace(0.75, span=(0, 1), label=0),
+        trace(0.625, span=(0, 1), label=1),
+        trace(0.625, span=(0, 1), label=0),
+        trace(0.9, span=None, label=-1),
+        trace(0.9, span=(0, 1), label=0, finished=False),
+    ]
+
+
+def test_self_consistency_is_the_share_of_all_traces() -> None:
+    np.testing.assert_allclose(scores("self_consistency", *group()), [0.4, 0.2, 0.4, np.nan, np.nan])
+
+
+def test_disparity_vote_is_the_answers_share_of_the_summed_disparity() -> None:
+    # answer 0: 0.5 + 0.25 = 0.75 of 1.0; answer 1: 0.25 of 1.0
+    np.testing.assert_allclose(scores("disparity_vote", *group()), [0.75, 0.25, 0.75, np.nan, np.nan])
+
+
+def test_disparity_vote_without_any_disparity_is_zero() -> None:
+    assert scores("disparity_vote", trace(0.5, span=(0, 1))) == [0.0]
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_score_is_absent_without_an_answer_and_for_a_trace_that_was_cut_off(name: str) -> None:
+    assert np.isnan(scores(name, *group())).tolist() == [False, False, False, True, True]
+
+
+@pytest.mark.parametrize("name", [name for name, signal in SIGNALS.items() if signal.bounded])
+def test_bounded_signals_stay_in_the_unit_interval(name: str) -> None:
+    rng = np.random.default_rng(0)
+    traces = [trace(*rng.uniform(0.5, 1.0, size=6), span=(2, 5), label=k % 3) for k in range(8)]
+    values = SIGNALS[name].fn(traces)
+    assert ((values >= 0.0) & (values <= 1.0)).all()
+
+
+def test_stats_of_different_lengths_and_spans_outside_the_trace_are_refused() -> None:
+    with pytest.raises(ValueError, match="one length, got 1, 2, 2"):
+        TraceStats(logprob=np.zeros(1, np.float32), top1=np.zeros(2, np.float32), top2=np.zeros(2, np.float32),
+                   span=None, label=-1, finished=True)  # fmt: skip
+    with pytest.raises(ValueError, match=r"\(1, 1\) is empty"):
+        trace(0.5, 0.5, span=(1, 1))
+
+
+def test_everything_but_the_losses_imports_without_torch() -> None:
+    modules = [f"rlsf_ray.algorithms.{name}" for name in ("answers", "signals", "preferences", "voting", "calibration")]
+    code = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
