@@ -1,7 +1,7 @@
 # One-word commands. `make demo` and `make test` make .venv by themselves.
 #
 #   PYTHON=python3.12      which Python to use (3.11 to 3.13)
-#   TORCH_ARGS=...         extra arguments of `pip install torch`, from PyTorch's install page (users without a GPU: see README)
+#   TORCH_ARGS=...         more arguments of `pip install torch` (users without a GPU: from PyTorch's install page)
 #   ARGS="--seed 1"        arguments for `rlsf demo`, pytest or the benchmark
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \

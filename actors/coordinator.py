@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 STOP_S = 12.0  # the trainer may take so long to end its step
 REMOVE_S = 5.0  # and the actors so long to disappear: together under the promised 20 s
 LINGER_S = 30.0  # how long the outcome waits for a driver to read it
+LEAVE_S = 2.0  # for the answer to be on its way
 
 
 class Coordinator:
@@ -30,7 +32,7 @@ class Coordinator:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._work: asyncio.Task[None] | None = None
-        self._ended = asyncio.Event()
+        self._ended, self._read = asyncio.Event(), asyncio.Event()
         self._summary: Json | None = None
         self._error: RlsfError | None = None
         self._state: RunState | None = None
@@ -38,9 +40,10 @@ class Coordinator:
         self._crew: Crew | None = None
         self._watch: Watch | None = None
         self._peak_memory_gb: float | None = None
+        self._idle_cpu_s = time.process_time()  # spent on imports, before any work
 
     async def start(self, source: str) -> None:
-        """Begin the run; joining one that has begun changes nothing. Raises ServiceError for a driver of other source."""
+        """Begin the run; joining one that has begun changes nothing. Raises ServiceError if the sources differ."""
         check_source(source, f"the coordinator of run {self._job.run}")
         if self._work is None:
             self._stop: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -48,13 +51,14 @@ class Coordinator:
 
     async def status(self, peak_memory_gb: float | None = None) -> Json:
         """The keys of loop.py's status, and "ended". The driver of an embedded run tells its memory here."""
-        self._peak_memory_gb = peak_memory_gb
+        self._peak_memory_gb = peak_memory_gb or self._peak_memory_gb
         status = self._state.status() if self._state else {"run": self._job.run, "state": "starting"}
         return status | {"ended": self._ended.is_set()}
 
     async def outcome(self) -> tuple[Json | None, RlsfError | None]:
         """(summary, None) or (None, error), once the run has ended and everything is torn down."""
         await self._ended.wait()
+        self._read.set()
         return self._summary, self._error
 
     async def drain(self) -> None:
@@ -99,7 +103,9 @@ class Coordinator:
             logger.exception("run %s: clean-up failed", self._job.run)
             self._error = self._error or ServiceError(f"clean-up failed: {error}; see the coordinator's log")
         self._ended.set()
-        await asyncio.sleep(LINGER_S)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._read.wait(), LINGER_S)
+        await asyncio.sleep(LEAVE_S)
         ray.kill(ray.get_runtime_context().current_actor)
 
     async def _life(self) -> Json:
@@ -119,11 +125,13 @@ class Coordinator:
 
     async def _finish(self) -> Json:
         """Measure the control's own time, then have the summary and the report written."""
-        assert self._crew is not None and self._watch is not None and self._state is not None
+        assert self._crew
+        assert self._watch
+        assert self._state
         self._state.message = "writing the report"
         now = time.time()
         usage = await self._watch.answer(self._crew.buffer.usage.remote(), "pair_buffer")
-        busy = {"coordinator": time.process_time(), "buffer": usage["cpu_s"]}
+        busy = {"coordinator": time.process_time() - self._idle_cpu_s, "buffer": usage["cpu_s"]}
         rows = [event(role, role, "control", 0, now - seconds) for role, seconds in busy.items()]
         await asyncio.to_thread(self._store.append_metrics, "stages", rows)
         measured = {
@@ -152,5 +160,3 @@ class Coordinator:
         self._end(DrainedError("the run ends"))  # `stepped` says no from now on
         crew.buffer.close.remote()
         await asyncio.wait({asyncio.ensure_future(fit)}, timeout=STOP_S)
-
-

@@ -23,7 +23,7 @@ class Evaluator:
 
     def prepare(self) -> tuple[list[Prompt], list[Prompt]]:
         """(training prompts, probe prompts)."""
-        self._store = self._job.enter(self._name, threads=0)
+        self._store = self._job.enter(self._name)
         train, self._probe = load_sets(self._store.config)
         self._checker = AnswerChecker()
         return train, [item.prompt for item in self._probe]

@@ -51,10 +51,13 @@ class Generator:
                 f"{self._name} loaded version {weights.version} with checksum {held}, expected {weights.checksum};"
                 " the weights changed on their way, run the same command again"
             )
-        self._versions = sorted({*self._versions, weights.version})[-(self._config.cluster.max_staleness + 2) :]
-        self._engine.forget_versions(self._versions[0])
+        others = sorted({*self._versions} - {weights.version})[-(self._config.cluster.max_staleness + 1) :]
+        self._versions = [*others, weights.version]
+        self._engine.forget_versions(min(self._versions))
 
-    def write(self, prompts: Sequence[Prompt], round: int, first_sequence: int, version: int) -> tuple[list[Group], Json]:
+    def write(
+        self, prompts: Sequence[Prompt], round: int, first_sequence: int, version: int
+    ) -> tuple[list[Group], Json]:
         """(groups, stage event) for one batch of training prompts."""
         start = time.time()
         self.load_version(version)

@@ -51,7 +51,8 @@ def source_hash() -> str:
     digest = hashlib.sha256()
     for package in ("actors", "rlsf_ray"):
         spec = find_spec(package)
-        assert spec is not None and spec.origin is not None, f"{package} is not importable"
+        assert spec, f"{package} is not importable"
+        assert spec.origin
         folder = Path(spec.origin).parent
         for path in sorted(folder.rglob("*.py")):
             digest.update(f"{package}/{path.relative_to(folder).as_posix()}\0".encode())

@@ -30,6 +30,7 @@ class PairBuffer:
         self._changed = asyncio.Condition()
         self._closed = False
         self._busy_s = 0.0
+        self._idle_cpu_s = time.process_time()  # spent on imports, before any work
 
     async def prepare(self, rounds_ended: int, rounds: int) -> dict[int, Recovered]:
         """Start from the run directory: groups of rounds that are not over come back."""
@@ -61,7 +62,8 @@ class PairBuffer:
             await asyncio.to_thread(self._write, round, part, new)
         for group in new:
             async with self._changed:
-                await self._changed.wait_for(lambda group=group: self._closed or self._queue.has_room(group))
+                while not (self._closed or self._queue.has_room(group)):
+                    await self._changed.wait()
                 self._queue.put(group)
                 self._changed.notify_all()
         async with self._changed:
@@ -110,5 +112,8 @@ class PairBuffer:
 
     async def usage(self) -> Json:
         """{"waiting": groups now, "cpu_s": this process's time, "write_s": of which in files}."""
-        return {"waiting": self._queue.num_waiting, "cpu_s": time.process_time(), "write_s": self._busy_s}
-
+        return {
+            "waiting": self._queue.num_waiting,
+            "cpu_s": time.process_time() - self._idle_cpu_s,
+            "write_s": self._busy_s,
+        }

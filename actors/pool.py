@@ -28,10 +28,14 @@ class GivenUp(Exception):
 
 
 class GeneratorPool:
-    """Calls to generators, most urgent first, one at a time on each. `start_task` runs a coroutine beside the caller."""
+    """Calls to generators, most urgent first, one at a time on each. `start_task` runs a coroutine beside us."""
 
     def __init__(
-        self, handles: Mapping[str, Any], watch: Watch, attempts: int, start_task: Callable[[Coroutine[Any, Any, Any]], Any]
+        self,
+        handles: Mapping[str, Any],
+        watch: Watch,
+        attempts: int,
+        start_task: Callable[[Coroutine[Any, Any, Any]], Any],
     ) -> None:
         self._handles, self._watch, self._attempts, self._start_task = handles, watch, attempts, start_task
         self._fleet = Fleet(list(handles))
@@ -96,13 +100,16 @@ class GeneratorPool:
 
     async def _load(self, name: str, version: int) -> None:
         try:
-            await self._watch.answer(self._handles[name].load_version.remote(version), f"{name} (load version {version})")
+            await self._watch.answer(
+                self._handles[name].load_version.remote(version), f"{name} (load version {version})"
+            )
         except RayActorError:
             return  # whoever called it brings it back
         self._ready(name, version)
 
     async def _prepare(self, name: str) -> None:
         """Bring a new or restarted generator to the newest version. Raises ServiceError if none is left."""
+        deaths = 0
         while True:
             version = self._newest
             try:
@@ -111,6 +118,10 @@ class GeneratorPool:
                 await asyncio.sleep(RETRY_S)
                 continue
             except RayActorError as error:
+                deaths += 1
+                if deaths <= self._attempts:  # it may have died of this call and be on its way back
+                    await asyncio.sleep(RETRY_S)
+                    continue
                 self._fleet.died(name)
                 if not self._fleet.names(State.READY, State.STALE):
                     raise ServiceError(f"every generator died, the last one so: {error}; see its log") from error

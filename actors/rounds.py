@@ -13,7 +13,6 @@ from actors.pool import GeneratorPool, GivenUp
 from actors.spawn import Crew
 from actors.watch import Watch
 from rlsf_ray.errors import ServiceError, StorageError
-from rlsf_ray.loop import no_pairs_error
 from rlsf_ray.records import Json, Outcome, Prompt
 from rlsf_ray.run_store import RunStore
 from rlsf_ray.stream.ledger import IN_FLIGHT, PAIRS
@@ -36,6 +35,7 @@ class Rounds:
         self._queued = dict.fromkeys(crew.scorers, 0)  # batches at each scorer
         self._commits: asyncio.Queue[tuple[Json | None, list[Any]]] = asyncio.Queue()
         self._saving = asyncio.Lock()
+        self._events: list[Json] = []  # stage events that are not written yet
         self._trainer_at: int | None = None  # the round that the trainer goes on with
         self.fit: Any = None
 
@@ -60,6 +60,8 @@ class Rounds:
             self._say("waiting for the trainer to end")
             await fitting
             if self._state.admission.newest == 0:
+                from rlsf_ray.loop import no_pairs_error  # loads torch, which the coordinator does without
+
                 raise no_pairs_error(self._state.reasons())
             await self._evaluate(self._state.admission.newest)
             stopping.cancel()
@@ -107,7 +109,9 @@ class Rounds:
         until = asyncio.get_running_loop().time() + LAST_COMMIT_S  # `committed` and this answer are two messages
         while self._state.admission.rounds_ended < self._config.rounds:
             if asyncio.get_running_loop().time() > until:
-                raise ServiceError("the trainer ended before the last round; see its log, run the same command to resume")
+                raise ServiceError(
+                    "the trainer ended before the last round; see its log, run the same command to resume"
+                )
             await asyncio.sleep(0.1)
 
     # --- rounds -------------------------------------------------------------------------------------------------
@@ -115,12 +119,10 @@ class Rounds:
     async def _all_rounds(self) -> None:
         admission = self._state.admission
         for round in range(admission.rounds_ended, self._config.rounds):
-            self._say("waiting for the trainer")
             await self._watch.until(lambda round=round: admission.may_admit(round), "the trainer")  # type: ignore[misc]
             self._state.round = round
-            self._say("generating")
+            self._say(f"round {round + 1}: generating and scoring")
             await self._admit(round)
-        self._say("training the last round")
         await self._watch.until(lambda: admission.rounds_ended == self._config.rounds, "the trainer")
 
     async def _admit(self, round: int) -> None:
@@ -178,6 +180,7 @@ class Rounds:
         """Every batch of the round has ended: the buffer learns its size. Without pairs the round is over."""
         await asyncio.gather(*batches)
         await self._watch.answer(self._crew.buffer.close_round.remote(round, size), "pair_buffer")
+        self._say(f"round {round + 1}: training")
         if not self._state.ledger.sequences(round, PAIRS):
             await self._watch.until(lambda: self._state.admission.rounds_ended == round, "the trainer")
             self._state.had_no_pairs(round)
@@ -223,8 +226,11 @@ class Rounds:
             return
         self._say(f"evaluating version {version}")
         firsts = range(0, len(prompts), self._size)
-        await asyncio.gather(*(self._probe_batch(version, first, prompts[first : first + self._size]) for first in firsts))
+        await asyncio.gather(
+            *(self._probe_batch(version, first, prompts[first : first + self._size]) for first in firsts)
+        )
         await self._watch.answer(self._crew.evaluator.finish.remote(version), "evaluator")
+        await self._save()
 
     async def _probe_batch(self, version: int, first: int, prompts: Sequence[Prompt]) -> None:
         try:
@@ -232,7 +238,9 @@ class Rounds:
                 "probe", prompts, first, priority=(EVALUATION, version, first), least_version=0, version=version
             )
         except GivenUp as error:
-            raise ServiceError(f"version {version} cannot be evaluated: {error.reason} too often; see the log") from error
+            raise ServiceError(
+                f"version {version} cannot be evaluated: {error.reason} too often; see the log"
+            ) from error
         self._record(event)
         self._watch.moved()
         judged = self._crew.evaluator.judge.remote([groups], version, first)
@@ -243,10 +251,13 @@ class Rounds:
 
     async def _save(self) -> None:
         async with self._saving:
+            events, self._events = self._events, []
+            if events:
+                await asyncio.to_thread(self._store.append_metrics, "stages", events)
             await asyncio.to_thread(self._store.write_json, "state.json", self._state.to_json())
 
     def _record(self, event: Json) -> None:
-        self._store.append_metrics("stages", [event])
+        self._events.append(event)
 
     def _say(self, message: str) -> None:
         self._state.message = message

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from contextlib import suppress
 from typing import Any
 
 import ray
 from ray.util import remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.evaluator import Evaluator
 from actors.generator import Generator
 from actors.job import NAMESPACE, Job
 from actors.pair_buffer import PairBuffer
 from actors.scorer import ScorerWorker
+from actors.train_driver import TrainDriver
 from actors.weight_store import WeightStore
 from rlsf_ray.config import PoolConfig, RunConfig
 
 RESTARTS = 3
+LOOK_S = 60.0  # for every node to answer one question
+ON_HEAD = {"node:__internal_head__": 0.001}  # what only steers must not keep a worker node from being given back
 SCORER_THREADS = 64  # batches that wait for room in the buffer; more are never in flight
 
 # Idle OpenMP threads must not spin: phases overlap on few cores. The rest is for Ray Train: report to the controller
@@ -40,6 +45,7 @@ def spawn_coordinator(job: Job, environment: dict[str, str]) -> Any:
         "lifetime": "detached",
         "get_if_exists": True,
         "num_cpus": 0,
+        "resources": ON_HEAD,
         "max_concurrency": 200,
         "runtime_env": {"env_vars": {**ENVIRONMENT, **environment}},  # its children inherit it
     }
@@ -50,24 +56,22 @@ class Crew:
     """Every actor of one run but the coordinator, which owns them: they die with it."""
 
     def __init__(self, job: Job, config: RunConfig) -> None:
-        from actors.trainer import TrainDriver
-
         self._job = job
         self._placement_group: Any = None
         cluster = config.cluster
-        none = PoolConfig()
-        self.weights = self._spawn(WeightStore, "weight_store", none)
-        self.buffer = self._spawn(PairBuffer, "pair_buffer", none, max_concurrency=200)
-        self.evaluator = self._spawn(Evaluator, "evaluator", none)
-        self.driver = self._spawn(TrainDriver, "train_driver", none)
+        steering: Any = {"pool": PoolConfig(), "resources": ON_HEAD}
+        self.weights = self._spawn(WeightStore, "weight_store", **steering)
+        self.buffer = self._spawn(PairBuffer, "pair_buffer", max_concurrency=200, **steering)
+        self.evaluator = self._spawn(Evaluator, "evaluator", **steering)
+        self.driver = self._spawn(TrainDriver, "train_driver", **steering)
         self.generators = self._pool(Generator, "generator", cluster.generators)
         self.scorers = self._pool(ScorerWorker, "scorer", cluster.scorers, max_concurrency=SCORER_THREADS)
 
     def _pool(self, cls: type, role: str, pool: PoolConfig, **options: Any) -> dict[str, Any]:
         names = [f"{role}-{index}" for index in range(pool.count)]
-        return {name: self._spawn(cls, name, pool, max_restarts=RESTARTS, **options) for name in names}
+        return {name: self._spawn(cls, name, pool=pool, max_restarts=RESTARTS, **options) for name in names}
 
-    def _spawn(self, cls: type, name: str, pool: PoolConfig, **options: Any) -> Any:
+    def _spawn(self, cls: type, name: str, *, pool: PoolConfig, **options: Any) -> Any:
         return (
             ray.remote(cls)
             .options(
@@ -93,3 +97,15 @@ class Crew:
         names = {f"{self._job.run}/{name}" for name in everyone}
         while names & set(ray.util.list_named_actors()) and asyncio.get_running_loop().time() < until:
             await asyncio.sleep(0.1)
+
+
+def nodes_without(path: str) -> list[str]:
+    """Addresses of the nodes that do not see the file `path`."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    look = ray.remote(num_cpus=0)(os.path.exists)
+    found = [
+        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(path)
+        for node in nodes
+    ]
+    answers = ray.get(found, timeout=LOOK_S)
+    return [node["NodeManagerAddress"] for node, seen in zip(nodes, answers, strict=True) if not seen]

@@ -1,4 +1,4 @@
-"""The training job: one `TorchTrainer.fit()` for the whole run, fed by the buffer, one checkpoint a round."""
+"""What the workers of the training job do: lease groups, train, one checkpoint a round."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import ray
 import ray.train
 import torch
 import torch.distributed as dist
-from ray.train.torch import TorchTrainer
 from ray.util import get_current_placement_group
 from safetensors.numpy import save_file
 
@@ -29,34 +28,6 @@ from rlsf_ray.records import Json, TrainingGroup
 WAIT_S = 5.0  # rank 0 tells the others "nothing yet" this often, which keeps collectives far from their time-out
 LEASE = 16  # groups a lease may hold
 STATE_FILE, RECORD_FILE = "learner.safetensors", "record.json"
-
-
-class TrainDriver:
-    """Holds `fit()`, which has no public cancel: killing this actor is the hard way to stop it."""
-
-    def __init__(self, job: Job, name: str) -> None:
-        self._job, self._name = job, name
-
-    def fit(self) -> None:
-        """Train every round that is left. Returns when the last is committed, or the buffer was closed."""
-        store = self._job.enter(self._name)
-        pool = store.config.cluster.trainers
-        TorchTrainer(
-            train_fn,
-            train_loop_config={"job": self._job},
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=pool.count,
-                use_gpu=pool.gpus > 0,
-                resources_per_worker={"CPU": pool.cpus, **({"GPU": pool.gpus} if pool.gpus else {})},
-            ),
-            run_config=ray.train.RunConfig(
-                name=self._job.run,
-                storage_path=store.path("checkpoints"),
-                failure_config=ray.train.FailureConfig(max_failures=3),
-                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-                callbacks=[Commit(self._job)],
-            ),
-        ).fit()
 
 
 class Commit(ray.train.UserCallback):
@@ -202,7 +173,9 @@ class Worker:
             "ids": [group.id for group in groups],
         }
         with tempfile.TemporaryDirectory() as folder:
-            save_file({name: np.ascontiguousarray(a) for name, a in adapter.items()}, os.path.join(folder, ADAPTER_FILE))
+            save_file(
+                {name: np.ascontiguousarray(a) for name, a in adapter.items()}, os.path.join(folder, ADAPTER_FILE)
+            )
             Path(folder, STATE_FILE).write_bytes(self._learner.state_bytes())
             Path(folder, RECORD_FILE).write_text(json.dumps(record))
             ray.train.report(record, checkpoint=ray.train.Checkpoint.from_directory(folder))

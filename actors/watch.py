@@ -30,9 +30,11 @@ class Watch:
     async def answer(self, call: Any, who: str) -> Any:
         """The result of one call, which must come within the deadline. Raises DeadlineError or the call's own error."""
         try:
-            return await asyncio.wait_for(asyncio.ensure_future(call), self._deadline_s)
+            result = await asyncio.wait_for(asyncio.ensure_future(call), self._deadline_s)
         except TimeoutError:
             raise self._late(who, "has not answered") from None
+        self.moved()
+        return result
 
     async def answer_while_moving(self, call: Any, who: str) -> Any:
         """The result of a call that may take long, as long as anything in the run makes progress."""

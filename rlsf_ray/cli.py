@@ -251,7 +251,7 @@ def _evaluate(config: RunConfig, store: RunStore | None, version: int | None, *,
         )
     if store is not None and keep:
         store.write_json(f"eval/version-{number:04d}.json", result)
-    what = config.model.name if store is None else store.root
+    what = (config.model.name if store is None else store.root).rstrip("/").rpartition("/")[2]
     print_metrics(console, f"{what}, version {number}, {len(probe)} questions", result["metrics"])
 
 

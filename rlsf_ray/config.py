@@ -52,9 +52,7 @@ def _answer_format(name: str) -> str:
         try:
             re.compile(name.removeprefix("regex:"))
         except re.error as error:
-            raise ValueError(
-                f"the regex: pattern does not compile ({error}), got {name!r}; correct it"
-            ) from error
+            raise ValueError(f"the regex: pattern does not compile ({error}), got {name!r}; correct it") from error
     elif name not in ANSWER_FORMATS:
         raise ValueError(
             f"no answer format is called {name!r}; expected {', '.join(ANSWER_FORMATS)} or regex:<pattern>"

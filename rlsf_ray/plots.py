@@ -66,9 +66,8 @@ def by_version(evals: Sequence[Json], metrics: dict[str, str], *, interval: str 
             axes.plot(versions, values, marker="o", markersize=4, color=colour, label=label)
             if key == interval:
                 low, high = (_column([e["metrics"] for e in evals], f"{key}_{end}") for end in ("low", "high"))
-                axes.errorbar(
-                    versions, values, np.stack([values - low, high - values]), color=colour, capsize=3, linewidth=1
-                )
+                ends = np.maximum(0.0, [values - low, high - values])  # rounding may leave -1e-17
+                axes.errorbar(versions, values, ends, color=colour, capsize=3, linewidth=1)
         axes.set(xlabel="version", ylim=(0, None))
         axes.margins(x=0.08)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

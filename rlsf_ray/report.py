@@ -210,7 +210,7 @@ def _training(run: RunData) -> str:
         for key, name in names.items()
     )
     pairs = sum(row.get("num_pairs") or 0 for row in run.train)
-    note = f"{len(run.train)} steps over {pairs} pairs (all passes). Dotted lines: a new round begins."
+    note = f"Steps: {len(run.train)}; pairs over all passes: {pairs}. Dotted lines: a new round begins."
     return f'<div class="grid">{"".join(figures)}</div><p class="note">{note}</p>'
 
 
@@ -239,7 +239,7 @@ def _lanes(line: Timeline) -> Iterable[str]:
         # Gaps too small to be seen are closed, so that a long run stays a small page.
         spans = merge(lane.spans, gap_s=line.length_s / 1000)
         role = escape(lane.role)
-        name = lane.actor if lane.role in lane.actor else f"{lane.actor} ({lane.role})"
+        name = lane.actor if lane.role in lane.actor else f"{lane.role}: {lane.actor}"
         bars = "".join(
             f'<i class="{role}" style="left:{scale * start:.2f}%;width:{scale * (end - start):.2f}%"></i>'
             for start, end in spans

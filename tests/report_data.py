@@ -40,7 +40,8 @@ def evaluation(version: int, num_questions: int) -> dict:
     metrics |= {"auroc_answer_prob": 0.71, "auroc_agreement": None, "parsed": 0.9, "cut_off": 0.12 - 0.02 * version}
     metrics["mean_length"] = 41.25 + version
     bins = [
-        [None, None, 0] if i == 1 else [0.05 + 0.1 * i, 0.04 + (0.05 + 0.01 * version) * i, int(rng.integers(1, 90))] for i in range(10)
+        [None, None, 0] if i == 1 else [0.05 + 0.1 * i, 0.04 + (0.05 + 0.01 * version) * i, int(rng.integers(1, 90))]
+        for i in range(10)
     ]
     return {
         "version": version,

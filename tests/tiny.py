@@ -31,10 +31,13 @@ def tiny_tokenizer() -> Any:
     )
 
 
-def tiny_model(folder: Path, *, seed: int = 0) -> Path:
-    """Save a random two-layer Llama in float32 with its tokenizer. Its weights are large enough to have opinions."""
+def tiny_model(folder: Path, *, seed: int = 0, steps: int = 120) -> Path:
+    """Save a two-layer Llama in float32 with its tokenizer, taught for two seconds to end its answers with a number."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
     tokenizer = tiny_tokenizer()
     torch.manual_seed(seed)
@@ -50,14 +53,33 @@ def tiny_model(folder: Path, *, seed: int = 0) -> Path:
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.eos_token_id,
             bos_token_id=tokenizer.eos_token_id,
-            initializer_range=0.2,
             tie_word_embeddings=True,
         )
     )
     model.generation_config.eos_token_id = tokenizer.eos_token_id
+    _teach(model, tokenizer, steps)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def _teach(model: Any, tokenizer: Any, steps: int) -> None:
+    """A few steps on one-digit sums: enough to answer in the right form, not enough to be right or sure."""
+    import numpy as np
+    import torch
+
+    draw, optimizer = np.random.default_rng(0), torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(steps):
+        rows = []
+        for a, b in draw.integers(0, 10, (32, 2)).tolist():
+            messages = [{"role": "user", "content": f"State the final answer: {a} + {b} ="}]
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            rows.append(f"{text}The answer is {a + b}.<|end|>")
+        batch = tokenizer(rows, return_tensors="pt", padding=True, add_special_tokens=False)
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def tiny_config(model: Path, **changes: Any) -> RunConfig:
@@ -92,7 +114,7 @@ def tiny_config(model: Path, **changes: Any) -> RunConfig:
             "generators": {"cpus": 1, "threads": 1},
             "scorers": {"threads": 1},
             "trainers": {"cpus": 1, "threads": 1},
-            "deadline_s": 60,
+            "deadline_s": 180,
         },
         "eval": {"samples": 2},
     }

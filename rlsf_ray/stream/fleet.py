@@ -91,7 +91,9 @@ class Fleet:
 
     def _idle(self, least_version: int) -> Replica | None:
         """The idle replica with the newest weights, by name among equals."""
-        fit = [r for r in self._replicas.values() if r.state is State.READY and not r.busy and r.version >= least_version]
+        fit = [
+            r for r in self._replicas.values() if r.state is State.READY and not r.busy and r.version >= least_version
+        ]
         return min(fit, key=lambda replica: (-replica.version, replica.name), default=None)
 
     def release(self, name: str) -> None:

@@ -58,7 +58,7 @@ class Ledger:
         return len(self._rounds.get(round, ()))
 
     def totals(self) -> Json:
-        """{"admitted", "trained", "filtered", "failed", "in_flight", "reasons": {reason: count}}; pairs are in flight."""
+        """{"admitted", "trained", "filtered", "failed", "in_flight", "reasons": {reason: count}}."""
         entries = [entry for round in self._rounds.values() for entry in round]
         states = Counter(state for state, _ in entries)
         reasons = Counter(reason for _, reason in entries if reason)

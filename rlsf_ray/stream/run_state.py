@@ -15,7 +15,9 @@ from rlsf_ray.stream.ledger import PAIRS, Ledger
 class RunState:
     """One run's bookkeeping. It holds counts and reasons, never tokens."""
 
-    def __init__(self, run: str, config: RunConfig, saved: Json | None = None, clock: Callable[[], float] = time) -> None:
+    def __init__(
+        self, run: str, config: RunConfig, saved: Json | None = None, clock: Callable[[], float] = time
+    ) -> None:
         saved = saved or {}
         self.run, self._config, self._clock = run, config, clock
         self.admission = Admission(config.cluster.max_staleness)
@@ -49,7 +51,9 @@ class RunState:
         """
         waiting = set(self.ledger.sequences(round, PAIRS))
         if not waiting <= set(sequences):
-            raise ValueError(f"round {round}: groups {sorted(waiting - set(sequences))} have pairs but were not trained")
+            raise ValueError(
+                f"round {round}: groups {sorted(waiting - set(sequences))} have pairs but were not trained"
+            )
         self.ledger.trained(round, sequences)
         self._end(round, version)
 

@@ -87,7 +87,9 @@ def test_plain_lengths_are_those_of_the_engine(tiny: Path) -> None:
 def test_prompts_that_do_not_fit_the_context_are_refused(tiny: Path, tmp_path: Path) -> None:
     folder = copy_of(tiny, tmp_path / "short")
     changed_json(folder / "config.json", max_position_embeddings=20)
-    with pytest.raises(InputError, match=r"do not fit the model's context: .* at most 8 \(20 of the model less .*=12\)"):
+    with pytest.raises(
+        InputError, match=r"do not fit the model's context: .* at most 8 \(20 of the model less .*=12\)"
+    ):
         check_input(tiny_config(folder))
 
 
@@ -157,7 +159,17 @@ def test_planning_imports_no_torch_and_is_quick(tiny: Path, tmp_path: Path) -> N
         "except SystemExit as end: assert not end.code, end.code\n"
         "print('heavy:', sorted({'torch', 'ray', 'transformers'} & set(sys.modules)))"
     )
-    command = [sys.executable, "-c", code, "plan", "rlsf", "--set", f"model.name={tiny}", "--set", "rollout.max_tokens=20"]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "plan",
+        "rlsf",
+        "--set",
+        f"model.name={tiny}",
+        "--set",
+        "rollout.max_tokens=20",
+    ]
     start = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr

@@ -19,11 +19,28 @@ STATUS = {
     "pairs": 240,
     "steps": 60,
     "eta_s": 190.0,
-    "accounting": {"admitted": 112, "trained": 60, "filtered": 40, "failed": 0, "in_flight": 12, "reasons": {"tie": 40}},
+    "accounting": {
+        "admitted": 112,
+        "trained": 60,
+        "filtered": 40,
+        "failed": 0,
+        "in_flight": 12,
+        "reasons": {"tie": 40},
+    },
     "message": "",
 }
-BEFORE = {"greedy_accuracy": 0.2, "sampled_accuracy": 0.137, "sampled_accuracy_low": 0.09, "sampled_accuracy_high": 0.19}
-AFTER = {"greedy_accuracy": 0.35, "sampled_accuracy": 0.326, "sampled_accuracy_low": 0.24, "sampled_accuracy_high": 0.42}
+BEFORE = {
+    "greedy_accuracy": 0.2,
+    "sampled_accuracy": 0.137,
+    "sampled_accuracy_low": 0.09,
+    "sampled_accuracy_high": 0.19,
+}
+AFTER = {
+    "greedy_accuracy": 0.35,
+    "sampled_accuracy": 0.326,
+    "sampled_accuracy_low": 0.24,
+    "sampled_accuracy_high": 0.42,
+}
 
 
 def written(width: int = 80, terminal: bool = False) -> tuple[Console, io.StringIO]:

@@ -129,10 +129,13 @@ def test_a_run_that_has_only_begun_says_what_is_missing(tmp_path):
 def test_a_drained_run_shows_the_before_without_an_after(tmp_path):
     full, part = make_run(str(tmp_path / "full")), bare_run(str(tmp_path / "part"))
     part.write_json("eval/version-0000.json", full.read_json("eval/version-0000.json"))
+    part.append_metrics("train", [{"time": 0.0, "step": 1, "round": 0, "num_pairs": 8, "loss": 0.7, "margin": None}])
     page = Page(render(read_run(part)))
     assert "no measurement both before and after" in page.text["header"]
     assert "A version after training was not measured" in page.text["results"]
     assert "0.137" in page.text["results"]
+    assert "Steps: 1; pairs over all passes: 8" in page.text["training"]
+    assert page.tags.count("img") == 7
 
 
 def test_a_step_that_was_run_again_after_a_resume_counts_once(tmp_path):

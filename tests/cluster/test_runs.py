@@ -1,0 +1,139 @@
+"""Three runs at once on one Ray: strict, overlapping, and with two training workers."""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from running import alive, free_cpus, standing_groups, wait_for
+
+from rlsf_ray import loop, service
+from rlsf_ray.config import RunConfig
+from rlsf_ray.errors import ServiceError
+from rlsf_ray.records import Json
+from rlsf_ray.run_store import RunStore
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
+
+
+class Ended(NamedTuple):
+    store: RunStore
+    summary: Json
+
+
+@pytest.fixture(scope="module")
+def runs(
+    launch: Callable[[RunConfig, Path], "Future[Json]"],
+    small: Callable[..., RunConfig],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Ended]:
+    """Each run's store and summary by its name."""
+    folder = tmp_path_factory.mktemp("runs")
+    half = {"count": 2, "cpus": 0.5, "threads": 1}
+    overlap = {
+        "max_staleness": 1,
+        "prompts_per_call": 2,
+        "buffer_groups": 2,
+        "generators": half,
+        "scorers": {"count": 2},
+    }
+    configs = {
+        "strict": small(),
+        "overlap": small(rounds=3, cluster=overlap, data={"probe": []}),
+        "two_workers": small(cluster={"trainers": {"count": 2}}, data={"probe": []}),
+    }
+    futures = {name: launch(config, folder / name) for name, config in configs.items()}
+    summaries = {name: future.result() for name, future in futures.items()}
+    return {name: Ended(RunStore.open(str(folder / name)), summary) for name, summary in summaries.items()}
+
+
+@pytest.fixture(scope="module")
+def looped(small: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> RunStore:
+    """The same as the strict run, in one process."""
+    root = str(tmp_path_factory.mktemp("loop") / "run")
+    loop.run(small(), root)
+    return RunStore.open(root)
+
+
+def train_rows(store: RunStore) -> list[Json]:
+    return [{key: row[key] for key in row if key != "time"} for row in store.read_metrics("train")]
+
+
+def test_strict_rounds_give_the_pairs_and_the_adapters_of_the_loop(runs: dict[str, Ended], looped: RunStore) -> None:
+    store = runs["strict"].store
+    assert store.read_table("pairs").to_pylist() == looped.read_table("pairs").to_pylist()
+    assert store.versions() == looped.versions() == [1, 2]
+    for version in (1, 2):
+        ours, theirs = store.read_adapter(version)[0], looped.read_adapter(version)[0]
+        assert ours.keys() == theirs.keys()
+        assert max(np.abs(ours[name] - theirs[name]).max() for name in ours) <= 1e-6
+
+
+def test_strict_rounds_measure_what_the_loop_measures(runs: dict[str, Ended], looped: RunStore) -> None:
+    for version in (0, 2):
+        name = f"eval/version-{version:04d}.json"
+        assert runs["strict"].store.read_json(name) == looped.read_json(name)
+    assert runs["strict"].store.names("eval") == ["version-0000.json", "version-0002.json"]
+
+
+def test_two_training_workers_give_the_losses_of_one(runs: dict[str, Ended]) -> None:
+    # the first round only: after it the adapters differ in their last digits, and sampling makes other traces of that
+    one, two = ([row for row in train_rows(runs[n].store) if row["round"] == 0] for n in ("strict", "two_workers"))
+    assert len(one) == len(two) > 4
+    for row, other in zip(one, two, strict=True):
+        assert row == pytest.approx(other, rel=1e-4, abs=1e-5)
+
+
+def test_no_trace_is_older_than_max_staleness_and_later_rounds_use_newer_versions(runs: dict[str, Ended]) -> None:
+    rows = runs["overlap"].store.read_table("traces").to_pylist()
+    # round r trains version r into r + 1, so its traces may come from version r or r - 1
+    assert {(row["round"], row["version"]) for row in rows} <= {(0, 0), (1, 0), (1, 1), (2, 1), (2, 2)}
+    assert {row["version"] for row in rows if row["round"] == 2} <= {1, 2}
+
+
+def test_a_full_buffer_holds_the_scorers_back_and_the_run_still_ends(runs: dict[str, Ended]) -> None:
+    summary, store = runs["overlap"].summary, runs["overlap"].store
+    assert summary["accounting"]["trained"] == store.read_table("groups").num_rows > 2  # more than the buffer holds
+    assert store.versions() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["strict", "overlap", "two_workers"])
+def test_every_prompt_is_accounted_for_once(runs: dict[str, Ended], name: str) -> None:
+    summary, store = runs[name].summary, runs[name].store
+    count = summary["accounting"]
+    assert count["admitted"] == store.config.rounds * 8 == count["trained"] + count["filtered"] + count["failed"]
+    assert count["in_flight"] == 0
+    groups = store.read_table("groups").to_pylist()
+    assert len({group["id"] for group in groups}) == len(groups) == count["trained"]
+
+
+def test_runs_on_one_cluster_do_not_meet(runs: dict[str, Ended]) -> None:
+    seen = {name: ended.store.read_metrics("stages") for name, ended in runs.items()}
+    batches = {name: sum(row["stage"] == "generate" for row in rows) for name, rows in seen.items()}
+    assert batches == {"strict": 2 * 2, "overlap": 3 * 4, "two_workers": 2 * 2}  # rounds x prompts / prompts_per_call
+
+
+def test_the_summary_and_the_report_are_written(runs: dict[str, Ended]) -> None:
+    summary, store = runs["strict"].summary, runs["strict"].store
+    assert summary == store.read_json("summary.json")
+    assert summary["status"] == "done"
+    assert [version["version"] for version in summary["versions"]] == [0, 2]
+    assert "report.html" in store.names(".")
+
+
+def test_a_finished_run_leaves_nothing_and_only_reports_when_started_again(
+    runs: dict[str, Ended], cluster: int
+) -> None:
+    for name in runs:
+        wait_for(lambda name=name: not alive(name))
+    wait_for(lambda: standing_groups() == 0 and free_cpus() == cluster)
+    store, summary = runs["strict"].store, runs["strict"].summary
+    assert service.run(store.config, root=store.root, run_name="strict") == summary
+    assert alive("strict") == []
+
+
+def test_the_status_of_a_run_that_is_not_there_says_so(cluster: int) -> None:
+    with pytest.raises(ServiceError, match="no run called nobody"):
+        service.status("nobody")

@@ -1,0 +1,104 @@
+"""The whole method in one process, on the tiny model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import tiny_config
+
+from rlsf_ray import loop
+from rlsf_ray.config import RunConfig
+from rlsf_ray.errors import NoPairsError
+from rlsf_ray.records import Json
+from rlsf_ray.run_store import RunStore
+
+
+def test_a_run_leaves_everything_in_its_directory(config: RunConfig, tmp_path: Path) -> None:
+    seen: list[Json] = []
+    summary = loop.run(config, str(tmp_path / "run"), seen.append)
+    store = RunStore.open(str(tmp_path / "run"))
+    assert store.versions() == [1, 2]
+    assert summary["accounting"]["admitted"] == 16 == summary["accounting"]["trained"]
+    assert summary["before"]["sampled_accuracy"] is not None
+    assert len(summary["difference"]["sampled_accuracy"]) == 3
+    traces = store.read_table("traces").to_pylist()
+    assert len(traces) == 2 * 8 * 4
+    assert {row["version"] for row in traces if row["round"] == 0} == {0}
+    assert {row["version"] for row in traces if row["round"] == 1} == {1}, "round 1 is written by version 1"
+    ids = {row["trace_id"] for row in traces}
+    pairs = store.read_table("pairs").to_pylist()
+    assert len(pairs) == 32
+    assert all(row["chosen_trace_id"] in ids and row["rejected_trace_id"] in ids for row in pairs)
+    assert {status["state"] for status in seen} >= {"generating", "training", "done"}
+    assert len(store.read_metrics("train")) == seen[-1]["steps"]
+
+
+def test_the_same_seed_gives_the_same_adapter(config: RunConfig, tmp_path: Path) -> None:
+    adapters = []
+    for name in ("one", "two"):
+        loop.run(config, str(tmp_path / name))
+        adapters.append(RunStore.open(str(tmp_path / name)).read_adapter(2)[0])
+    for name, array in adapters[0].items():
+        np.testing.assert_array_equal(array, adapters[1][name])
+
+
+def test_another_seed_changes_prompts_sampling_and_initialisation_but_not_the_probe(
+    config: RunConfig, tiny: Path, tmp_path: Path
+) -> None:
+    loop.run(config, str(tmp_path / "zero"))
+    loop.run(tiny_config(tiny, seed=1), str(tmp_path / "one"))
+    zero, one = (RunStore.open(str(tmp_path / name)) for name in ("zero", "one"))
+    questions = [[row["id"] for row in s.read_json("eval/version-0000.json")["questions"]] for s in (zero, one)]
+    assert questions[0] == questions[1]
+    orders = [s.read_table("traces", 0)["prompt_id"].to_pylist() for s in (zero, one)]
+    assert orders[0] != orders[1]
+
+
+def test_a_killed_run_goes_on_after_its_last_version(config: RunConfig, tmp_path: Path) -> None:
+    whole = loop.run(config, str(tmp_path / "whole"))
+
+    def stop_in_round_1(status: Json) -> None:
+        if status["round"] == 1 and status["state"] == "training":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        loop.run(config, str(tmp_path / "cut"), stop_in_round_1)
+    resumed = loop.run(config, str(tmp_path / "cut"))
+    assert resumed["accounting"] == whole["accounting"]
+    adapters = [RunStore.open(str(tmp_path / name)).read_adapter(2)[0] for name in ("whole", "cut")]
+    for name, array in adapters[0].items():
+        np.testing.assert_array_equal(array, adapters[1][name])
+
+
+def test_no_pairs_at_all_is_an_error_that_counts_the_reasons(tiny: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny, rollout={"max_tokens": 2})
+    with pytest.raises(NoPairsError, match=r"all_cut_off: 16.*raise rollout.max_tokens"):
+        loop.run(config, str(tmp_path / "run"))
+
+
+def test_self_feedback_moves_the_tiny_model_towards_its_own_vote(tiny: Path, tmp_path: Path) -> None:
+    """The share of traces that give their prompt's voted answer rises over the rounds: the method does something."""
+    config = tiny_config(
+        tiny,
+        rounds=3,
+        prompts_per_round=16,
+        rollout={"traces": 8},
+        pairs={"rule": "voted", "max_pairs": 3},
+        learner={"epochs": 6, "learning_rate": 1e-2},
+        loss={"nll": 0.0},
+        signal="self_consistency",
+    )
+    loop.run(config, str(tmp_path / "run"))
+    store = RunStore.open(str(tmp_path / "run"))
+    shares = [_vote_share(store.read_table("traces", round).to_pylist()) for round in range(3)]
+    assert shares[2] > shares[0] + 0.3, shares
+
+
+def _vote_share(rows: list[dict[str, Any]]) -> float:
+    by_group: dict[str, list[int]] = {}
+    for row in rows:
+        by_group.setdefault(row["group_id"], []).append(row["label"])
+    return float(np.mean([max(map(labels.count, labels)) / len(labels) for labels in by_group.values()]))

@@ -1,0 +1,35 @@
+"""Helpers for tests that run on a real Ray."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.util import list_named_actors, placement_group_table
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
+    """The first true value of `condition`, looked at every 0.1 s."""
+    until = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < until, f"nothing within {seconds} s"
+        time.sleep(0.1)
+    return value
+
+
+def alive(run_name: str) -> list[str]:
+    """Named actors of a run that are alive."""
+    names = [actor["name"] for actor in list_named_actors(all_namespaces=True)]
+    return [name for name in names if name.startswith(f"{run_name}/")]
+
+
+def standing_groups() -> int:
+    """Placement groups that are not removed."""
+    return sum(group["state"] != "REMOVED" for group in placement_group_table().values())
+
+
+def free_cpus() -> float:
+    """Logical CPUs that nobody holds."""
+    return float(ray.available_resources().get("CPU", 0.0))

@@ -1,0 +1,183 @@
+"""The command line: quick help, exit codes, and what it makes of a finished run (trained here by the loop)."""
+
+import json
+import logging
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import tiny_config
+
+from rlsf_ray.cli import main
+from rlsf_ray.config_loading import dump_config
+from rlsf_ray.logs import setup_logging
+
+
+def exit_code(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    return int(caught.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of runs with one finished run, `done`, of two rounds over the tiny model."""
+    from rlsf_ray.loop import run
+
+    root = tmp_path_factory.mktemp("runs")
+    run(tiny_config(tiny), str(root / "done"))
+    return root
+
+
+def test_help_is_quick_and_loads_nothing_heavy() -> None:
+    """Under 1 s on a quiet machine; the bound here leaves room for a busy one."""
+    code = (
+        "import sys; from rlsf_ray.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print('heavy:', sorted({'torch', 'ray', 'transformers', 'numpy', 'pydantic'} & set(sys.modules)))"
+    )
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("heavy: []\n")
+    assert time.monotonic() - start < 2.0
+    for command in ("run", "demo", "plan", "eval", "status", "stop", "report", "export", "recipes"):
+        assert f" {command} " in done.stdout
+
+
+def test_the_module_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "rlsf_ray", "recipes"], capture_output=True, text=True, check=True)
+    assert "rlsf_paper" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run"],
+        ["run", "no_such_recipe"],
+        ["run", "rlsf", "--set", "loss.betta=1"],
+        ["run", "rlsf", "--set", "model.name=/no/such/folder"],
+        ["plan", "rlsf", "--set", "rounds=0"],
+        ["demo", "--seed", "-1"],
+        ["eval", "./no-such-model"],
+        ["report", "no-such-run"],
+        ["export", "no-such-run", "--what", "pairs", "--to", "x.jsonl"],
+        ["export", "no-such-run", "--what", "everything", "--to", "x"],
+        ["no-such-command"],
+    ],
+)
+def test_bad_input_ends_with_code_2_and_leaves_nothing_behind(arguments, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert exit_code(*arguments) == 2
+    assert capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_ours_is_one_message_without_traceback(capsys) -> None:
+    assert exit_code("plan", "rlsf_papr") == 2
+    text = capsys.readouterr().err
+    assert text.startswith("error: no recipe and no file is called 'rlsf_papr'")
+    assert "Traceback" not in text
+
+
+def test_what_was_not_foreseen_ends_with_code_4_and_a_traceback(capsys) -> None:
+    assert exit_code("export", "\0", "--what", "pairs", "--to", "x.jsonl") == 4  # no file name can hold a NUL
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_the_code_of_an_error_is_its_class(capsys) -> None:
+    from rlsf_ray import errors
+
+    codes = {"InputError": 2, "NoPairsError": 3, "ServiceError": 4, "DeadlineError": 4, "DrainedError": 5}
+    assert {name: getattr(errors, name).exit_code for name in codes} == codes
+
+
+def test_a_run_resolves_by_name_folder_and_url(runs: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(runs.parent)
+    for arguments in (["done", "--root", str(runs)], [str(runs / "done")], [f"file://{runs}/done"]):
+        assert exit_code("report", *arguments) == 0
+        assert (runs / "done" / "report.html").stat().st_size > 0
+    assert "report.html" in capsys.readouterr().out
+
+
+def test_export_adapter_loads_with_plain_peft(runs: Path, tiny: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    to = tmp_path / "adapter"
+    assert exit_code("export", "done", "--root", str(runs), "--what", "adapter", "--to", str(to), "--version", "1") == 0
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), to)
+    assert any("lora_B" in name and parameter.abs().max() > 0 for name, parameter in model.named_parameters())
+
+
+def test_export_merged_is_the_base_with_the_adapter(runs: Path, tiny: Path, tmp_path: Path) -> None:
+    """Logits of the merged model equal those of base + adapter (float32, so to rounding of one sum)."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    to = tmp_path / "merged"
+    assert exit_code("export", "done", "--root", str(runs), "--what", "merged", "--to", str(to)) == 0
+    base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    tokens = AutoTokenizer.from_pretrained(to)("3 + 4 = ", return_tensors="pt")
+    with torch.no_grad():
+        plain = base(**tokens).logits
+        adapted = PeftModel.from_pretrained(base, runs / "done" / "versions" / "0002")(**tokens).logits
+        merged = AutoModelForCausalLM.from_pretrained(to, dtype=torch.float32)(**tokens).logits
+    torch.testing.assert_close(merged, adapted, atol=1e-4, rtol=1e-4)
+    assert not np.allclose(merged.numpy(), plain.numpy(), atol=1e-4)
+    assert exit_code("export", "done", "--root", str(runs), "--what", "merged", "--to", str(to)) == 2  # not overwritten
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.parquet"])
+def test_export_pairs_is_what_datasets_and_trl_read(runs: Path, tmp_path: Path, name: str) -> None:
+    import datasets
+    from trl.data_utils import is_conversational
+
+    to = tmp_path / name
+    assert exit_code("export", "done", "--root", str(runs), "--what", "pairs", "--to", str(to)) == 0
+    kind = "json" if name.endswith("jsonl") else "parquet"
+    rows = datasets.load_dataset(kind, data_files=str(to), split="train", cache_dir=str(tmp_path / "cache"))
+    assert len(rows) > 0
+    assert is_conversational(rows[0])
+    assert [message["role"] for message in rows[0]["prompt"]] == ["user"]
+    assert rows[0]["chosen"][0]["role"] == rows[0]["rejected"][0]["role"] == "assistant"
+    assert rows[0]["chosen"] != rows[0]["rejected"]
+    assert not {"answer", "gold"} & set(rows.column_names)
+
+
+def test_export_pairs_refuses_other_kinds_of_file(runs: Path, tmp_path: Path) -> None:
+    assert exit_code("export", "done", "--root", str(runs), "--what", "pairs", "--to", str(tmp_path / "p.csv")) == 2
+
+
+def test_export_names_the_versions_there_are(runs: Path, tmp_path: Path, capsys) -> None:
+    arguments = ["--root", str(runs), "--what", "adapter", "--to", str(tmp_path / "a"), "--version", "9"]
+    assert exit_code("export", "done", *arguments) == 2
+    assert "no version 9; published: 1, 2" in capsys.readouterr().err
+
+
+def test_eval_of_a_run_measures_its_newest_version_and_keeps_it(runs: Path, capsys) -> None:
+    kept = runs / "done" / "eval" / "version-0002.json"
+    before = json.loads(kept.read_text())
+    kept.unlink()
+    assert exit_code("eval", "done", "--root", str(runs)) == 0
+    assert "done, version 2, 6 questions" in " ".join(capsys.readouterr().out.split())
+    assert json.loads(kept.read_text())["metrics"] == before["metrics"]
+
+
+def test_eval_of_a_model_takes_its_probe_set_from_a_recipe(runs: Path, tiny: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "tiny.yaml").write_text(dump_config(tiny_config(tiny)))
+    assert exit_code("eval", str(tiny), "--recipe", str(tmp_path / "tiny.yaml"), "--root", str(runs)) == 0
+    assert "version 0, 6 questions" in " ".join(capsys.readouterr().out.split())
+
+
+def test_log_lines_carry_role_and_run_and_come_once(capsys) -> None:
+    setup_logging("scorer", "first")
+    setup_logging("trainer", "100%")
+    logging.getLogger("rlsf_ray.anything").info("hello")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].endswith("INFO [trainer 100%] rlsf_ray.anything: hello")

@@ -1,0 +1,113 @@
+"""Evaluation against tables worked out by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import tiny_config
+
+from rlsf_ray import evaluate
+from rlsf_ray.config import RunConfig
+from rlsf_ray.records import Answer, Group, ProbePrompt, Prompt, Trace
+from rlsf_ray.tasks.equality import AnswerChecker
+
+
+def trace(index: int, answer: str | None, probability: float, *, finished: bool = True) -> Trace:
+    tokens = np.array([1, 2], dtype=np.int32)
+    logprob = np.log(np.array([0.9, probability], dtype=np.float32))
+    return Trace(
+        id=str(index),
+        index=index,
+        seed=index,
+        version=0,
+        text=f"so {answer}",
+        token_ids=tokens,
+        logprob=logprob,
+        top1=np.exp(logprob),
+        top2=np.zeros(2, dtype=np.float32),
+        finished=finished,
+        answer=Answer(text=answer, chars=(3, 3 + len(answer)), tokens=(1, 2)) if answer else None,
+    )
+
+
+def probe(name: str, gold: str) -> ProbePrompt:
+    return ProbePrompt(prompt=Prompt(id=name, messages=(("user", name),), task="t", key=name), gold=gold)
+
+
+def group(name: str, *traces: Trace) -> Group:
+    prompt = Prompt(id=name, messages=(("user", name),), task="t", key=name)
+    ids = np.array([1], dtype=np.int32)
+    return Group(id=f"probe/{name}", round=-1, sequence=0, version=0, prompt=prompt, prompt_ids=ids, traces=traces)
+
+
+@pytest.fixture
+def rows() -> list[dict[str, Any]]:
+    """Question a: 4, 4, 5, none with gold 4; question b: 7, 8, 8, cut off with gold 7."""
+    first = group("a", trace(0, "4", 0.8), trace(1, "4.0", 0.6), trace(2, "5", 0.5), trace(3, None, 0.9))
+    second = group(
+        "b", trace(0, "7", 0.4), trace(1, "8", 0.9), trace(2, "8", 0.7), trace(3, None, 0.9, finished=False)
+    )
+    greedy = [group("a", trace(0, "4", 0.8)), group("b", trace(0, "8", 0.8))]
+    with AnswerChecker() as checker:
+        return evaluate.judge_groups([first, second], greedy, [probe("a", "4"), probe("b", "7")], checker)
+
+
+def test_metrics_by_hand(rows: list[dict[str, Any]], config: RunConfig) -> None:
+    found = evaluate.summarise(rows, 3, config)
+    metrics = found["metrics"]
+    assert metrics["greedy_accuracy"] == 0.5
+    assert metrics["sampled_accuracy"] == 3 / 8  # two of a, one of b
+    assert metrics["majority_accuracy"] == 0.5  # a: 4 twice, right; b: 8 twice, wrong
+    assert metrics["parsed"] == 6 / 8
+    assert metrics["cut_off"] == 1 / 8
+    assert metrics["mean_length"] == 2
+    # Brier of the answer probability: right .8 .6 .4 -> .04 .16 .36; wrong .5 .9 .7 -> .25 .81 .49; two unparsed 0
+    assert metrics["brier_answer_prob"] == pytest.approx(2.11 / 8, abs=1e-6)
+    # leave-one-out agreement: a 1/3 1/3 0 0; b 0 1/3 1/3 0
+    assert [sample["agreement"] for row in rows for sample in row["samples"]] == pytest.approx(
+        [1 / 3, 1 / 3, 0, 0, 0, 1 / 3, 1 / 3, 0]
+    )
+    # its ECE: bin of 1/3 holds four, half right: |1/3 - 1/2| * 4/8; bin of 0 holds four, one right: 1/4 * 4/8
+    assert metrics["ece_agreement"] == pytest.approx(1 / 12 + 1 / 8)
+    # AUROC of the answer probability: right .8 .6 .4 against wrong .5 .9 .7 0 0: 4 + 3 + 2 wins of 15
+    assert metrics["auroc_answer_prob"] == pytest.approx(9 / 15)
+    assert found["reliability"]["answer_prob"][0][2] == 2, "two unparsed traces lie in the lowest bin"
+    assert metrics["sampled_accuracy_low"] <= 3 / 8 <= metrics["sampled_accuracy_high"]
+    json.dumps(found)
+
+
+def test_the_rise_is_paired_over_shared_questions(rows: list[dict[str, Any]]) -> None:
+    """Question a rises from 2/4 to 4/4, b stays at 1/4: mean rise 1/4; question c is not shared."""
+    better = json.loads(json.dumps(rows))
+    for sample in better[0]["samples"]:
+        sample["correct"] = True
+    extra = [{"id": "c", "samples": [{"correct": True}]}]
+    rise, low, high = evaluate.difference({"questions": rows}, {"questions": better + extra})["sampled_accuracy"]
+    assert rise == pytest.approx(0.25)
+    assert (low, high) == (0.0, 0.5)
+
+
+def test_the_cache_is_keyed_by_model_probe_set_and_sampling(tiny: Path, config: RunConfig) -> None:
+    items = [probe("a", "4"), probe("b", "7")]
+    assert evaluate.cached_base(config, items) is None
+    evaluate.store_base(config, items, {"version": 0})
+    assert evaluate.cached_base(config, items) == {"version": 0}
+    assert evaluate.cached_base(tiny_config(tiny, seed=5), items) == {"version": 0}, "the run's seed does not matter"
+    assert evaluate.cached_base(tiny_config(tiny, eval={"samples": 3}), items) is None
+    assert evaluate.cached_base(tiny_config(tiny, rollout={"temperature": 0.5}), items) is None
+    assert evaluate.cached_base(config, items[:1]) is None
+    assert evaluate.cached_base(config, [probe("a", "5"), items[1]]) is None
+
+
+def test_other_weights_are_another_model(tiny: Path, config: RunConfig, tmp_path: Path) -> None:
+    for file in tiny.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    copied = tiny_config(tmp_path)
+    evaluate.store_base(copied, [probe("a", "4")], {"version": 0})
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    assert evaluate.cached_base(copied, [probe("a", "4")]) is None

@@ -1,0 +1,42 @@
+"""Whole files or none: what a full disk leaves behind."""
+
+import resource
+from pathlib import Path
+
+import pytest
+
+from rlsf_ray.errors import StorageError
+from rlsf_ray.storage import Storage
+
+
+@pytest.fixture
+def full_disk():
+    """Files of this process cannot grow beyond 4 KiB: the same path through the code as a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_named_with_its_cure_and_keeps_what_was_committed(tmp_path, full_disk):
+    storage = Storage(str(tmp_path))
+    storage.write("state.json", b"old")
+    with pytest.raises(StorageError, match=r"cannot write .*state\.json: no space left.*Free space"):
+        storage.write("state.json", b"x" * 5000)
+    assert storage.read("state.json") == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["state.json"]  # the unfinished file is gone
+
+
+def test_an_append_that_did_not_fit_is_taken_back(tmp_path, full_disk):
+    storage = Storage(str(tmp_path))
+    storage.append("a.jsonl", b"1\n")
+    with pytest.raises(StorageError, match="no space left"):
+        storage.append("a.jsonl", b"x" * 5000)
+    assert storage.read("a.jsonl") == b"1\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_the_kernels_own_no_space_error_is_recognised(tmp_path):
+    (tmp_path / "a.jsonl").symlink_to("/dev/full")
+    with pytest.raises(StorageError, match="no space left"):
+        Storage(str(tmp_path)).append("a.jsonl", b"1\n")
