@@ -20,9 +20,9 @@ from rlsf_ray.stream.run_state import RunState
 
 logger = logging.getLogger(__name__)
 
-STOP_S = 12.0  # the trainer may take so long to end its step
+STOP_S = 14.0  # the trainer may take so long to end its step
 REMOVE_S = 5.0  # and the actors so long to disappear: together under the promised 20 s
-LINGER_S = 30.0  # how long the outcome waits for a driver to read it
+LINGER_S = 10.0  # how long the outcome waits for a driver to read it
 LEAVE_S = 2.0  # for the answer to be on its way
 
 
@@ -80,11 +80,12 @@ class Coordinator:
         if self._rounds is not None:
             self._rounds.committed(record, boxed)
 
-    async def stepped(self, round: int, step: int) -> bool:
-        """One optimiser step is done; returns whether to go on."""
+    async def stepped(self, done: Json, step: int) -> bool:
+        """One optimiser step is done (`done`: its stage event); returns whether to go on."""
         if self._state is not None and self._watch is not None:
             self._state.counts["steps"] = step
             self._watch.moved()
+            self._store.append_metrics("stages", [done])
         return not self._stop.done()
 
     def _end(self, error: RlsfError) -> None:

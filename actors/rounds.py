@@ -47,10 +47,10 @@ class Rounds:
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
             stopping = tasks.create_task(_forward(stop))
-            self.fit = self._crew.driver.fit.remote()
-            fitting = tasks.create_task(self._fit())
             resumed = bool(self._state.ledger.size(0))
             await self._prepare()
+            self.fit = self._crew.driver.fit.remote()  # takes long to start: the base model is measured meanwhile
+            fitting = tasks.create_task(self._fit())
             committing = tasks.create_task(self._take_commits())
             if resumed:
                 self._say("waiting for the trainer")
@@ -76,8 +76,10 @@ class Rounds:
         self._say("starting actors")
         answer, crew, admission = self._watch.answer, self._crew, self._state.admission
         ended = admission.rounds_ended
+        await answer(crew.weights.prepare.remote(), "weight_store")  # generators ask it for weights
+        self._pool = GeneratorPool(crew.generators, self._watch, self._config.cluster.attempts, self._start)
         _, recovered, (self._train, self._probe), *_ = await asyncio.gather(
-            answer(crew.weights.prepare.remote(), "weight_store"),
+            self._pool.prepare(admission.newest),
             answer(crew.buffer.prepare.remote(ended, self._config.rounds), "pair_buffer"),
             answer(crew.evaluator.prepare.remote(), "evaluator"),
             *(answer(scorer.prepare.remote(), name) for name, scorer in crew.scorers.items()),
@@ -85,9 +87,6 @@ class Rounds:
         self._state.prompts_per_round = len(self._prompts(0))
         for round, found in recovered.items():
             self._recover(round, found)
-        cluster = self._config.cluster
-        self._pool = GeneratorPool(crew.generators, self._watch, cluster.attempts, self._start)
-        await self._pool.prepare(admission.newest)
 
     def _start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         return self._tasks.create_task(work)

@@ -32,8 +32,10 @@ class ScorerWorker:
 
                 self._store = self._job.enter(self._name, threads=0)
                 config = self._store.config
-                self._scorer = Scorer(config, threads=config.cluster.scorers.threads)
                 self._buffer = self._job.actor("pair_buffer")
+                scorer = Scorer(config, threads=config.cluster.scorers.threads)
+                scorer.load()
+                self._scorer = scorer
 
     def process(self, boxed: list[Any], round: int, part: int) -> tuple[list[Outcome], Json]:
         """Score one batch and put it into the buffer; waits while the buffer is full.

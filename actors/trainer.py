@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from ray.util import get_current_placement_group
 from safetensors.numpy import save_file
 
-from actors.job import Job
+from actors.job import Job, event
 from actors.weight_store import ADAPTER_FILE
 from rlsf_ray.adapters import checksum
 from rlsf_ray.engines.learner import Learner, pass_order, training_steps
@@ -143,6 +144,7 @@ class Worker:
 
     def _step(self, step: Sequence[TrainingGroup], round: int, pass_index: int) -> None:
         """One optimiser step; rank 0 records it and asks whether to go on."""
+        start = time.time()
         report = self._learner.train_step(
             step[self._rank :: self._world],
             total_pairs=sum(len(group.pairs) for group in step),
@@ -152,7 +154,9 @@ class Worker:
         )
         if self._rank == 0:
             self._store.append_metrics("train", [step_row(report)])
-            go_on = self._coordinator.stepped.remote(round, report.step)
+            tokens = sum(group.num_tokens for group in step)
+            done = event("trainer", "trainer-0", "train", round, start, tokens)
+            go_on = self._coordinator.stepped.remote(done, report.step)
             if not ray.get(go_on, timeout=self._config.cluster.deadline_s):
                 raise DrainedError("the run is draining")
 

@@ -4,7 +4,8 @@
 
 Alone: engine, scorer and learner called directly in one process on the prompts of the recipe `rlsf`, in turns, so that
 whatever else the machine does meets all three; the first turn warms up and is not counted.
-Together: one short run on a Ray of its own, without evaluation; its metrics/stages.jsonl says who worked when.
+Together: one short run on a Ray of its own, without evaluation; its metrics/stages.jsonl says who worked when. Here
+round 0 warms up: the scorer loads its model within its first batch.
 Tokens: generator, those written; scorer, those of the traces it scored; trainer, those read in forward passes.
 """
 
@@ -26,7 +27,7 @@ from rlsf_ray.config import RunConfig
 from rlsf_ray.config_loading import load_config
 from rlsf_ray.records import Group, Json, TrainingGroup
 from rlsf_ray.run_store import RunStore
-from rlsf_ray.timeline import make_timeline
+from rlsf_ray.timeline import RoleShare, make_timeline
 
 ROLES = ("generator", "scorer", "trainer")
 TURNS = 3  # counted turns of the stages alone
@@ -61,8 +62,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def bench_config(model: str, overrides: Sequence[str], prompts: int) -> RunConfig:
-    """The recipe `rlsf` with two rounds and without a probe set, so that only the three stages run."""
-    own = [f"model.name={model}", "rounds=2", f"prompts_per_round={prompts}", "data.probe=[]", "recipe=bench_stages"]
+    """The recipe `rlsf` with three rounds and without a probe set, so that only the three stages run."""
+    own = [f"model.name={model}", "rounds=3", f"prompts_per_round={prompts}", "data.probe=[]", "recipe=bench_stages"]
     return load_config("rlsf", [*own, *overrides])
 
 
@@ -128,37 +129,40 @@ def measure_together(config: RunConfig) -> Json:
 def from_stages(stages: Sequence[Json], *, run_s: float) -> Json:
     """The numbers of one run from its stage rows; `run_s` counts from the coordinator's start.
 
-    Idle counts from the first work to the last, so starting actors and loading models is not in it. Control is the
-    processor time of the coordinator's and the buffer's process.
+    A stage counts from the first work on round 1 to the last work of all, so starting actors and loading models is not
+    in it. Control is the processor time of the coordinator's and the buffer's process over the whole run.
     """
-    work = make_timeline([row for row in stages if row["role"] in ROLES])
-    shares = {share.role: share for share in work.shares()}
+    work = [row for row in stages if row["role"] in ROLES]
+    warm = min(row["start"] for row in work if row["round"] > 0)
+    counted = make_timeline([row for row in work if row["start"] >= warm])
+    shares = {share.role: share for share in counted.shares()}
     control_s = {
         role: sum(row["end"] - row["start"] for row in stages if row["role"] == role)
         for role in ("coordinator", "buffer")
     }
     return {
         "run_s": run_s,
-        "work_s": work.length_s,
-        "stages": {
-            role: {
-                "num_actors": share.num_actors,
-                "tokens": share.tokens,
-                "busy_s": share.busy_s,
-                "tokens_per_busy_s": share.tokens / share.busy_s,
-                "tokens_per_work_s": share.tokens / work.length_s,
-                "idle": share.idle,
-            }
-            if (share := shares.get(role))
-            else None  # the run has no rows of this role
-            for role in ROLES
-        },
+        "counted_s": counted.length_s,
+        "stages": {role: _share(shares.get(role), counted.length_s) for role in ROLES},
         "control": {
             "coordinator_s": control_s["coordinator"],
             "buffer_s": control_s["buffer"],
             "overhead": sum(control_s.values()) / run_s,
-            "overhead_of_work": sum(control_s.values()) / work.length_s,  # the stricter reading
         },
+    }
+
+
+def _share(share: RoleShare | None, counted_s: float) -> Json | None:
+    """One role's numbers; None where the run has no rows of it."""
+    if share is None:
+        return None
+    return {
+        "num_actors": share.num_actors,
+        "tokens": share.tokens,
+        "busy_s": share.busy_s,
+        "tokens_per_busy_s": share.tokens / share.busy_s,
+        "tokens_per_counted_s": share.tokens / counted_s,
+        "idle": share.idle,
     }
 
 
@@ -201,14 +205,14 @@ def as_text(result: Json) -> str:
         if share is None:
             lines.append(f"{row}{'not recorded':>23}")
             continue
-        busy, over = share["tokens_per_busy_s"], share["tokens_per_work_s"]
+        busy, over = share["tokens_per_busy_s"], share["tokens_per_counted_s"]
         lines.append(f"{row}{busy:>23.0f}{over:>14.0f}{100 * share['idle']:>6.0f} %")
     control = together["control"]
     lines += [
         "",
-        f"run {together['run_s']:.1f} s, of which from first to last work {together['work_s']:.1f} s",
+        f"run {together['run_s']:.1f} s, of which counted after the warm-up {together['counted_s']:.1f} s",
         f"control: coordinator {control['coordinator_s']:.2f} s, buffer {control['buffer_s']:.2f} s ="
-        f" {100 * control['overhead']:.2f} % of the run, {100 * control['overhead_of_work']:.2f} % of the working time",
+        f" {100 * control['overhead']:.2f} % of the run",
     ]
     return "\n".join(lines)
 

@@ -27,7 +27,7 @@ def choose(table: Mapping[str, T], name: str, key: str) -> T:
         )
     module_name, _, function = name.partition(":")
     try:
-        return getattr(importlib.import_module(module_name), function)  # type: ignore[no-any-return]
+        return getattr(importlib.import_module(module_name), function)
     except (ImportError, AttributeError) as error:
         raise InputError(
             f"{key}={name!r} cannot be imported ({error}); install the module where the workers run, or fix the name"

@@ -12,17 +12,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
-# The names each choice knows, beside a user's own `package.module:function`.
-# A test holds them equal to the dicts of functions they stand for.
-SIGNAL_NAMES = (
-    "disparity",
-    "answer_prob",
-    "answer_prob_mean",
-    "mean_logprob",
-    "self_consistency",
-    "disparity_vote",
-)
-RULE_NAMES = ("voted", "best_worst", "all_above", "random", "reversed")
+from rlsf_ray.algorithms.preferences import RULES
+from rlsf_ray.algorithms.signals import SIGNALS
+
+# Known to rollouts/programs.py, which lies above this module; a test holds the two equal.
 ROLLOUT_NAMES = ("sample", "cot_decoding")
 ANSWER_FORMATS = ("number", "boxed", "phrase", "choice", "elicit")  # and regex:<pattern>
 
@@ -118,7 +111,7 @@ class RolloutConfig(_Section):
 class PairsConfig(_Section):
     """Scored group -> pairs."""
 
-    rule: Annotated[str, _one_of("pair rule", RULE_NAMES)] = "voted"
+    rule: Annotated[str, _one_of("pair rule", tuple(RULES))] = "voted"
     max_pairs: PositiveInt | None = 3  # cap for each prompt
     min_chosen: float = Field(default=0.0, ge=0.0)  # least score of a chosen trace (voted: of the whole answer)
     min_gap: float = Field(default=0.0, ge=0.0)  # least score gap within a pair
@@ -145,7 +138,7 @@ class LearnerConfig(_Section):
     warmup_steps: int = Field(default=5, ge=0)
     epochs: PositiveInt = 3  # passes over a round's groups
     pairs_per_step: PositiveInt = 8
-    max_tokens_per_pass: PositiveInt = 2048  # forward/backward passes are split to stay under it
+    max_tokens_per_pass: PositiveInt = 1024  # forward/backward passes are split to stay under it
     max_grad_norm: PositiveFloat = 1.0
 
 
@@ -158,12 +151,28 @@ class PoolConfig(_Section):
     threads: int = Field(default=0, ge=0)  # torch threads of each actor; 0: all cores of its node
 
 
+class WorkerPoolConfig(PoolConfig):
+    """A pool whose actors each hold a logical CPU, unless told otherwise."""
+
+    cpus: float = Field(default=1.0, ge=0.0)
+
+
+class TrainerPoolConfig(WorkerPoolConfig):
+    """The workers of the training job."""
+
+    @model_validator(mode="after")
+    def _takes_something(self) -> TrainerPoolConfig:
+        if not self.cpus and not self.gpus:
+            raise ValueError("a training worker must take something, got cpus=0 and gpus=0; set cpus: 1 or gpus: 1")
+        return self
+
+
 class ClusterConfig(_Section):
     """Sizes and resources of the distributed run."""
 
-    generators: PoolConfig = PoolConfig(cpus=1.0)
+    generators: WorkerPoolConfig = WorkerPoolConfig()
     scorers: PoolConfig = PoolConfig()
-    trainers: PoolConfig = PoolConfig(cpus=1.0)
+    trainers: TrainerPoolConfig = TrainerPoolConfig()
     max_staleness: int = Field(default=0, ge=0)
     prompts_per_call: PositiveInt = 16  # one generation batch holds this many prompts x traces
     buffer_groups: PositiveInt = 64  # scorers wait while the buffer holds this many
@@ -188,7 +197,7 @@ class RunConfig(_Section):
     model: ModelConfig = ModelConfig()
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
-    signal: Annotated[str, _one_of("signal", SIGNAL_NAMES)] = "disparity"
+    signal: Annotated[str, _one_of("signal", tuple(SIGNALS))] = "disparity"
     pairs: PairsConfig = PairsConfig()
     loss: LossConfig = LossConfig()
     learner: LearnerConfig = LearnerConfig()
@@ -203,6 +212,15 @@ class RunConfig(_Section):
             raise ValueError(
                 f"pairs.min_chosen is compared with a score of at most 1 under all_above, got {self.pairs.min_chosen};"
                 " set it between 0 and 1"
+            )
+        if self.pairs.rule in ("voted", "reversed") and self.signal in SIGNALS and not SIGNALS[self.signal].bounded:
+            raise ValueError(
+                f"pairs.rule={self.pairs.rule} adds up scores as weights of answers and needs a signal between 0 and 1,"
+                f" got signal={self.signal}; use answer_prob, or pairs.rule=best_worst"
+            )
+        if self.loss.name == "ipo" and self.loss.label_smoothing:
+            raise ValueError(
+                f"ipo has no label smoothing, got loss.label_smoothing={self.loss.label_smoothing}; set it to 0"
             )
         if not self.cluster.trainers.gpus.is_integer():
             raise ValueError(

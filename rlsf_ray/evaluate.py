@@ -148,7 +148,7 @@ def cached_base(config: RunConfig, probe: Sequence[ProbePrompt]) -> Json | None:
     """An earlier evaluation of the same base model on the same probe set with the same settings."""
     path = _cache_path(config, probe)
     try:
-        return json.loads(path.read_text())  # type: ignore[no-any-return]
+        return json.loads(path.read_text())
     except (OSError, json.JSONDecodeError):
         return None
 

@@ -1,6 +1,6 @@
 """RLSF in one process, without Ray: the file to read first.
 
-    prompts -> generate K traces each -> score by the model's own confidence -> pairs -> DPO steps -> new version -> again
+    prompts -> K traces each -> scores from the model's own confidence -> pairs -> DPO steps -> new version -> again
 
 The distributed service (actors/) calls the same stage functions; with `max_staleness: 0` and one generator it gives the
 same pairs and the same adapter as this loop. Left out here and found there: overlap of the stages, several workers,

@@ -214,4 +214,3 @@ def _only_used(group: TrainingGroup) -> TrainingGroup:
     used = _used(group)
     pairs = [replace(p, chosen=used.index(p.chosen), rejected=used.index(p.rejected)) for p in group.pairs]
     return replace(group, traces=tuple(group.traces[k] for k in used), pairs=tuple(pairs))
-

@@ -57,7 +57,7 @@ def load_adapter(wrapped: Any, adapter: Mapping[str, np.ndarray]) -> None:
     if own.keys() != adapter.keys():
         odd = sorted(own.keys() ^ adapter.keys())
         raise WeightsError(
-            f"adapter does not fit the model: expected {len(own)} tensors, got {len(adapter)}, first difference {odd[0]};"
+            f"adapter does not fit the model: expected {len(own)} tensors, got {len(adapter)}, they differ at {odd[0]};"
             " was it made for another model or other LoRA targets?"
         )
     for name, parameter in own.items():

@@ -125,7 +125,9 @@ def load_model(config: ModelConfig, *, device: str | None = None) -> Any:
     disable_progress_bar()
     folder = find_model(config.name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, config.dtype), attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, config.dtype), attn_implementation="sdpa"
+        )
     except (OSError, ValueError) as error:
         raise InputError(
             f"{config.name} does not load as a causal language model ({error}); expected a folder with config.json"

@@ -56,7 +56,7 @@ def _read_shared(model: Any, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.T
     longest, device = max(row.num_tokens for row in rows), model.device
     ids, positions = np.zeros((len(rows), longest), dtype=np.int64), np.zeros((len(rows), longest), dtype=np.int64)
     segment = np.full((len(rows), longest), _PADDING)
-    sources = []
+    sources: list[int] = []
     for index, row in enumerate(rows):
         start = len(row.prompt_ids)
         ids[index, :start], positions[index, :start], segment[index, :start] = row.prompt_ids, np.arange(start), 0
@@ -92,7 +92,7 @@ def _read_plain(model: Any, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Te
     alone = [(row.prompt_ids, trace) for row in rows for trace in row.traces]
     longest = max(len(prompt) + len(trace) for prompt, trace in alone)
     ids, mask = np.zeros((len(alone), longest), dtype=np.int64), np.zeros((len(alone), longest), dtype=np.int64)
-    sources = []
+    sources: list[int] = []
     for index, (prompt, trace) in enumerate(alone):
         stop = len(prompt) + len(trace)
         ids[index, :stop], mask[index, :stop] = np.concatenate([prompt, trace]), 1

@@ -71,15 +71,19 @@ class Scorer:
     def _score_function(self) -> Any:
         return self._signal.fn if isinstance(self._signal, Signal) else self._signal
 
+    def load(self) -> None:
+        """Load the base model now, and not with the first group that has pairs."""
+        if self._model is None:
+            self._model = load_model(self._config.model)
+            check_logits(self._model)
+
     def training_groups(self, scored: Sequence[ScoredGroup]) -> list[TrainingGroup]:
         """Groups that have pairs, reduced to the traces in use, with reference log-probs."""
         return [self._training_group(one) for one in scored if one.pairs]
 
     @torch.inference_mode()
     def _training_group(self, scored: ScoredGroup) -> TrainingGroup:
-        if self._model is None:
-            self._model = load_model(self._config.model)
-            check_logits(self._model)
+        self.load()
         group = scored.group
         used = sorted({index for pair in scored.pairs for index in (pair.chosen, pair.rejected)})
         row = Row(group.prompt_ids, [group.traces[k].token_ids for k in used])

@@ -15,7 +15,7 @@ from tokenizers.decoders import DecodeStream
 from rlsf_ray.adapters import checksum
 from rlsf_ray.config import LearnerConfig, ModelConfig
 from rlsf_ray.engines.base import Adapter, Completion, Request, Sampling
-from rlsf_ray.engines.lora import add_adapter, adapter_arrays, load_adapter
+from rlsf_ray.engines.lora import adapter_arrays, add_adapter, load_adapter
 from rlsf_ray.engines.models import context_length, find_model, load_model, load_tokenizer
 from rlsf_ray.errors import EngineError, InputError, WeightsError
 from rlsf_ray.records import IntArray, Prompt
@@ -101,7 +101,8 @@ class TransformersEngine:
         rows = [(r, k) for r, request in enumerate(requests) for k in range(len(request.seeds))]
         state.select(torch.tensor([r for r, _ in rows]))
         choose = _Chooser(sampling, rows, requests, self._model.device)
-        tokens, statistics = [[] for _ in rows], [[] for _ in rows]  # type: ignore[var-annotated]
+        tokens: list[list[int]] = [[] for _ in rows]
+        statistics: list[list[np.ndarray]] = [[] for _ in rows]
         alive = np.arange(len(rows))  # row of the batch -> trace
         done = np.zeros(len(rows), dtype=bool)
         for step in range(sampling.max_tokens):
@@ -120,8 +121,8 @@ class TransformersEngine:
                 chosen = chosen[keep]
             state.advance(torch.from_numpy(chosen))
         results: list[list[Completion]] = [[] for _ in requests]
-        for (request, _), ids, values, ended in zip(rows, tokens, statistics, done, strict=True):
-            results[request].append(self._completion(ids, np.asarray(values, dtype=np.float32), bool(ended)))
+        for (request, _), ids, kept, ended in zip(rows, tokens, statistics, done, strict=True):
+            results[request].append(self._completion(ids, np.asarray(kept, dtype=np.float32), bool(ended)))
         return results
 
     def _completion(self, ids: list[int], values: np.ndarray, finished: bool) -> Completion:

@@ -89,6 +89,7 @@ class RunState:
         config, accounting = self._config, self.ledger.totals()
         total = config.rounds * self.prompts_per_round
         done = accounting["admitted"] - accounting["in_flight"]
+        waiting = sum(len(self.ledger.sequences(round, PAIRS)) for round in range(config.rounds))
         elapsed = self._clock() - self._started
         return {
             "run": self.run,
@@ -96,7 +97,7 @@ class RunState:
             "round": min(self.round, config.rounds - 1),
             "rounds": config.rounds,
             "version": self.admission.newest,
-            "prompts_done": done,
+            "prompts_done": done + waiting,  # written and scored
             "prompts_total": total,
             "traces": self.counts["traces"],
             "traces_per_s": (self.counts["traces"] - self._traces_before) / elapsed if elapsed > 0 else 0.0,

@@ -5,7 +5,7 @@ import math
 import pytest
 import yaml
 
-from rlsf_ray.config import RULE_NAMES, RunConfig
+from rlsf_ray.config import RunConfig
 from rlsf_ray.config_loading import dump_config, load_config, override_config, recipe_names
 from rlsf_ray.errors import InputError
 
@@ -19,7 +19,7 @@ def test_the_paper_recipe_has_the_authors_numbers() -> None:
     config = load_config("rlsf_paper")
     assert (config.rollout.name, config.rollout.traces, config.data.answer) == ("cot_decoding", 10, "elicit")
     assert (config.pairs.rule, config.pairs.min_chosen, config.pairs.max_pairs) == ("all_above", 0.9, None)
-    assert (config.pairs.same_answer, config.pairs.weight) == (True, "exp_gap")
+    assert (config.pairs.same_answer, config.pairs.weight) == (True, "one")
     assert (config.loss.beta, config.loss.label_smoothing, config.loss.nll) == (0.2, 0.01, 0.0)
     assert (config.learner.learning_rate, config.learner.epochs) == (5e-5, 5)
 
@@ -130,15 +130,23 @@ def test_a_users_own_function_is_accepted_by_its_form() -> None:
     assert load_config("rlsf", ["signal=my_package.signals:mine"]).signal == "my_package.signals:mine"
 
 
-def test_the_known_names_are_those_of_the_functions() -> None:
-    from rlsf_ray.algorithms.preferences import RULES
-    from rlsf_ray.algorithms.signals import SIGNALS
-    from rlsf_ray.config import ROLLOUT_NAMES, SIGNAL_NAMES
+def test_the_known_rollouts_are_those_of_the_functions() -> None:
+    from rlsf_ray.config import ROLLOUT_NAMES
     from rlsf_ray.rollouts.programs import ROLLOUTS
 
-    assert set(SIGNALS) == set(SIGNAL_NAMES)
-    assert set(RULES) == set(RULE_NAMES)
     assert set(ROLLOUTS) == set(ROLLOUT_NAMES)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["signal=mean_logprob"], "use answer_prob, or pairs.rule=best_worst"),
+        (["loss.name=ipo", "loss.label_smoothing=0.1"], "ipo has no label smoothing"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_config("rlsf", settings)
 
 
 def test_no_default_is_infinite_and_the_config_stays_small() -> None:

@@ -48,9 +48,7 @@ def group(name: str, *traces: Trace) -> Group:
 def rows() -> list[dict[str, Any]]:
     """Question a: 4, 4, 5, none with gold 4; question b: 7, 8, 8, cut off with gold 7."""
     first = group("a", trace(0, "4", 0.8), trace(1, "4.0", 0.6), trace(2, "5", 0.5), trace(3, None, 0.9))
-    second = group(
-        "b", trace(0, "7", 0.4), trace(1, "8", 0.9), trace(2, "8", 0.7), trace(3, None, 0.9, finished=False)
-    )
+    second = group("b", trace(0, "7", 0.4), trace(1, "8", 0.9), trace(2, "8", 0.7), trace(3, None, 0.9, finished=False))
     greedy = [group("a", trace(0, "4", 0.8)), group("b", trace(0, "8", 0.8))]
     with AnswerChecker() as checker:
         return evaluate.judge_groups([first, second], greedy, [probe("a", "4"), probe("b", "7")], checker)

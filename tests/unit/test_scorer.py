@@ -48,7 +48,7 @@ def scorer(tiny: Path) -> Iterator[Scorer]:
 
 
 def test_the_vote_is_weighted_by_disparity_and_equal_numbers_are_one_answer(scorer: Scorer) -> None:
-    """"2" and "2.0" are one answer with weight 0.4 + 0.3 = 0.7; "3" has 0.6 alone and loses.
+    """ "2" and "2.0" are one answer with weight 0.4 + 0.3 = 0.7; "3" has 0.6 alone and loses.
 
     Chosen: traces 0 then 1; rejected: the unanswered trace 3 (absent, lowest) then trace 2.
     """

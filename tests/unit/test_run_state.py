@@ -1,0 +1,76 @@
+"""A run's bookkeeping: commits must match the scorers' word, and state.json brings it all back."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny import tiny_config
+
+from rlsf_ray.config import RunConfig
+from rlsf_ray.records import Outcome
+from rlsf_ray.stream.run_state import RunState
+
+
+def outcome(sequence: int, reason: str | None) -> Outcome:
+    return Outcome(
+        group_id=f"g{sequence}",
+        sequence=sequence,
+        num_traces=4,
+        num_tokens=40,
+        num_cut_off=1,
+        num_parsed=3,
+        num_pairs=0 if reason else 2,
+        reason=reason,
+    )
+
+
+@pytest.fixture
+def small() -> RunConfig:
+    return tiny_config(Path("model"))  # two rounds of eight prompts
+
+
+@pytest.fixture
+def state(small: RunConfig) -> RunState:
+    """Round 0 has four prompts: 0 and 2 have pairs, 1 is filtered, 3 is still being written."""
+    state = RunState("run", small, clock=lambda: 100.0)
+    state.ledger.admit(0, 4)
+    state.scored(0, [outcome(0, None), outcome(1, "tie"), outcome(2, None)])
+    return state
+
+
+def test_a_commit_that_left_out_a_group_is_refused(state: RunState) -> None:
+    with pytest.raises(ValueError, match=r"groups \[2\] have pairs but were not trained"):
+        state.committed(0, 1, [0])
+
+
+def test_a_commit_ends_the_round_and_makes_its_version_the_newest(state: RunState) -> None:
+    state.committed(0, 1, [0, 2])
+    assert state.admission.newest == 1
+    assert state.ledger.totals()["trained"] == 2
+
+
+def test_the_status_counts_scored_prompts_as_done(state: RunState) -> None:
+    status = state.status()
+    assert (status["prompts_done"], status["prompts_total"]) == (3, 16)
+    assert (status["traces"], status["pairs"], status["version"]) == (12, 4, 0)
+    assert status["accounting"]["in_flight"] == 3  # two with pairs that nobody has trained, one being written
+
+
+def test_the_time_left_follows_from_the_prompts_that_have_ended(small: RunConfig) -> None:
+    now = [0.0]
+    state = RunState("run", small, clock=lambda: now[0])
+    assert state.status()["eta_s"] is None
+    state.ledger.admit(0, 4)
+    state.scored(0, [outcome(0, "tie"), outcome(1, "tie")])
+    now[0] = 10.0
+    assert state.status()["eta_s"] == pytest.approx(70.0)  # 2 of 16 took 10 s, so 14 more take 70 s
+
+
+def test_state_json_brings_everything_back(state: RunState, small: RunConfig) -> None:
+    state.committed(0, 1, [0, 2])
+    state.had_no_pairs(1)
+    again = RunState("run", small, json.loads(json.dumps(state.to_json())), clock=lambda: 500.0)
+    assert (again.admission.newest, again.admission.rounds_ended) == (1, 2)
+    assert again.ledger.totals() == state.ledger.totals()
+    assert again.counts == state.counts
+    assert again.to_json()["ended"] == [[0, 1], [1, None]]
