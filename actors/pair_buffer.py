@@ -52,7 +52,6 @@ class PairBuffer:
         for row in self._store.read_table("groups", round).to_pylist():
             self._queue.put(row_to_group(row))
         reasons = {row["sequence"]: row["reason"] for row in traces if row["reason"] is not None}
-        self._queue.skip(round, reasons)
         return Recovered(sequences=tuple(self._queue.sequences(round)), reasons=reasons)
 
     async def put(self, round: int, part: int, groups: Sequence[TrainingGroup], skipped: Sequence[int]) -> int:

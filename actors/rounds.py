@@ -15,7 +15,7 @@ from actors.watch import Watch
 from rlsf_ray.errors import ServiceError, StorageError
 from rlsf_ray.records import Json, Outcome, Prompt
 from rlsf_ray.run_store import RunStore
-from rlsf_ray.stream.ledger import IN_FLIGHT, PAIRS
+from rlsf_ray.stream.ledger import FAILED, FILTERED, IN_FLIGHT, PAIRS
 from rlsf_ray.stream.run_state import RunState
 from rlsf_ray.tasks.sources import prompts_of_round
 
@@ -87,6 +87,10 @@ class Rounds:
         self._state.prompts_per_round = len(self._prompts(0))
         for round, found in recovered.items():
             self._recover(round, found)
+        for round in range(ended, self._config.rounds):  # the new buffer must not wait for these
+            without = [s for state in (FILTERED, FAILED) for s in self._state.ledger.sequences(round, state)]
+            if without:
+                await answer(crew.buffer.put.remote(round, 0, [], without), "pair_buffer")
 
     def _start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         return self._tasks.create_task(work)
