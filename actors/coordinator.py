@@ -24,6 +24,7 @@ STOP_S = 14.0  # the trainer may take so long to end its step
 REMOVE_S = 5.0  # and the actors so long to disappear: together under the promised 20 s
 LINGER_S = 10.0  # how long the outcome waits for a driver to read it
 LEAVE_S = 2.0  # for the answer to be on its way
+ALONE_S = 60.0  # how long a coordinator that no driver has started stays
 
 
 class Coordinator:
@@ -32,6 +33,7 @@ class Coordinator:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._work: asyncio.Task[None] | None = None
+        self._leaving: asyncio.Task[None] | None = None
         self._ended, self._read = asyncio.Event(), asyncio.Event()
         self._summary: Json | None = None
         self._error: RlsfError | None = None
@@ -44,13 +46,19 @@ class Coordinator:
 
     async def start(self, source: str) -> None:
         """Begin the run; joining one that has begun changes nothing. Raises ServiceError if the sources differ."""
-        check_source(source, f"the coordinator of run {self._job.run}")
+        try:
+            check_source(source, f"the coordinator of run {self._job.run}")
+        except ServiceError:
+            self._leaving = asyncio.create_task(self._leave(LEAVE_S))
+            raise
         if self._work is None:
             self._stop: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._work = asyncio.create_task(self._run())
 
     async def status(self, peak_memory_gb: float | None = None) -> Json:
         """The keys of loop.py's status, and "ended". The driver of an embedded run tells its memory here."""
+        if self._work is None and self._leaving is None:  # its driver may be killed before it says `start`
+            self._leaving = asyncio.create_task(self._leave(ALONE_S))
         self._peak_memory_gb = peak_memory_gb or self._peak_memory_gb
         status = self._state.status() if self._state else {"run": self._job.run, "state": "starting"}
         return status | {"ended": self._ended.is_set()}
@@ -106,8 +114,13 @@ class Coordinator:
         self._ended.set()
         with suppress(TimeoutError):
             await asyncio.wait_for(self._read.wait(), LINGER_S)
-        await asyncio.sleep(LEAVE_S)
-        ray.kill(ray.get_runtime_context().current_actor)
+        await self._leave(LEAVE_S)
+
+    async def _leave(self, seconds: float) -> None:
+        """End this actor, unless it has work by then."""
+        await asyncio.sleep(seconds)
+        if self._work is None or self._ended.is_set():
+            ray.kill(ray.get_runtime_context().current_actor)
 
     async def _life(self) -> Json:
         store = await asyncio.to_thread(self._job.enter, "coordinator")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 import uuid
@@ -30,6 +31,7 @@ OnStatus = Callable[[Json], None]
 POLL_S = 1.0
 ANSWER_S = 60.0  # the coordinator answers control calls at once, unless it is still being created
 DRAIN_S = 30.0  # a drain is promised within 20 s
+CONNECT_S = 5.0  # to a port that is open; Ray itself would try for minutes
 
 
 def run(
@@ -50,14 +52,14 @@ def run(
     summary: Json | None = store.read_json("summary.json")
     if summary is not None and (store.read_json("state.json") or {}).get("state") == "done":
         return summary
-    with _connected(address) as embedded:
+    with _connected(address) as embedded, _Signals() as signals:  # Ray sets a handler of its own when it connects
         _check_cluster(config, store)
         job = Job(run=run_name, root=store.root, source=source_hash())
         coordinator = _join(job)
         if not embedded:
-            return _follow(coordinator, run_name, on_status, wait_for_drain=False)
+            return _follow(coordinator, run_name, signals, on_status, wait_for_drain=False)
         with PeakMemory() as memory:
-            return _follow(coordinator, run_name, on_status, wait_for_drain=True, memory=memory)
+            return _follow(coordinator, run_name, signals, on_status, wait_for_drain=True, memory=memory)
 
 
 def status(run_name: str, address: str | None = None) -> Json:
@@ -89,11 +91,12 @@ def _connected(address: str | None) -> Iterator[bool]:
     options: Json = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if address:
+            _knock(address)
             ray.init(address=address, **options)
         else:
             # Ray Train asks the dashboard only to clean up after a killed controller; this Ray ends with us anyway
             ray.init("local", include_dashboard=False, **options)
-    except (ConnectionError, TimeoutError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise InputError(
             f"no Ray answers at {address or 'this machine'} ({error}); start one with `ray start --head`, correct"
             " --address or RAY_ADDRESS, or leave both out for a Ray of our own"
@@ -102,6 +105,13 @@ def _connected(address: str | None) -> Iterator[bool]:
         yield address is None
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raises OSError if nothing listens at a `host:port`."""
+    host, _, port = address.rpartition(":")
+    if port.isdigit() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
 
 
 def _check_cluster(config: RunConfig, store: RunStore) -> None:
@@ -188,25 +198,30 @@ def _ask(coordinator: Any, method: str, *args: Any) -> Any:
 
 
 def _follow(
-    coordinator: Any, run_name: str, on_status: OnStatus, *, wait_for_drain: bool, memory: PeakMemory | None = None
+    coordinator: Any,
+    run_name: str,
+    signals: _Signals,
+    on_status: OnStatus,
+    *,
+    wait_for_drain: bool,
+    memory: PeakMemory | None = None,
 ) -> Json:
     """Watch until the run ends. A signal drains it; where nobody would clean up after us, see the drain through."""
-    with _Signals() as signals:
-        asked_at = None
-        while True:
-            found = _ask(coordinator, "status", memory.peak_gb if memory else None)
-            on_status(found)
-            if found["ended"]:
-                break
-            if signals.asked.wait(POLL_S) and asked_at is None:
-                asked_at = time.monotonic()
-                _ask(coordinator, "drain")
-                if not wait_for_drain:
-                    raise DrainedError(f"{run_name} drains on the cluster; the same command resumes it")
-            if asked_at is not None:
-                time.sleep(POLL_S)
-                if time.monotonic() - asked_at > DRAIN_S:
-                    raise DrainedError(f"{run_name} did not drain within {DRAIN_S:g} s; the same command resumes it")
+    asked_at = None
+    while True:
+        found = _ask(coordinator, "status", memory.peak_gb if memory else None)
+        on_status(found)
+        if found["ended"]:
+            break
+        if signals.asked.wait(POLL_S) and asked_at is None:
+            asked_at = time.monotonic()
+            _ask(coordinator, "drain")
+            if not wait_for_drain:
+                raise DrainedError(f"{run_name} drains on the cluster; the same command resumes it")
+        if asked_at is not None:
+            time.sleep(POLL_S)
+            if time.monotonic() - asked_at > DRAIN_S:
+                raise DrainedError(f"{run_name} did not drain within {DRAIN_S:g} s; the same command resumes it")
     summary, error = _ask(coordinator, "outcome")
     if error is not None:
         raise error

@@ -1,4 +1,4 @@
-"""One run is killed twice as a whole and asked to stop once; the same command brings it to the undisturbed end."""
+"""A run of its own Ray is stopped twice and killed as a whole twice; the same command brings it to the calm end."""
 
 from __future__ import annotations
 
@@ -48,9 +48,17 @@ def long_config(tiny: Path) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def disturbed(sandbox: Sandbox, long_config: RunConfig) -> RunStore:
-    """The run after four lives: killed while generating, killed while training, drained, finished."""
+    """The run after five lives: stopped while starting, killed while generating, killed while training, stopped
+    while generating, finished.
+    """
     (sandbox.folder / "tiny.yaml").write_text(dump_config(long_config))
     root = sandbox.folder / "runs" / "hit"
+
+    early = begin(sandbox)
+    early.until(lambda: any("Coordinator" in line for line in sandbox.processes()), START_S)
+    early.terminate()
+    assert early.wait(60) == 5, early.output
+    leaves_nothing(sandbox)
 
     first = begin(sandbox)
     first.until(lambda: batches(root, 0) > 0, START_S)
@@ -67,12 +75,9 @@ def disturbed(sandbox: Sandbox, long_config: RunConfig) -> RunStore:
     third = begin(sandbox)
     third.until(lambda: batches(root, 2) > 0, START_S)
     third.terminate()
-    assert third.wait(40) == 5, third.output
+    assert third.wait(60) == 5, third.output
     assert "asked to stop; the same command resumes it" in third.output
-    end = time.monotonic() + 10
-    while sandbox.processes():
-        assert time.monotonic() < end, sandbox.processes()
-        time.sleep(0.1)
+    leaves_nothing(sandbox)
     state = json.loads((root / "state.json").read_text())
     assert (state["state"], state["ended"]) == ("drained", [[0, 1], [1, 2]])
 
@@ -83,6 +88,14 @@ def disturbed(sandbox: Sandbox, long_config: RunConfig) -> RunStore:
 
 def begin(sandbox: Sandbox) -> Shell:
     return sandbox.start("rlsf", "run", "tiny.yaml", "--root", "runs", "--run", "hit")
+
+
+def leaves_nothing(sandbox: Sandbox) -> None:
+    """Ray's own processes end within seconds of the driver."""
+    end = time.monotonic() + 10
+    while left := sandbox.processes():
+        assert time.monotonic() < end, left
+        time.sleep(0.1)
 
 
 def batches(root: Path, round: int) -> int:

@@ -250,7 +250,7 @@ def test_a_driver_of_other_source_than_the_cluster_s_is_refused(cluster: Cluster
     code, output = cluster.sandbox.run(*driver, "--address", cluster.address)
     assert code == 4, output
     assert "runs other source than the driver" in output
-    _until(lambda: not cluster.living("mix"), 60)
+    _until(lambda: not cluster.living("mix"), DRAINED_S)
 
 
 def _until(ready: Any, seconds: float) -> None:
