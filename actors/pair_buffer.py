@@ -16,9 +16,9 @@ from rlsf_ray.stream.buffer import Lease, PairQueue, unknown
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recovered:
-    """What the run directory knows of a round that is not over: sequences with pairs, and why the others have none."""
+    """What the run directory knows of a round that is not over: pairs by sequence, and why the others have none."""
 
-    sequences: tuple[int, ...]
+    pairs: dict[int, int]
     reasons: dict[int, str]
 
 
@@ -52,7 +52,7 @@ class PairBuffer:
         for row in self._store.read_table("groups", round).to_pylist():
             self._queue.put(row_to_group(row))
         reasons = {row["sequence"]: row["reason"] for row in traces if row["reason"] is not None}
-        return Recovered(sequences=tuple(self._queue.sequences(round)), reasons=reasons)
+        return Recovered(pairs=self._queue.num_pairs(round), reasons=reasons)
 
     async def put(self, round: int, part: int, groups: Sequence[TrainingGroup], skipped: Sequence[int]) -> int:
         """Take a batch: stored first, then let in as there is room. Returns how many groups were new."""

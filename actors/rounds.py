@@ -104,8 +104,10 @@ class Rounds:
         ledger.admit(round, size)
         for start in range(0, size, self._size):
             batch = range(start, min(start + self._size, size))
-            if all(sequence in found.reasons or sequence in found.sequences for sequence in batch):
-                ledger.recovered(round, {sequence: found.reasons.get(sequence) for sequence in batch})
+            if all(sequence in found.reasons or sequence in found.pairs for sequence in batch):
+                pairs = {sequence: found.pairs[sequence] for sequence in batch if sequence in found.pairs}
+                reasons = {sequence: found.reasons[sequence] for sequence in batch if sequence in found.reasons}
+                self._state.recovered(round, pairs, reasons)
 
     async def _fit(self) -> None:
         await self._watch.answer_while_moving(self.fit, "the trainer")

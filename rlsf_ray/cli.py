@@ -186,6 +186,7 @@ def recipes() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the command: every error ends with its exit code."""
+    sys.path.append(os.getcwd())  # a user's own functions lie there; `python -m` does the same
     try:
         app(args=arguments, prog_name="rlsf")
     except RlsfError as error:

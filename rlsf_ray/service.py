@@ -25,6 +25,7 @@ from rlsf_ray.memory import PeakMemory
 from rlsf_ray.plan import missing_resources
 from rlsf_ray.records import Json
 from rlsf_ray.run_store import RunStore
+from rlsf_ray.stream.run_state import RunState
 
 OnStatus = Callable[[Json], None]
 
@@ -50,7 +51,9 @@ def run(
     """
     store = RunStore.create_or_resume(root, config)
     summary: Json | None = store.read_json("summary.json")
-    if summary is not None and (store.read_json("state.json") or {}).get("state") == "done":
+    saved = store.read_json("state.json") or {}
+    if summary is not None and saved.get("state") == "done":
+        on_status(RunState(run_name, config, saved).status() | {"message": "it was finished before, nothing is run"})
         return summary
     with _connected(address) as embedded, _Signals() as signals:  # Ray sets a handler of its own when it connects
         _check_cluster(config, store)

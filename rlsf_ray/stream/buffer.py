@@ -84,9 +84,10 @@ class PairQueue:
         self._leased = {key: group for key, group in self._leased.items() if key[0] >= self._rounds_ended}
         self._skipped = {key for key in self._skipped if key[0] >= self._rounds_ended}
 
-    def sequences(self, round: int) -> list[int]:
-        """Sequences of the groups held for a round, waiting or leased."""
-        return sorted(sequence for r, sequence in (*self._waiting, *self._leased) if r == round)
+    def num_pairs(self, round: int) -> dict[int, int]:
+        """Sequence -> pairs of the groups held for a round, waiting or leased."""
+        held = self._waiting | self._leased
+        return {sequence: len(held[r, sequence].pairs) for r, sequence in sorted(held) if r == round}
 
     @property
     def num_waiting(self) -> int:

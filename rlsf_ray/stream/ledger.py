@@ -26,11 +26,16 @@ class Ledger:
             entry = (PAIRS, "") if outcome.reason is None else (FILTERED, outcome.reason)
             self._move(round, outcome.sequence, (IN_FLIGHT,), entry)
 
-    def recovered(self, round: int, reasons: Mapping[int, str | None]) -> None:
-        """What the run directory says of prompts that were scored before a crash; None: with pairs."""
-        for sequence, reason in reasons.items():
-            if self._rounds[round][sequence][0] == IN_FLIGHT:
-                self._rounds[round][sequence] = (PAIRS, "") if reason is None else (FILTERED, reason)
+    def recovered(self, round: int, reasons: Mapping[int, str | None]) -> list[int]:
+        """What the run directory says of prompts that were scored before a crash; None: with pairs.
+
+        Returns the sequences that this ledger did not know of yet.
+        """
+        news = [sequence for sequence in reasons if self._rounds[round][sequence][0] == IN_FLIGHT]
+        for sequence in news:
+            reason = reasons[sequence]
+            self._rounds[round][sequence] = (PAIRS, "") if reason is None else (FILTERED, reason)
+        return news
 
     def failed(self, round: int, sequences: Iterable[int], reason: str) -> None:
         """These prompts were given up."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from time import time
 
 from rlsf_ray.config import RunConfig
@@ -74,6 +74,26 @@ class RunState:
         """Run time so far, over all lives of the run."""
         return self._seconds_before + self._clock() - self._started
 
+    def recovered(self, round: int, pairs: Mapping[int, int], reasons: Mapping[int, str]) -> None:
+        """Sequences of a round that were scored before a crash: their number of pairs, or why they have none."""
+        found = {sequence: reasons.get(sequence) for sequence in (*pairs, *reasons)}
+        for sequence in self.ledger.recovered(round, found):
+            self.counts["traces"] += self._config.rollout.traces
+            self.counts["pairs"] += pairs.get(sequence, 0)
+        self._traces_before = self.counts["traces"]
+
+    def _seconds_left(self, scored: float) -> float | None:
+        """From the share of prompts that are `scored` and the share of optimiser steps done, half and half.
+
+        How many steps there will be is guessed from the pairs so far.
+        """
+        learner = self._config.learner
+        expected = self.counts["pairs"] / scored * learner.epochs / learner.pairs_per_step if scored else 0.0
+        if not expected:
+            return None
+        share = (scored + min(1.0, self.counts["steps"] / expected)) / 2
+        return self.seconds * (1.0 / share - 1.0)
+
     def to_json(self) -> Json:
         return {
             "state": self.state,
@@ -103,7 +123,7 @@ class RunState:
             "traces_per_s": (self.counts["traces"] - self._traces_before) / elapsed if elapsed > 0 else 0.0,
             "pairs": self.counts["pairs"],
             "steps": self.counts["steps"],
-            "eta_s": self.seconds * (total / done - 1) if done else None,
+            "eta_s": self._seconds_left((done + waiting) / total),
             "accounting": accounting,
             "message": self.message,
         }

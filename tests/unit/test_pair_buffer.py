@@ -94,7 +94,7 @@ def test_a_new_life_finds_the_groups_that_were_put_and_why_the_others_are_missin
     async def second_life() -> None:
         buffer = PairBuffer(job, "pair_buffer")
         found = (await buffer.prepare(0, 2))[0]
-        assert (found.sequences, found.reasons) == ((0,), {1: "tie", 2: "tie"})
+        assert (found.pairs, found.reasons) == ({0: 1}, {1: "tie", 2: "tie"})
         assert await buffer.put(0, 0, [group(0)], [1]) == 0  # told again: not taken twice
         lease = await buffer.lease(0, 0, 8, 1.0)
         assert lease is not None

@@ -56,14 +56,28 @@ def test_the_status_counts_scored_prompts_as_done(state: RunState) -> None:
     assert status["accounting"]["in_flight"] == 3  # two with pairs that nobody has trained, one being written
 
 
-def test_the_time_left_follows_from_the_prompts_that_have_ended(small: RunConfig) -> None:
+def test_the_time_left_follows_from_prompts_and_steps(small: RunConfig) -> None:
+    """After 10 s: 2 of 16 prompts, with 4 pairs. So 32 pairs in all, 2 passes of 4 a step: 16 steps, 4 done.
+
+    (2/16 + 4/16) / 2 = 3/16 took 10 s, so 13/16 more take 130/3 s.
+    """
     now = [0.0]
     state = RunState("run", small, clock=lambda: now[0])
     assert state.status()["eta_s"] is None
     state.ledger.admit(0, 4)
-    state.scored(0, [outcome(0, "tie"), outcome(1, "tie")])
+    state.scored(0, [outcome(0, None), outcome(1, None)])
+    state.counts["steps"] = 4
     now[0] = 10.0
-    assert state.status()["eta_s"] == pytest.approx(70.0)  # 2 of 16 took 10 s, so 14 more take 70 s
+    assert state.status()["eta_s"] == pytest.approx(130 / 3)
+
+
+def test_what_a_crash_left_uncounted_is_counted_once(state: RunState) -> None:
+    """Sequences 0, 1, 2 are known (12 traces, 4 pairs); 3 is news, with 3 pairs and the config's 4 traces."""
+    state.recovered(0, {0: 2, 2: 2, 3: 3}, {1: "tie"})
+    assert (state.counts["traces"], state.counts["pairs"]) == (16, 7)
+    state.recovered(0, {3: 3}, {})
+    assert (state.counts["traces"], state.counts["pairs"]) == (16, 7)
+    assert state.ledger.totals()["filtered"] == 1
 
 
 def test_state_json_brings_everything_back(state: RunState, small: RunConfig) -> None:
