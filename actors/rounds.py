@@ -229,11 +229,11 @@ class Rounds:
         known = self._crew.evaluator.known.remote(version, len(prompts))
         if not prompts or await self._watch.answer(known, "evaluator"):
             return
-        self._say(f"evaluating version {version}")
-        firsts = range(0, len(prompts), self._size)
-        await asyncio.gather(
-            *(self._probe_batch(version, first, prompts[first : first + self._size]) for first in firsts)
-        )
+        if questions is None:  # else it goes on beside the next round, whose message stays
+            self._say(f"evaluating version {version}")
+        size = self._config.probe_prompts_per_call
+        firsts = range(0, len(prompts), size)
+        await asyncio.gather(*(self._probe_batch(version, first, prompts[first : first + size]) for first in firsts))
         await self._watch.answer(self._crew.evaluator.finish.remote(version), "evaluator")
         await self._save()
 

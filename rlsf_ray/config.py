@@ -138,7 +138,7 @@ class LearnerConfig(_Section):
     warmup_steps: int = Field(default=5, ge=0)
     epochs: PositiveInt = 3  # passes over a round's groups
     pairs_per_step: PositiveInt = 8
-    max_tokens_per_pass: PositiveInt = 1024  # forward/backward passes are split to stay under it
+    max_tokens_per_pass: PositiveInt = 768  # forward/backward passes are split to stay under it
     max_grad_norm: PositiveFloat = 1.0
 
 
@@ -203,6 +203,11 @@ class RunConfig(_Section):
     learner: LearnerConfig = LearnerConfig()
     cluster: ClusterConfig = ClusterConfig()
     eval: EvalConfig = EvalConfig()
+
+    @property
+    def probe_prompts_per_call(self) -> int:
+        """Probe prompts of one batch, so that it holds as many traces as a training batch."""
+        return max(1, self.cluster.prompts_per_call * self.rollout.traces // self.eval.samples)
 
     @model_validator(mode="after")
     def _cross_checks(self) -> RunConfig:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,13 +14,16 @@ from typing import Any
 import numpy as np
 
 from rlsf_ray import __version__
-from rlsf_ray.algorithms import calibration
+from rlsf_ray.algorithms import answers, calibration
 from rlsf_ray.algorithms.answers import label_answers
 from rlsf_ray.config import RunConfig
 from rlsf_ray.engines.models import cache_root, find_model
 from rlsf_ray.records import Group, Json, ProbePrompt, Trace
 from rlsf_ray.rollouts.programs import write_probe_groups
+from rlsf_ray.tasks import equality
 from rlsf_ray.tasks.equality import AnswerChecker
+
+logger = logging.getLogger(__name__)
 
 CONFIDENCES = ("answer_prob", "agreement")
 
@@ -31,7 +36,7 @@ def evaluate_version(
     on_chunk: Callable[[int], None] = lambda done: None,
 ) -> Json:
     """Write, judge and summarise the whole probe set in this process."""
-    checker, rows, size = AnswerChecker(), [], config.cluster.prompts_per_call
+    checker, rows, size = AnswerChecker(), [], config.probe_prompts_per_call
     for start in range(0, len(probe), size):
         chunk = probe[start : start + size]
         prompts = [item.prompt for item in chunk]
@@ -50,7 +55,7 @@ def judge_groups(
     rows = []
     for many, one in zip(sampled, greedy, strict=True):
         right = gold[many.prompt.id]
-        answers = [trace.answer.text if trace.answer else None for trace in many.traces]
+        texts = [trace.answer.text if trace.answer else None for trace in many.traces]
         labels = label_answers(answers, checker.equal)
         samples = [
             _judged(trace, right, checker) | {"agreement": _agreement(labels, k), "label": labels[k]}
@@ -156,20 +161,24 @@ def cached_base(config: RunConfig, probe: Sequence[ProbePrompt]) -> Json | None:
 def store_base(config: RunConfig, probe: Sequence[ProbePrompt], evaluation: Json) -> None:
     """Keep the base model's evaluation for later runs."""
     path = _cache_path(config, probe)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half_made = path.with_suffix(f".{hashlib.sha256(str(id(path)).encode()).hexdigest()[:8]}.tmp")
-    half_made.write_text(json.dumps(evaluation))
-    half_made.replace(path)
+    half_made = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        half_made.write_text(json.dumps(evaluation))
+        half_made.replace(path)
+    except OSError as error:  # a cache that cannot be written costs time later, and not this run
+        logger.warning("the base model's evaluation is not kept for other runs: %s", error)
 
 
 def _cache_path(config: RunConfig, probe: Sequence[ProbePrompt]) -> Path:
     key = {
+        "judges": [hashlib.sha256(Path(str(part.__file__)).read_bytes()).hexdigest() for part in (answers, equality)],
         "package": __version__,
         "model": config.model.model_dump(),
         "files": _fingerprint(find_model(config.model.name)),
         "probe": [[item.prompt.id, item.prompt.messages, item.prompt.answer_format, item.gold] for item in probe],
         "sampling": [config.rollout.temperature, config.rollout.max_tokens, config.eval.samples],
-        "batch": config.cluster.prompts_per_call,
+        "batch": config.probe_prompts_per_call,
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     return cache_root() / "evaluations" / f"{digest}.json"

@@ -16,11 +16,14 @@ Span = tuple[int, int]
 
 FORMATS = ("number", "boxed", "phrase", "choice", "regex:<pattern>")
 
-# A sign counts only where it cannot be an operator ("5-3" ends in 3); "12." is 12 at the end of a sentence.
+# A sign counts only where it cannot be an operator ("= -3", but not in "5-3"); "12." is 12 at the end of a sentence.
 _SIGN = "[-+\u2212]"
 _NUMBER = re.compile(
     rf"(?:(?<![\w)\].]){_SIGN})?(?:(?:[0-9]{{1,3}}(?:,[0-9]{{3}})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)"
 )
+# "so it is 18 + 89" ends in a sum nobody worked out: 89 is an operand and not an answer. Without this rule a policy is
+# paid for copying the question, which it does with great confidence (benchmarks/results/log.md).
+_OPERATOR_BEFORE = re.compile("[0-9)\\]]\\s*[-+*/x^\u2212\u00d7\u00f7]\\s*$")
 _PLAIN_NUMBER = re.compile(rf"({_SIGN})?([0-9]{{1,3}}(?:,[0-9]{{3}})+|[0-9]*)(?:\.([0-9]*))?")
 _BOXED = re.compile(r"\\boxed\s*\{")
 _PHRASE = re.compile(r"\bthe answer is\s*:?\s*", re.IGNORECASE)
@@ -35,7 +38,7 @@ _QUOTING = " \t\r\n*`$\"'"
 def find_answer(text: str, answer_format: str) -> Span | None:
     r"""Characters of the final answer in `text`, None if there is none. The last occurrence wins.
 
-    Formats: `number` (thousands commas, sign, decimals), `boxed` (inside the last complete \boxed{...}), `phrase`
+    Formats: `number` (thousands commas, sign, decimals; no operand of an open sum), `boxed` (inside the last complete \boxed{...}), `phrase`
     (after the last "the answer is", to the end of the sentence or line), `choice` (stand-alone letter A-E),
     `regex:<pattern>` (group 1 if the pattern has one, else the whole match).
     Raises ValueError for an unknown format or a broken pattern.
@@ -43,7 +46,7 @@ def find_answer(text: str, answer_format: str) -> Span | None:
     if answer_format.startswith("regex:"):
         return _last(_regex_spans(answer_format.removeprefix("regex:"), text))
     if answer_format == "number":
-        return _last(match.span() for match in _NUMBER.finditer(text))
+        return _final_number(text)
     if answer_format == "boxed":
         return _last(_boxed_spans(text))
     if answer_format == "phrase":
@@ -51,6 +54,11 @@ def find_answer(text: str, answer_format: str) -> Span | None:
     if answer_format == "choice":
         return _last(match.span() for match in _CHOICE.finditer(text))
     raise ValueError(f"unknown answer format {answer_format!r}; use one of {', '.join(FORMATS)}")
+
+
+def _final_number(text: str) -> Span | None:
+    span = _last(match.span() for match in _NUMBER.finditer(text))
+    return None if span is None or _OPERATOR_BEFORE.search(text[: span[0]]) else span
 
 
 def locate(elicited: str, text: str) -> Span | None:

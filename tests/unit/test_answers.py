@@ -22,8 +22,11 @@ def found(text: str, answer_format: str) -> str | None:
         ("The total is 1,234,567.50 dollars", "1,234,567.50"),
         ("So it is $-7.", "-7"),
         ("7 - 9 = -2", "-2"),
-        ("we compute 5-3", "3"),
-        ("(2)-3", "3"),
+        ("we compute 5-3", None),  # an open sum is not an answer
+        ("(2)-3", None),
+        ("so it is 8 + 2 =.", None),
+        ("6 x 9 = 54", "54"),
+        ("the max 9", "9"),
         ("it is \u22125", "\u22125"),
         ("about .5", ".5"),
         ("the numbers 1,2,3", "3"),
