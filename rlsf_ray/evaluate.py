@@ -56,7 +56,7 @@ def judge_groups(
     for many, one in zip(sampled, greedy, strict=True):
         right = gold[many.prompt.id]
         texts = [trace.answer.text if trace.answer else None for trace in many.traces]
-        labels = label_answers(answers, checker.equal)
+        labels = label_answers(texts, checker.equal)
         samples = [
             _judged(trace, right, checker) | {"agreement": _agreement(labels, k), "label": labels[k]}
             for k, trace in enumerate(many.traces)

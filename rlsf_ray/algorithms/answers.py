@@ -38,9 +38,9 @@ _QUOTING = " \t\r\n*`$\"'"
 def find_answer(text: str, answer_format: str) -> Span | None:
     r"""Characters of the final answer in `text`, None if there is none. The last occurrence wins.
 
-    Formats: `number` (thousands commas, sign, decimals; no operand of an open sum), `boxed` (inside the last complete \boxed{...}), `phrase`
-    (after the last "the answer is", to the end of the sentence or line), `choice` (stand-alone letter A-E),
-    `regex:<pattern>` (group 1 if the pattern has one, else the whole match).
+    Formats: `number` (thousands commas, sign, decimals; no operand of an open sum), `boxed` (inside the last complete
+    \boxed{...}), `phrase` (after the last "the answer is", to the end of the sentence or line), `choice` (stand-alone
+    letter A-E), `regex:<pattern>` (group 1 if the pattern has one, else the whole match).
     Raises ValueError for an unknown format or a broken pattern.
     """
     if answer_format.startswith("regex:"):
