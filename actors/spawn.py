@@ -25,7 +25,7 @@ LOOK_S = 60.0  # for every node to answer one question
 ON_HEAD = {"node:__internal_head__": 0.001}  # what only steers must not keep a worker node from being given back
 SCORER_THREADS = 64  # batches that wait for room in the buffer; more are never in flight
 
-# Phases overlap on few cores: idle OpenMP threads may spin for a moment only (with no spinning at all generation loses a
+# Phases overlap on few cores: idle OpenMP threads may spin for a moment only (with none at all generation loses a
 # third of its speed), and malloc keeps few arenas. The rest is for Ray Train: report to the controller every 0.2 s
 # instead of 2 s, and do without the watcher for preempted nodes.
 ENVIRONMENT = {
