@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from contextlib import suppress
 from typing import Any
@@ -43,6 +44,14 @@ class Coordinator:
         self._watch: Watch | None = None
         self._peak_memory_gb: float | None = None
         self._idle_cpu_s = time.process_time()  # spent on imports, before any work
+        self._alone = threading.Timer(ALONE_S, self._give_up)  # no event loop runs yet
+        self._alone.daemon = True
+        self._alone.start()
+
+    def _give_up(self) -> None:
+        """End this actor: its driver was killed before it could say `start`."""
+        if self._work is None:
+            ray.kill(self._job.actor("coordinator"))
 
     async def start(self, source: str) -> None:
         """Begin the run; joining one that has begun changes nothing. Raises ServiceError if the sources differ."""
@@ -52,16 +61,19 @@ class Coordinator:
             self._leaving = asyncio.create_task(self._leave(LEAVE_S))
             raise
         if self._work is None:
+            self._alone.cancel()
             self._stop: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._work = asyncio.create_task(self._run())
 
     async def status(self, peak_memory_gb: float | None = None) -> Json:
-        """The keys of loop.py's status, and "ended". The driver of an embedded run tells its memory here."""
-        if self._work is None and self._leaving is None:  # its driver may be killed before it says `start`
-            self._leaving = asyncio.create_task(self._leave(ALONE_S))
+        """The keys of loop.py's status, "root", "ending" (no way back to work) and "ended".
+
+        The driver of an embedded run tells its memory here.
+        """
         self._peak_memory_gb = peak_memory_gb or self._peak_memory_gb
         status = self._state.status() if self._state else {"run": self._job.run, "state": "starting"}
-        return status | {"ended": self._ended.is_set()}
+        ending = self._leaving is not None or (self._work is not None and self._stop.done())
+        return status | {"root": self._job.root, "ending": ending, "ended": self._ended.is_set()}
 
     async def outcome(self) -> tuple[Json | None, RlsfError | None]:
         """(summary, None) or (None, error), once the run has ended and everything is torn down."""
@@ -90,10 +102,10 @@ class Coordinator:
 
     async def stepped(self, done: Json, step: int) -> bool:
         """One optimiser step is done (`done`: its stage event); returns whether to go on."""
-        if self._state is not None and self._watch is not None:
+        if self._state is not None and self._watch is not None and self._rounds is not None:
             self._state.counts["steps"] = step
             self._watch.moved()
-            self._store.append_metrics("stages", [done])
+            self._rounds.record(done)
         return not self._stop.done()
 
     def _end(self, error: RlsfError) -> None:
@@ -140,14 +152,16 @@ class Coordinator:
     async def _finish(self) -> Json:
         """Measure the control's own time, then have the summary and the report written."""
         assert self._crew
+        assert self._rounds
         assert self._watch
         assert self._state
         self._state.message = "writing the report"
         now = time.time()
         usage = await self._watch.answer(self._crew.buffer.usage.remote(), "pair_buffer")
         busy = {"coordinator": time.process_time() - self._idle_cpu_s, "buffer": usage["cpu_s"]}
-        rows = [event(role, role, "control", 0, now - seconds) for role, seconds in busy.items()]
-        await asyncio.to_thread(self._store.append_metrics, "stages", rows)
+        for role, seconds in busy.items():
+            self._rounds.record(event(role, role, "control", 0, now - seconds))
+        await self._rounds.save()  # the summary counts the stage events
         measured = {
             "accounting": self._state.ledger.totals(),
             "seconds": self._state.seconds,
@@ -155,7 +169,7 @@ class Coordinator:
         }
         summary: Json = await self._watch.answer(self._crew.evaluator.summary.remote(measured), "evaluator")
         self._state.state, self._state.message = "done", ""
-        await asyncio.to_thread(self._store.write_json, "state.json", self._state.to_json())
+        await self._rounds.save()
         return summary
 
     async def _close(self) -> None:
@@ -163,11 +177,15 @@ class Coordinator:
         if self._error is not None and self._state is not None:
             self._state.state = "drained" if isinstance(self._error, DrainedError) else "failed"
             self._state.message = str(self._error)
+            if self._state.state == "failed":
+                self._state.error = {"type": type(self._error).__name__, "text": str(self._error)}
         if self._crew is not None and self._rounds is not None:
             if self._rounds.fit is not None and self._summary is None:
                 await self._stop_training(self._crew, self._rounds.fit)
             await self._crew.dismiss(REMOVE_S)
-        if self._error is not None and self._state is not None:
+        if self._error is not None and self._rounds is not None:
+            await self._rounds.save()
+        elif self._error is not None and self._state is not None:
             await asyncio.to_thread(self._store.write_json, "state.json", self._state.to_json())
 
     async def _stop_training(self, crew: Crew, fit: Any) -> None:

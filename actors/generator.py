@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 
-from actors.job import Job, event
+from actors.job import Job, device, event
 from rlsf_ray.errors import WeightsError
 from rlsf_ray.records import Group, Json, Prompt, WeightsVersion
 from rlsf_ray.rollouts.programs import write_groups, write_probe_groups
@@ -23,21 +23,28 @@ class Generator:
         self._versions: list[int] = []
 
     def prepare(self, version: int) -> None:
-        """Build the engine if there is none (first start, or a restart) and load `version`."""
+        """Build the engine and load `version`."""
+        self.load_version(version)
+
+    def _build(self) -> None:
+        """Build the engine if there is none: at the first call, or at the first call after a restart."""
         if self._engine is None:
             from rlsf_ray.engines.transformers_engine import TransformersEngine
 
             store = self._job.enter(self._name, threads=0)
             self._config = store.config
-            threads = self._config.cluster.generators.threads
-            self._engine = TransformersEngine(self._config.model, self._config.learner, threads=threads)
-        self.load_version(version)
+            pool = self._config.cluster.generators
+            self._engine = TransformersEngine(
+                self._config.model, self._config.learner, threads=pool.threads, device=device(pool)
+            )
 
     def load_version(self, version: int) -> None:
         """Fetch `version` from the WeightStore and prove that the engine holds it.
 
+        Every batch begins here, so a generator that Ray restarted while nobody watched comes back by itself.
         Raises WeightsError if what the engine holds is not what was published.
         """
+        self._build()
         if version == 0 or version in self._versions:
             return
         deadline_s = self._config.cluster.deadline_s

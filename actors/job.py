@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 
+from rlsf_ray.config import PoolConfig
 from rlsf_ray.errors import ServiceError
 from rlsf_ray.logs import setup_logging
 from rlsf_ray.records import Json
@@ -69,6 +70,11 @@ def check_source(expected: str, where: str) -> None:
             " rlsf-ray on every node (pip install the wheel and restart Ray), or submit with --working-dir so that Ray"
             " ships the source"
         )
+
+
+def device(pool: PoolConfig) -> str:
+    """Where an actor of `pool` computes. Ray does not hide the node's GPUs from an actor that asked for none."""
+    return "cuda" if pool.gpus else "cpu"
 
 
 def event(role: str, actor: str, stage: str, round: int, start: float, tokens: int = 0) -> Json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
@@ -40,6 +41,7 @@ class GeneratorPool:
         self._handles, self._watch, self._attempts, self._start_task = handles, watch, attempts, start_task
         self._fleet = Fleet(list(handles))
         self._granted: dict[Ticket, asyncio.Future[Replica]] = {}
+        self._preparing: set[str] = set()
         self._newest = 0
 
     async def prepare(self, version: int) -> None:
@@ -72,8 +74,7 @@ class GeneratorPool:
             except RayActorError as error:
                 reason = "GeneratorDied"
                 logger.warning("%s broke while writing: %s", name, error)
-                self._fleet.failed(name)
-                self._start_task(self._prepare(name))
+                self._bring_back(name)
             except EngineError as error:
                 reason = "EngineError"
                 logger.warning("%s could not write a batch: %s", name, error)
@@ -103,18 +104,39 @@ class GeneratorPool:
             await self._watch.answer(
                 self._handles[name].load_version.remote(version), f"{name} (load version {version})"
             )
-        except RayActorError:
-            return  # whoever called it brings it back
+        except RayActorError as error:
+            logger.warning("%s broke while loading version %d: %s", name, version, error)
+            self._bring_back(name)  # an idle generator has no other caller
+            return
         self._ready(name, version)
 
+    def _bring_back(self, name: str) -> None:
+        """No more work for a broken generator until it has started again."""
+        self._fleet.failed(name)
+        self._start_task(self._prepare(name))
+
     async def _prepare(self, name: str) -> None:
-        """Bring a new or restarted generator to the newest version. Raises ServiceError if none is left."""
-        deaths = 0
+        """Bring a new or restarted generator to the newest version, unless that is under way.
+
+        Raises ServiceError if none is left, DeadlineError if this one stays unavailable.
+        """
+        if name in self._preparing:
+            return
+        self._preparing.add(name)
+        try:
+            await self._start(name)
+        finally:
+            self._preparing.remove(name)
+
+    async def _start(self, name: str) -> None:
+        deaths, began = 0, time.monotonic()
         while True:
             version = self._newest
             try:
                 await self._watch.answer(self._handles[name].prepare.remote(version), f"{name} (start)")
             except ActorUnavailableError:
+                if time.monotonic() - began > self._watch.deadline_s:
+                    raise self._watch.late(name, "has been unavailable") from None
                 await asyncio.sleep(RETRY_S)
                 continue
             except RayActorError as error:

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
+from collections import Counter
 from collections.abc import Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from ray.exceptions import ObjectLostError, RayActorError
+from ray.exceptions import ActorUnavailableError, ObjectLostError, RayActorError
 
 from actors.pair_buffer import Recovered
-from actors.pool import GeneratorPool, GivenUp
+from actors.pool import RETRY_S, GeneratorPool, GivenUp
 from actors.spawn import Crew
 from actors.watch import Watch
-from rlsf_ray.errors import ServiceError, StorageError
+from rlsf_ray.errors import RlsfError, ServiceError, StorageError
 from rlsf_ray.records import Json, Outcome, Prompt
 from rlsf_ray.run_store import RunStore
 from rlsf_ray.stream.ledger import FAILED, FILTERED, IN_FLIGHT, PAIRS
 from rlsf_ray.stream.run_state import RunState
 from rlsf_ray.tasks.sources import prompts_of_round
 
+logger = logging.getLogger(__name__)
+
 LAST_COMMIT_S = 30.0
+SAVE_S = 5.0
 TRAINING, EVALUATION = 0, 1  # lanes of the generator pool, most urgent first
 
 
@@ -34,15 +41,16 @@ class Rounds:
         self._permits = asyncio.Semaphore(2 * cluster.generators.count + cluster.scorers.count)
         self._queued = dict.fromkeys(crew.scorers, 0)  # batches at each scorer
         self._commits: asyncio.Queue[tuple[Json | None, list[Any]]] = asyncio.Queue()
-        self._saving = asyncio.Lock()
+        self._writer = ThreadPoolExecutor(1)  # of state.json and the stage events: one thread keeps them in order
         self._events: list[Json] = []  # stage events that are not written yet
+        self._measuring: list[asyncio.Task[None]] = []  # evaluations beside the rounds
         self._trainer_at: int | None = None  # the round that the trainer goes on with
         self.fit: Any = None
 
     async def run(self, stop: asyncio.Future[None]) -> None:
         """Every round that is left. `stop` ends it at any moment by its exception.
 
-        Raises NoPairsError, counting the reasons, if no round gave a pair.
+        Raises NoPairsError, counting the reasons, if no round gave a pair, ServiceError if that is because all failed.
         """
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
@@ -51,7 +59,7 @@ class Rounds:
             await self._prepare()
             self.fit = self._crew.driver.fit.remote()  # takes long to start: the base model is measured meanwhile
             fitting = tasks.create_task(self._fit())
-            committing = tasks.create_task(self._take_commits())
+            beside = [tasks.create_task(self._take_commits()), tasks.create_task(self._keep_saving())]
             if resumed:
                 self._say("waiting for the trainer")
                 await self._watch.until(lambda: self._trainer_at is not None, "the trainer")
@@ -60,12 +68,11 @@ class Rounds:
             self._say("waiting for the trainer to end")
             await fitting
             if self._state.admission.newest == 0:
-                from rlsf_ray.loop import no_pairs_error  # loads torch, which the coordinator does without
-
-                raise no_pairs_error(self._state.reasons())
+                raise nothing_trained(self._state)
+            await asyncio.gather(*self._measuring)  # the evaluator keeps the rows of a version in one place
             await self._evaluate(self._state.admission.newest)
-            stopping.cancel()
-            committing.cancel()
+            for task in (stopping, *beside):
+                task.cancel()
 
     def committed(self, record: Json | None, boxed: list[Any]) -> None:
         """A checkpoint is saved, or (with `record` None) the trainer begins without one."""
@@ -137,7 +144,7 @@ class Rounds:
         """
         prompts, ledger = self._prompts(round), self._state.ledger
         ledger.admit(round, len(prompts))
-        await self._save()
+        await self.save()
         waiting, batches = set(ledger.sequences(round, IN_FLIGHT)), []
         for part, first in enumerate(range(0, len(prompts), self._size)):
             if first in waiting:
@@ -156,7 +163,7 @@ class Rounds:
             await self._watch.answer(self._crew.buffer.put.remote(round, part, [], sequences), "pair_buffer")
         finally:
             self._permits.release()
-        await self._save()
+        await self.save()
         self._watch.moved()
 
     async def _generate_and_score(self, round: int, part: int, first: int, prompts: Sequence[Prompt]) -> list[Outcome]:
@@ -166,19 +173,38 @@ class Rounds:
             groups, event = await self._pool.call(
                 "write", prompts, round, first, priority=(TRAINING, round, first), least_version=least
             )
-            self._record(event)
+            self.record(event)
             self._watch.moved()
-            name = min(self._queued, key=lambda scorer: self._queued[scorer])
+            try:
+                return await self._score(groups, round, part)
+            except ObjectLostError as error:
+                logger.warning("round %d: the traces from prompt %d on are lost: %s", round, first, error)
+        raise GivenUp("TracesLost")
+
+    async def _score(self, groups: Any, round: int, part: int) -> list[Outcome]:
+        """The batch's outcomes from the least busy of the scorers that failed it least.
+
+        A scorer that restarts builds itself again at its next call; waiting for that is no attempt, but has a deadline.
+        """
+        deaths, failures, began = 0, Counter[str](), time.monotonic()
+        while deaths < self._config.cluster.attempts:
+            name = min(self._queued, key=lambda scorer: (failures[scorer], self._queued[scorer]))
             self._queued[name] += 1
             try:
                 call = self._crew.scorers[name].process.remote([groups], round, part)
                 outcomes, event = await self._watch.answer_while_moving(call, name)
-            except (RayActorError, ObjectLostError):
-                continue  # the scorer restarts; its next call builds it again
+                self.record(event)
+                return list(outcomes)
+            except RayActorError as error:
+                logger.warning("%s broke while scoring: %s", name, error)
+                failures[name] += 1
+                waits = isinstance(error, ActorUnavailableError)
+                deaths += not waits
             finally:
                 self._queued[name] -= 1
-            self._record(event)
-            return list(outcomes)
+            if waits and time.monotonic() - began > self._watch.deadline_s:
+                raise self._watch.late(name, "has been unavailable")
+            await asyncio.sleep(RETRY_S)
         raise GivenUp("ScorerDied")
 
     async def _close(self, round: int, batches: Sequence[asyncio.Task[None]], size: int) -> None:
@@ -189,7 +215,7 @@ class Rounds:
         if not self._state.ledger.sequences(round, PAIRS):
             await self._watch.until(lambda: self._state.admission.rounds_ended == round, "the trainer")
             self._state.had_no_pairs(round)
-            await self._save()
+            await self.save()
             await self._watch.answer(self._crew.buffer.end_rounds.remote(round + 1), "pair_buffer")
         self._watch.moved()
 
@@ -215,11 +241,11 @@ class Rounds:
             return
         await self._watch.answer(self._crew.weights.publish.remote(record, boxed), "weight_store")
         self._state.committed(round, version, record["sequences"])
-        await self._save()
+        await self.save()
         await self._watch.answer(self._crew.buffer.end_rounds.remote(round + 1), "pair_buffer")
         self._pool.publish(version)
         if self._config.eval.during and round + 1 < self._config.rounds:
-            self._start(self._evaluate(version, self._config.eval.during))
+            self._measuring.append(self._start(self._evaluate(version, self._config.eval.during)))
 
     # --- evaluation ---------------------------------------------------------------------------------------------
 
@@ -235,7 +261,7 @@ class Rounds:
         firsts = range(0, len(prompts), size)
         await asyncio.gather(*(self._probe_batch(version, first, prompts[first : first + size]) for first in firsts))
         await self._watch.answer(self._crew.evaluator.finish.remote(version), "evaluator")
-        await self._save()
+        await self.save()
 
     async def _probe_batch(self, version: int, first: int, prompts: Sequence[Prompt]) -> None:
         try:
@@ -246,26 +272,52 @@ class Rounds:
             raise ServiceError(
                 f"version {version} cannot be evaluated: {error.reason} too often; see the log"
             ) from error
-        self._record(event)
+        self.record(event)
         self._watch.moved()
         judged = self._crew.evaluator.judge.remote([groups], version, first)
-        self._record(await self._watch.answer(judged, "evaluator"))
+        self.record(await self._watch.answer(judged, "evaluator"))
         self._watch.moved()
 
     # --- keeping ------------------------------------------------------------------------------------------------
 
-    async def _save(self) -> None:
-        async with self._saving:
-            events, self._events = self._events, []
-            if events:
-                await asyncio.to_thread(self._store.append_metrics, "stages", events)
-            await asyncio.to_thread(self._store.write_json, "state.json", self._state.to_json())
+    async def save(self) -> None:
+        """Write the stage events and state.json. A write that has begun is finished, even if the run is stopped."""
+        events, self._events = self._events, []
+        state = self._state.to_json()
+        await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._writer, self._write, events, state))
 
-    def _record(self, event: Json) -> None:
+    def _write(self, events: list[Json], state: Json) -> None:
+        if events:
+            self._store.append_metrics("stages", events)
+        self._store.write_json("state.json", state)
+
+    async def _keep_saving(self) -> None:
+        """Save while nothing but training goes on."""
+        while True:
+            await asyncio.sleep(SAVE_S)
+            if self._events:
+                await self.save()
+
+    def record(self, event: Json) -> None:
+        """Keep a stage event for the next `save`."""
         self._events.append(event)
 
     def _say(self, message: str) -> None:
         self._state.message = message
+
+
+def nothing_trained(state: RunState) -> RlsfError:
+    """Why no round has made a version: every prompt was filtered, or every batch has failed."""
+    totals = state.ledger.totals()
+    if totals["failed"] and not totals["filtered"]:
+        counts = ", ".join(f"{reason}: {count}" for reason, count in totals["reasons"].items())
+        return ServiceError(
+            f"every batch failed, {totals['failed']} of {totals['admitted']} prompts ({counts}); expected pairs from at"
+            " least one; look at the logs of the generators and scorers, then run under another --run name"
+        )
+    from rlsf_ray.loop import no_pairs_error  # loads torch, which the coordinator does without
+
+    return no_pairs_error(state.reasons())
 
 
 async def _forward(stop: asyncio.Future[None]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import ray
 
 from actors.generator import num_tokens
-from actors.job import Job, event
+from actors.job import Job, device, event
 from rlsf_ray.records import Group, Json, Outcome, ScoredGroup, TrainingGroup
 
 
@@ -33,7 +33,8 @@ class ScorerWorker:
                 self._store = self._job.enter(self._name, threads=0)
                 config = self._store.config
                 self._buffer = self._job.actor("pair_buffer")
-                scorer = Scorer(config, threads=config.cluster.scorers.threads)
+                pool = config.cluster.scorers
+                scorer = Scorer(config, threads=pool.threads, device=device(pool))
                 scorer.load()
                 self._scorer = scorer
 

@@ -19,6 +19,7 @@ from actors.scorer import ScorerWorker
 from actors.train_driver import TrainDriver
 from actors.weight_store import WeightStore
 from rlsf_ray.config import PoolConfig, RunConfig
+from rlsf_ray.errors import DeadlineError
 
 RESTARTS = 3
 LOOK_S = 60.0  # for every node to answer one question
@@ -102,12 +103,19 @@ class Crew:
 
 
 def nodes_without(path: str) -> list[str]:
-    """Addresses of the nodes that do not see the file `path`."""
+    """Addresses of the nodes that do not see the file `path`. Raises DeadlineError naming those that do not say."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
     look = ray.remote(num_cpus=0)(os.path.exists)
     found = [
         look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(path)
         for node in nodes
     ]
-    answers = ray.get(found, timeout=LOOK_S)
-    return [node["NodeManagerAddress"] for node, seen in zip(nodes, answers, strict=True) if not seen]
+    _, late = ray.wait(found, num_returns=len(found), timeout=LOOK_S)
+    addresses = [node["NodeManagerAddress"] for node in nodes]
+    if late:
+        silent = [address for address, answer in zip(addresses, found, strict=True) if answer in late]
+        raise DeadlineError(
+            f"{', '.join(silent)} did not look for {path} within {LOOK_S:g} s; check with `ray status` that these nodes"
+            " are alive and can start a task"
+        )
+    return [address for address, seen in zip(addresses, ray.get(found), strict=True) if not seen]

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
+import errno
 import json
-import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 import ray.train
+import ray.train.torch
 import torch
 import torch.distributed as dist
 from ray.util import get_current_placement_group
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from actors.job import Job, event
 from actors.weight_store import ADAPTER_FILE
 from rlsf_ray.adapters import checksum
 from rlsf_ray.engines.learner import Learner, pass_order, training_steps
-from rlsf_ray.errors import DrainedError, RlsfError, WeightsError
+from rlsf_ray.errors import DrainedError, NonFiniteLossError, RlsfError, StorageError, WeightsError
 from rlsf_ray.loop import step_row
 from rlsf_ray.records import Json, TrainingGroup
 
 WAIT_S = 5.0  # rank 0 tells the others "nothing yet" this often, which keeps collectives far from their time-out
+TELL_S = 60.0  # for the coordinator to hear of an error
 LEASE = 16  # groups a lease may hold
 STATE_FILE, RECORD_FILE = "learner.safetensors", "record.json"
 
@@ -46,8 +49,17 @@ class Commit(ray.train.UserCallback):
 
 
 def train_fn(settings: Json) -> None:
-    """What each worker of the training job runs."""
-    Worker(settings["job"]).run()
+    """What each worker of the training job runs.
+
+    A typed error goes to the coordinator, which ends the run; returning keeps Ray Train from trying three times more.
+    """
+    job: Job = settings["job"]
+    try:
+        Worker(job).run()
+    except DrainedError:
+        return
+    except RlsfError as error:
+        ray.get(job.actor("coordinator").train_failed.remote(error), timeout=TELL_S)
 
 
 class Worker:
@@ -59,21 +71,17 @@ class Worker:
         self._store = job.enter(f"trainer-{self._rank}", threads=0)
         self._config = self._store.config
         self._coordinator, self._buffer = job.actor("coordinator"), job.actor("pair_buffer")
-        self._learner = Learner(self._config, threads=self._config.cluster.trainers.threads)
+        pool = self._config.cluster.trainers
+        where = str(ray.train.torch.get_device()) if pool.gpus else "cpu"
+        self._learner = Learner(self._config, threads=pool.threads, device=where)
         self._versions = [0]  # published before the round in work
 
     def run(self) -> None:
-        """Every round from the last checkpoint on. A typed error ends the run at once, without Train's retries."""
-        try:
-            for round in range(self._resume(), self._config.rounds):
-                trained = self._lead(round) if self._rank == 0 else self._follow()
-                if trained:
-                    self._report(round, trained)
-        except DrainedError:
-            return
-        except RlsfError as error:
-            ray.get(self._coordinator.train_failed.remote(error), timeout=self._config.cluster.deadline_s)
-            raise
+        """Every round from the last checkpoint on."""
+        for round in range(self._resume(), self._config.rounds):
+            trained = self._lead(round) if self._rank == 0 else self._follow()
+            if trained:
+                self._report(round, trained)
 
     def _resume(self) -> int:
         """Load the newest checkpoint if there is one; returns the round to go on with."""
@@ -145,13 +153,18 @@ class Worker:
     def _step(self, step: Sequence[TrainingGroup], round: int, pass_index: int) -> None:
         """One optimiser step; rank 0 records it and asks whether to go on."""
         start = time.time()
-        report = self._learner.train_step(
-            step[self._rank :: self._world],
-            total_pairs=sum(len(group.pairs) for group in step),
-            round=round,
-            pass_index=pass_index,
-            all_reduce=_sum_over_ranks if self._world > 1 else None,
-        )
+        try:
+            report = self._learner.train_step(
+                step[self._rank :: self._world],
+                total_pairs=sum(len(group.pairs) for group in step),
+                round=round,
+                pass_index=pass_index,
+                all_reduce=_sum_over_ranks if self._world > 1 else None,
+            )
+        except NonFiniteLossError as error:
+            found: Json = {"round": round, "pass": pass_index, "rank": self._rank, "error": str(error)}
+            self._store.write_json("nonfinite.json", found | {"groups": [group.id for group in step]})
+            raise
         if self._rank == 0:
             self._store.append_metrics("train", [step_row(report)])
             tokens = sum(group.num_tokens for group in step)
@@ -177,12 +190,13 @@ class Worker:
             "ids": [group.id for group in groups],
         }
         with tempfile.TemporaryDirectory() as folder:
-            save_file(
-                {name: np.ascontiguousarray(a) for name, a in adapter.items()}, os.path.join(folder, ADAPTER_FILE)
-            )
-            Path(folder, STATE_FILE).write_bytes(self._learner.state_bytes())
-            Path(folder, RECORD_FILE).write_text(json.dumps(record))
-            ray.train.report(record, checkpoint=ray.train.Checkpoint.from_directory(folder))
+            with room_in(folder):
+                weights = {name: np.ascontiguousarray(a) for name, a in adapter.items()}
+                Path(folder, ADAPTER_FILE).write_bytes(save(weights))
+                Path(folder, STATE_FILE).write_bytes(self._learner.state_bytes())
+                Path(folder, RECORD_FILE).write_text(json.dumps(record))
+            with room_in(self._store.path("checkpoints")):
+                ray.train.report(record, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
     def _send(self, message: tuple[Any, ...]) -> None:
         if self._world > 1:
@@ -192,6 +206,20 @@ class Worker:
         box = [None]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+
+@contextmanager
+def room_in(folder: str) -> Iterator[None]:
+    """Raises StorageError that names `folder` when a disk is full or a quota used up."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise StorageError(
+            f"no room for a checkpoint in {folder} ({error}); expected space for the adapter and three times as much"
+            " for the optimiser: free space there (old runs first), then run the same command to resume"
+        ) from error
 
 
 def _sum_over_ranks(tensors: list[torch.Tensor]) -> None:

@@ -17,7 +17,7 @@ class Watch:
     """Deadlines of one run. `moved` says that something happened, and lets `until` look again."""
 
     def __init__(self, deadline_s: float) -> None:
-        self._deadline_s = deadline_s
+        self.deadline_s = deadline_s
         self._moved_at = time.monotonic()
         self._event = asyncio.Event()
 
@@ -30,9 +30,9 @@ class Watch:
     async def answer(self, call: Any, who: str) -> Any:
         """The result of one call, which must come within the deadline. Raises DeadlineError or the call's own error."""
         try:
-            result = await asyncio.wait_for(asyncio.ensure_future(call), self._deadline_s)
+            result = await asyncio.wait_for(asyncio.ensure_future(call), self.deadline_s)
         except TimeoutError:
-            raise self._late(who, "has not answered") from None
+            raise self.late(who, "has not answered") from None
         self.moved()
         return result
 
@@ -41,9 +41,9 @@ class Watch:
         future = asyncio.ensure_future(call)
         try:
             while not future.done():
-                remaining_s = self._deadline_s - (time.monotonic() - self._moved_at)
+                remaining_s = self.deadline_s - (time.monotonic() - self._moved_at)
                 if remaining_s <= 0:
-                    raise self._late(who, "has not answered and nothing else has moved")
+                    raise self.late(who, "has not answered and nothing else has moved")
                 await asyncio.wait({future}, timeout=remaining_s)
             return future.result()
         finally:
@@ -53,15 +53,16 @@ class Watch:
         """Return once `ready()`; looked at after each `moved`."""
         while not ready():
             event = self._event
-            remaining_s = self._deadline_s - (time.monotonic() - self._moved_at)
+            remaining_s = self.deadline_s - (time.monotonic() - self._moved_at)
             if remaining_s <= 0:
-                raise self._late(who, "has not answered and nothing else has moved")
+                raise self.late(who, "has not answered and nothing else has moved")
             with suppress(TimeoutError):
                 await asyncio.wait_for(event.wait(), remaining_s)
 
-    def _late(self, who: str, what: str) -> DeadlineError:
+    def late(self, who: str, what: str) -> DeadlineError:
+        """The error for a wait that has reached the deadline."""
         return DeadlineError(
-            f"{who} {what} for {self._deadline_s:g} s, expected less than cluster.deadline_s; look at its log under"
+            f"{who} {what} for {self.deadline_s:g} s, expected less than cluster.deadline_s; look at its log under"
             " Ray's session folder, or raise cluster.deadline_s"
         )
 

@@ -92,7 +92,8 @@ def plan(recipe: Recipe, set_: Set = None, address: Address = None, seed: Seed =
     from rlsf_ray.plan import check_input, describe, local_resources
 
     checked = check_input(_load(recipe, set_, seed))
-    if address is None:
+    address = address or os.environ.get("RAY_ADDRESS")  # as `rlsf run` has it
+    if not address:
         print(describe(checked, local_resources(), "this machine"))
     else:
         from rlsf_ray.service import cluster_resources
@@ -217,7 +218,7 @@ def _run(config: RunConfig, name: str | None, root: str, address: str | None) ->
 
 
 def _print_costs(summary: Json) -> None:
-    from rlsf_ray.progress import duration
+    from rlsf_ray.wording import duration
 
     costs = []
     if (seconds := (summary.get("seconds") or {}).get("total")) is not None:

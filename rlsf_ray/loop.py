@@ -18,7 +18,7 @@ from rlsf_ray.config import RunConfig
 from rlsf_ray.engines.learner import Learner, pass_order, training_steps
 from rlsf_ray.engines.scorer import Scorer, outcome
 from rlsf_ray.engines.transformers_engine import TransformersEngine
-from rlsf_ray.errors import NoPairsError
+from rlsf_ray.errors import InputError, NoPairsError
 from rlsf_ray.evaluate import cached_base, evaluate_version, run_summary, store_base
 from rlsf_ray.records import Json, ProbePrompt, Prompt, StepReport, TrainingGroup
 from rlsf_ray.rollouts.programs import write_groups
@@ -94,9 +94,7 @@ def run(config: RunConfig, root: str, on_status: OnStatus = lambda status: None)
     engine = TransformersEngine(config.model, config.learner)
     scorer, learner = Scorer(config), Learner(config)
     first_round = _resume(store, engine, learner, progress)
-    if probe and store.read_json("eval/version-0000.json") is None:
-        progress.tell("evaluating version 0")
-        store.write_json("eval/version-0000.json", base_evaluation(engine, probe, config))
+    evaluate(store, engine, probe, progress)
     for round in range(first_round, config.rounds):
         progress.round = round
         prompts = prompts_of_round(train, round, config.prompts_per_round, config.seed)
@@ -105,25 +103,30 @@ def run(config: RunConfig, root: str, on_status: OnStatus = lambda status: None)
             continue  # nothing to learn: this round publishes no version
         train_round(learner, groups, store, progress)
         publish(store, engine, learner, progress)
-        if probe and (round + 1 == config.rounds or config.eval.during):
-            progress.tell(f"evaluating version {progress.version}")
-            some = probe if round + 1 == config.rounds else probe[: config.eval.during]
-            evaluation = evaluate_version(engine, some, config, progress.version)
-            store.write_json(f"eval/version-{progress.version:04d}.json", evaluation)
+        if round + 1 < config.rounds:
+            evaluate(store, engine, probe[: config.eval.during], progress)
     scorer.close()
     if progress.version == 0:
         raise no_pairs_error(progress.reasons)
+    evaluate(store, engine, probe, progress)
     progress.tell("done")
     return run_summary(store, accounting=progress.accounting(), seconds=time.time() - progress.started)
 
 
-def base_evaluation(engine: TransformersEngine, probe: Sequence[ProbePrompt], config: RunConfig) -> Json:
-    """The base model on the probe set, from the cache if it was measured before with these settings."""
-    evaluation = cached_base(config, probe)
+def evaluate(store: RunStore, engine: TransformersEngine, probe: Sequence[ProbePrompt], progress: Progress) -> None:
+    """Measure the newest version on `probe`, unless that is known. The base model's measure is shared between runs."""
+    config, version = progress.config, progress.version
+    path = f"eval/version-{version:04d}.json"
+    known = store.read_json(path)
+    if not probe or (known is not None and known["num_questions"] >= len(probe)):
+        return
+    progress.tell(f"evaluating version {version}")
+    evaluation = cached_base(config, probe) if version == 0 else None
     if evaluation is None:
-        evaluation = evaluate_version(engine, probe, config, 0)
-        store_base(config, probe, evaluation)
-    return evaluation
+        evaluation = evaluate_version(engine, probe, config, version)
+        if version == 0:
+            store_base(config, probe, evaluation)
+    store.write_json(path, evaluation)
 
 
 def generate_and_score(
@@ -185,6 +188,11 @@ def _resume(store: RunStore, engine: TransformersEngine, learner: Learner, progr
     state = store.read_json("state.json")
     if state is None:
         return 0
+    if "ledger" in state:
+        raise InputError(
+            f"{store.root} holds a run of the service, expected one of this loop; go on with `rlsf run`, or give"
+            " another folder"
+        )
     learner.load_state_bytes(store.storage.read(f"checkpoints/loop/round-{state['round']:04d}.safetensors") or b"")
     adapter, _ = store.read_adapter(state["version"])
     engine.load_version(state["version"], adapter)

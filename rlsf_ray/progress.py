@@ -15,22 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlsf_ray.records import Json
-
-# metric of eval/version-NNNN.json, its name in the table, what is better, digits
-_METRICS = (
-    ("greedy_accuracy", "greedy accuracy", "higher", 3),
-    ("sampled_accuracy", "sampled accuracy [95 %]", "higher", 3),
-    ("majority_accuracy", "majority accuracy", "higher", 3),
-    ("ece_answer_prob", "ECE, answer probability", "lower", 3),
-    ("ece_agreement", "ECE, agreement", "lower", 3),
-    ("brier_answer_prob", "Brier, answer probability", "lower", 3),
-    ("brier_agreement", "Brier, agreement", "lower", 3),
-    ("auroc_answer_prob", "AUROC, answer probability", "higher", 3),
-    ("auroc_agreement", "AUROC, agreement", "higher", 3),
-    ("parsed", "share parsed", "higher", 3),
-    ("cut_off", "share cut off", "lower", 3),
-    ("mean_length", "mean length (tokens)", "neither", 1),
-)
+from rlsf_ray.wording import METRICS, duration
 
 
 class Progress:
@@ -109,13 +94,6 @@ def _round(status: Json) -> str:
     return f"round {min(int(status.get('round') or 0) + 1, rounds)}/{rounds}"
 
 
-def duration(seconds: float) -> str:
-    """75 -> 1:15, 3675 -> 1:01:15."""
-    minutes, rest = divmod(max(0, round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
 def print_before_after(console: Console, summary: Json) -> None:
     """The table of the probe set before and after, from summary.json; says so where nothing was measured."""
     before, after = summary.get("before"), summary.get("after")
@@ -126,9 +104,9 @@ def print_before_after(console: Console, summary: Json) -> None:
     table.add_column("")
     for heading in ("before", "after", "change"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for key, name, better, digits in _METRICS:
+    for key, name, direction, digits in METRICS:
         values = [_value(metrics, key, digits) for metrics in (before, after)]
-        table.add_row(name, *values, _change(before, after, key, better, digits))
+        table.add_row(name, *values, _change(before, after, key, direction, digits))
     console.print(table)
     rise = (summary.get("difference") or {}).get("sampled_accuracy")
     if rise:
@@ -142,7 +120,7 @@ def print_metrics(console: Console, title: str, metrics: Json) -> None:
     table = Table(title=title, title_justify="left")
     table.add_column("")
     table.add_column("value", justify="right", no_wrap=True)
-    for key, name, _, digits in _METRICS:
+    for key, name, _, digits in METRICS:
         table.add_row(name, _value(metrics, key, digits))
     console.print(table)
 
@@ -157,12 +135,10 @@ def _value(metrics: Json, key: str, digits: int) -> Text:
     return Text(text)
 
 
-def _change(before: Json, after: Json, key: str, better: str, digits: int) -> Text:
+def _change(before: Json, after: Json, key: str, direction: int, digits: int) -> Text:
     old, new = before.get(key), after.get(key)
     if old is None or new is None or math.isnan(new - old):
         return Text("-")
     change = new - old
-    style = ""
-    if better != "neither" and change:
-        style = "green" if (change > 0) == (better == "higher") else "red"
+    style = "green" if change * direction > 0 else "red" if change * direction < 0 else ""
     return Text(f"{change:+.{digits}f}", style=style)

@@ -8,7 +8,6 @@ from datetime import UTC, datetime
 from html import escape
 from importlib import resources
 from string import Template
-from typing import Any
 
 from rlsf_ray import __version__, plots
 from rlsf_ray.config import RunConfig
@@ -16,25 +15,11 @@ from rlsf_ray.records import Json
 from rlsf_ray.report_parts import examples, facts, figure, missing, number, section, signed, table, verdict
 from rlsf_ray.run_store import RunStore
 from rlsf_ray.timeline import Timeline, make_timeline, merge
+from rlsf_ray.wording import METRICS, duration
 
 NUM_EXAMPLES = 10
 MAX_LANES = 32
 
-# metric, its name for people, +1 where more is better and -1 where less is
-METRICS = (
-    ("greedy_accuracy", "Greedy accuracy", 1),
-    ("sampled_accuracy", "Sampled accuracy", 1),
-    ("majority_accuracy", "Majority accuracy", 1),
-    ("ece_answer_prob", "ECE of the answer probability", -1),
-    ("ece_agreement", "ECE of the agreement", -1),
-    ("brier_answer_prob", "Brier score of the answer probability", -1),
-    ("brier_agreement", "Brier score of the agreement", -1),
-    ("auroc_answer_prob", "AUROC of the answer probability", 1),
-    ("auroc_agreement", "AUROC of the agreement", 1),
-    ("parsed", "Share with an answer found", 1),
-    ("cut_off", "Share cut off at the token limit", -1),
-    ("mean_length", "Mean length in tokens", 0),
-)
 CONFIDENCES = {"answer_prob": "Answer probability", "agreement": "Agreement"}
 
 
@@ -109,16 +94,14 @@ def _header(run: RunData) -> str:
         "Model": run.config.model.name,
         "Seed": run.config.seed,
         "Date": datetime.fromtimestamp(began, UTC).strftime("%Y-%m-%d %H:%M UTC") if began else "not recorded",
-        "Duration": _duration(seconds.get("total")),
+        "Duration": duration(seconds["total"]) if "total" in seconds else "not recorded",
         "Peak memory": f"{memory:.1f} GB" if memory is not None else "not recorded",
         "Rounds": f"{run.config.rounds} of {run.config.prompts_per_round} prompts",
     }
     status = summary.get("status", "no summary yet")
-    command = summary.get("command")
     return (
         f'<h1>{escape(run.config.recipe)} <span class="badge">{escape(str(status))}</span></h1>'
-        f'<p class="headline">{_headline(run)}</p>'
-        + facts(rows, wide={"Command": f"<code>{escape(str(command))}</code>"} if command else {})
+        f'<p class="headline">{_headline(run)}</p>' + facts(rows)
     )
 
 
@@ -149,12 +132,11 @@ def _results(run: RunData) -> str:
         return missing("Nothing was measured: the run has no probe set, or it stopped before its first evaluation.")
     old, new = (e["metrics"] if e else {} for e in (before, after))
     rows = []
-    for key, name, direction in METRICS:
+    for key, name, direction, digits in METRICS:
         change = verdict(old.get(key), new.get(key), direction)
         if key == "sampled_accuracy" and (interval := _interval(run)):
             covers = " (includes 0)" if interval[1] <= 0 <= interval[2] else ""
             change += f'<span class="small">95 %: {signed(interval[1])} to {signed(interval[2])}{covers}</span>'
-        digits = 1 if key == "mean_length" else 3
         rows.append((escape(name), _value(old, key, digits), _value(new, key, digits), change))
     measured = after or before or {}
     note = f"{measured['num_questions']} questions, {measured['num_samples']} samples each."
@@ -219,15 +201,15 @@ def _time(run: RunData) -> str:
     if not line.length_s:
         return missing("No stage was timed.")
     rows = [
-        (escape(s.role), str(s.num_actors), _duration(s.busy_s), f"{100 * s.idle:.0f} %", f"{s.tokens:,}")
+        (escape(s.role), str(s.num_actors), duration(s.busy_s), f"{100 * s.idle:.0f} %", f"{s.tokens:,}")
         for s in line.shares()
     ]
-    axis = f'<div class="axis"><span>0</span><span>{_duration(line.length_s)}</span></div>'
+    axis = f'<div class="axis"><span>0</span><span>{duration(line.length_s)}</span></div>'
     notes = []
     if len(line.lanes) > MAX_LANES:
         notes.append(f"The first {MAX_LANES} of {len(line.lanes)} actors are drawn.")
     if line.pause_s > 0:
-        notes.append(f"{_duration(line.pause_s)} in which nothing ran (the run was resumed) are left out.")
+        notes.append(f"{duration(line.pause_s)} in which nothing ran (the run was resumed) are left out.")
     note = f'<p class="note">{" ".join(notes)}</p>' if notes else ""
     head = ("role", "actors", "busy", "idle", "tokens")
     return "".join(_lanes(line)) + f'<div class="lane"><span></span>{axis}</div>' + note + table(head, rows)
@@ -252,7 +234,8 @@ def _accounting(run: RunData) -> str:
     if not counts:
         return missing("The run has not written its summary, so its prompts are not counted yet.")
     ends = {name: counts.get(name, 0) for name in ("trained", "filtered", "failed")}
-    ends |= {name.replace("_", " "): counts[name] for name in ("rolled_back", "in_flight") if counts.get(name)}
+    if counts.get("in_flight"):
+        ends["in flight"] = counts["in_flight"]
     equation = " + ".join(f"<b>{count}</b> {name}" for name, count in ends.items())
     text = f'<p class="equation"><b>{counts["admitted"]}</b> admitted = {equation}</p>'
     if sum(ends.values()) != counts["admitted"]:
@@ -278,11 +261,3 @@ def _examples(run: RunData) -> str:
     if before is None and after is None:
         return missing("No evaluation, so no held-out answers to show.")
     return examples(before, after, NUM_EXAMPLES)
-
-
-def _duration(seconds: Any) -> str:
-    if seconds is None:
-        return "not recorded"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

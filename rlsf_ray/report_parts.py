@@ -58,11 +58,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, wide_last: bool
     return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def facts(rows: Mapping[str, Any], wide: Mapping[str, str]) -> str:
-    """Names with their values; `wide` ones are finished HTML and take a line each."""
-    short = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>" for name, value in rows.items())
-    long = "".join(f'<div class="wide"><dt>{escape(name)}</dt><dd>{value}</dd></div>' for name, value in wide.items())
-    return f"<dl>{short}{long}</dl>"
+def facts(rows: Mapping[str, Any]) -> str:
+    """Names with their values."""
+    items = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>" for name, value in rows.items())
+    return f"<dl>{items}</dl>"
 
 
 def figure(title: str, source: str, alt: str) -> str:
@@ -101,16 +100,17 @@ def _sample(name: str, sample: Json) -> str:
         f"{label} {number(sample.get(key), 2)}"
         for key, label in (("answer_prob", "answer probability"), ("agreement", "agreement"))
     )
+    text = marked(sample["text"], sample["answer"], sample.get("answer_chars"))
     return (
         f'<div><h3>{name}: <span class="{colour}">{result}</span></h3>'
-        f'<pre>{marked(sample["text"].strip(), sample["answer"])}</pre><span class="small">{confidence}</span></div>'
+        f'<pre>{text}</pre><span class="small">{confidence}</span></div>'
     )
 
 
-def marked(text: str, answer: str | None) -> str:
-    """The escaped text with the last place of the answer marked."""
-    at = text.rfind(answer) if answer else -1
-    if answer is None or at < 0:
-        return escape(text)
-    end = at + len(answer)
-    return f"{escape(text[:at])}<mark>{escape(text[at:end])}</mark>{escape(text[end:])}"
+def marked(text: str, answer: str | None, chars: Sequence[int] | None = None) -> str:
+    """The escaped text, less white space around it, with the answer marked: at `chars`, else at its last place."""
+    start = text.rfind(answer) if answer else -1
+    start, end = chars or (start, start + len(answer or ""))
+    if not answer or start < 0:
+        return escape(text.strip())
+    return f"{escape(text[:start])}<mark>{escape(text[start:end])}</mark>{escape(text[end:])}".strip()

@@ -1,7 +1,7 @@
 """The run directory: everything a run keeps, readable at every moment and enough to go on after a crash.
 
 config.yaml packages.json state.json summary.json report.html
-traces/ groups/ pairs/ probe/     round-0003/part-00007.parquet
+traces/ groups/ pairs/            round-0003/part-00007.parquet
 versions/0001/                    one adapter in PEFT format; version.json is written last and makes it count
 metrics/*.jsonl  tensorboard/  eval/version-0001.json  checkpoints/ (Ray Train's own)
 """

@@ -25,6 +25,7 @@ from rlsf_ray.memory import PeakMemory
 from rlsf_ray.plan import missing_resources
 from rlsf_ray.records import Json
 from rlsf_ray.run_store import RunStore
+from rlsf_ray.storage import Storage
 from rlsf_ray.stream.run_state import RunState
 
 OnStatus = Callable[[Json], None]
@@ -49,20 +50,36 @@ def run(
     Raises InputError before anything heavy starts, NoPairsError, DrainedError after SIGTERM or Ctrl-C, or the
     ServiceError that ended the run.
     """
-    store = RunStore.create_or_resume(root, config)
-    summary: Json | None = store.read_json("summary.json")
-    saved = store.read_json("state.json") or {}
-    if summary is not None and saved.get("state") == "done":
-        on_status(RunState(run_name, config, saved).status() | {"message": "it was finished before, nothing is run"})
+    summary = _finished(root, config, run_name, on_status)
+    if summary is not None:
         return summary
     with _connected(address) as embedded, _Signals() as signals:  # Ray sets a handler of its own when it connects
-        _check_cluster(config, store)
+        _check_size(config)  # before the config is written: the cure may be another config
+        store = RunStore.create_or_resume(root, config)
+        _check_shared(store)
         job = Job(run=run_name, root=store.root, source=source_hash())
         coordinator = _join(job)
         if not embedded:
             return _follow(coordinator, run_name, signals, on_status, wait_for_drain=False)
         with PeakMemory() as memory:
             return _follow(coordinator, run_name, signals, on_status, wait_for_drain=True, memory=memory)
+
+
+def _finished(root: str, config: RunConfig, run_name: str, on_status: OnStatus) -> Json | None:
+    """The summary of a run that is over; None if there is anything left to do. A run of another config is refused."""
+    if Storage(root).read("config.yaml") is None:
+        return None
+    store = RunStore.create_or_resume(root, config)
+    summary: Json | None = store.read_json("summary.json")
+    saved = store.read_json("state.json") or {}
+    if saved and "ledger" not in saved:
+        raise InputError(
+            f"{store.root} holds a run of rlsf_ray.loop, expected one of this service; give this run another name"
+        )
+    if summary is None or saved.get("state") != "done":
+        return None
+    on_status(RunState(run_name, config, saved).status() | {"message": "it was finished before, nothing is run"})
+    return summary
 
 
 def status(run_name: str, address: str | None = None) -> Json:
@@ -79,9 +96,9 @@ def stop(run_name: str, address: str | None = None) -> None:
 
 
 def cluster_resources(address: str) -> dict[str, float]:
-    """Resources of the cluster at `address`, as Ray names them."""
+    """Resources that the cluster at `address` has or can grow to, as Ray names them."""
     with _connected(address):
-        return dict(ray.cluster_resources())
+        return dict(_resources())
 
 
 @contextmanager
@@ -117,11 +134,15 @@ def _knock(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
 
 
-def _check_cluster(config: RunConfig, store: RunStore) -> None:
-    """Raises InputError if the cluster is too small, or a node does not see the run directory."""
+def _check_size(config: RunConfig) -> None:
+    """Raises InputError if the cluster is too small."""
     missing = missing_resources(config, _resources())
     if missing:
         raise InputError("the cluster is too small for this run:\n  " + "\n  ".join(missing))
+
+
+def _check_shared(store: RunStore) -> None:
+    """Raises InputError if a node does not see the run directory."""
     if not store.storage.local or len([node for node in ray.nodes() if node["Alive"]]) < 2:
         return
     marker = f".seen-{uuid.uuid4().hex[:8]}"
@@ -146,18 +167,33 @@ def _resources() -> Mapping[str, float]:
 
 
 def _join(job: Job) -> Any:
-    """The run's coordinator: the one that runs, or a new one."""
+    """The run's coordinator: the one that runs, or a new one.
+
+    Raises InputError if a run of this name works in another directory.
+    """
     environment = {}
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # a Ray job ships its own working directory
-        paths = [os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])]
+        paths = [*filter(None, [os.environ.get("PYTHONPATH")]), os.getcwd()]
         environment["PYTHONPATH"] = os.pathsep.join(paths)  # a user's own functions, on machines that have them there
     coordinator = spawn_coordinator(job, environment)
-    if _ask(coordinator, "status")["ended"]:  # an earlier run of this name that nobody has asked about
+    found = _ask(coordinator, "status")
+    check_root(found, job)
+    if found["ended"]:  # an earlier run of this name that nobody has asked about
         ray.kill(coordinator)
+    if found["ended"] or found["ending"]:  # after `stop`: it ends its step and leaves
         _wait_until_gone(job.run)
         coordinator = spawn_coordinator(job, environment)
     _ask(coordinator, "start", job.source)
     return coordinator
+
+
+def check_root(found: Json, job: Job) -> None:
+    """Raises InputError if the coordinator whose status was `found` works in another run directory."""
+    if found["root"] != job.root:
+        raise InputError(
+            f"a run called {job.run} is on this cluster already, in {found['root']}; expected {job.root}; give this run"
+            " another --run name"
+        )
 
 
 def _wait_until_gone(run_name: str) -> None:

@@ -3,7 +3,6 @@
 traces   one row a trace, with its scores and why its prompt gave no pairs
 pairs    one row a pair, with both traces' seeds, versions, answers and scores
 groups   one row a `TrainingGroup`, exact: what the learner is fed, and fed again after a crash
-probe    rows of evaluation, of any columns
 """
 
 from __future__ import annotations
@@ -88,7 +87,6 @@ SCHEMAS = {
     "pairs": pa.schema(list(_PAIRS.items())),
     "groups": pa.schema(list(_GROUPS.items())),
 }
-KINDS = (*SCHEMAS, "probe")
 
 
 def trace_rows(scored: ScoredGroup) -> list[Json]:
@@ -168,12 +166,10 @@ def row_to_group(row: Json) -> TrainingGroup:
 
 def encode(kind: str, rows: Sequence[Json]) -> bytes:
     """Rows as the bytes of one Parquet file. Raises ValueError for an unknown kind or a column too many."""
-    _check_kind(kind)
-    schema = SCHEMAS.get(kind)
-    if schema is not None:
-        unknown = {name for row in rows for name in row} - set(schema.names)
-        if unknown:
-            raise ValueError(f"rows of {kind} have unknown columns {sorted(unknown)}; expected {schema.names}")
+    schema = _schema(kind)
+    unknown = {name for row in rows for name in row} - set(schema.names)
+    if unknown:
+        raise ValueError(f"rows of {kind} have unknown columns {sorted(unknown)}; expected {schema.names}")
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), sink, compression="zstd")
     return sink.getvalue().to_pybytes()
@@ -189,15 +185,16 @@ def decode(data: bytes) -> Any:
 
 def concat(kind: str, tables: Sequence[Any]) -> Any:
     """One table of many parts; no parts give an empty table of the kind's columns."""
-    _check_kind(kind)
+    schema = _schema(kind)
     if not tables:
-        return pa.Table.from_pylist([], schema=SCHEMAS.get(kind, pa.schema([])))
+        return pa.Table.from_pylist([], schema=schema)
     return pa.concat_tables(tables, promote_options="default")
 
 
-def _check_kind(kind: str) -> None:
-    if kind not in KINDS:
-        raise ValueError(f"unknown table {kind!r}; expected one of {KINDS}")
+def _schema(kind: str) -> Any:
+    if kind not in SCHEMAS:
+        raise ValueError(f"unknown table {kind!r}; expected one of {', '.join(SCHEMAS)}")
+    return SCHEMAS[kind]
 
 
 def _or_null(score: float) -> float | None:

@@ -125,5 +125,4 @@ def summary() -> dict:
         },
         "seconds": {"total": 431.0, "by_stage": {"generate": 90.0}},
         "peak_memory_gb": 4.27,
-        "command": "rlsf run rlsf --set seed=3 --set data.suffix='<b>'",
     }

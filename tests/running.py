@@ -10,7 +10,7 @@ import ray
 from ray.util import list_named_actors, placement_group_table
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = 180.0) -> Any:
     """The first true value of `condition`, looked at every 0.1 s."""
     until = time.monotonic() + seconds
     while not (value := condition()):

@@ -25,11 +25,11 @@ AllReduce = Callable[[list[torch.Tensor]], None]  # sums each tensor over the wo
 class Learner:
     """The adapter being trained and its optimiser. The frozen base model under it is the reference policy."""
 
-    def __init__(self, config: RunConfig, *, threads: int = 0) -> None:
+    def __init__(self, config: RunConfig, *, threads: int = 0, device: str | None = None) -> None:
         if threads:
             torch.set_num_threads(threads)
         self._config = config
-        base = load_model(config.model)
+        base = load_model(config.model, device=device)
         check_logits(base)
         self._model = add_adapter(base, config.learner, seed=config.seed, dtype=torch.float32)
         self._parameters = [p for p in self._model.parameters() if p.requires_grad]

@@ -24,14 +24,14 @@ def cache_root() -> Path:
 def cached_model_folder(name: str) -> Path | None:
     """The folder of a model that is on this machine already, or None where `find_model` must make or fetch it.
 
-    Raises InputError for a path that does not exist.
+    Raises InputError for a path that does not exist; `folder/typo` is a path, not a hub id, if `folder` is one here.
     """
     if name == "smollm2":
         folder = cache_root() / "models" / "smollm2-135m-instruct"
         return folder if (folder / "config.json").exists() else None
     if Path(name).expanduser().is_dir():
         return Path(name).expanduser().resolve()
-    if name.startswith(("/", ".", "~")) or name.count("/") != 1:
+    if name.startswith(("/", ".", "~")) or name.count("/") != 1 or Path(name).parent.is_dir():
         raise InputError(
             f"model folder not found: got model.name={name!r}, expected an existing folder, a hub id like org/name,"
             " or smollm2; check the path"

@@ -24,10 +24,10 @@ from rlsf_ray.tasks.equality import AnswerChecker
 class Scorer:
     """Signals and pairs are pure functions; the model is loaded only when reference log-probs are asked for."""
 
-    def __init__(self, config: RunConfig, *, threads: int = 0) -> None:
+    def __init__(self, config: RunConfig, *, threads: int = 0, device: str | None = None) -> None:
         if threads:
             torch.set_num_threads(threads)
-        self._config = config
+        self._config, self._device = config, device
         self._signal = choose(SIGNALS, config.signal, "signal")
         self._rule = choose(RULES, config.pairs.rule, "pairs.rule")
         self._checker = AnswerChecker()
@@ -74,7 +74,7 @@ class Scorer:
     def load(self) -> None:
         """Load the base model now, and not with the first group that has pairs."""
         if self._model is None:
-            self._model = load_model(self._config.model)
+            self._model = load_model(self._config.model, device=self._device)
             check_logits(self._model)
 
     def training_groups(self, scored: Sequence[ScoredGroup]) -> list[TrainingGroup]:

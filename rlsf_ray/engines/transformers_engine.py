@@ -27,12 +27,14 @@ COMPACT_BELOW = 0.75  # drop finished rows from the batch once fewer than this s
 class TransformersEngine:
     """An `Engine` in this process. Keeps every loaded version as arrays and writes the asked one in place."""
 
-    def __init__(self, model: ModelConfig, learner: LearnerConfig, *, threads: int = 0) -> None:
+    def __init__(
+        self, model: ModelConfig, learner: LearnerConfig, *, threads: int = 0, device: str | None = None
+    ) -> None:
         if threads:
             torch.set_num_threads(threads)
         self._config = model
         self._tokenizer = load_tokenizer(model)
-        base = load_model(model)
+        base = load_model(model, device=device)
         self._eos = _eos_ids(base, self._tokenizer)
         self._context = context_length(find_model(model.name))
         self._model = add_adapter(base, learner, seed=0, dtype=base.dtype).eval()

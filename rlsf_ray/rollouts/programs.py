@@ -15,6 +15,7 @@ from rlsf_ray.engines.base import Completion, Request, Sampling
 from rlsf_ray.records import Answer, Group, Prompt, Trace
 
 Rollout = Callable[[RunConfig], Sampling]
+Span = tuple[int, int]
 
 ELICIT = " So the answer is"  # RLSF 1.1, step 3
 ELICIT_TOKENS = 12
@@ -78,25 +79,22 @@ def _write(
         for prompt in prompts
     ]
     completions = engine.generate(requests, sampling, version)
-    groups = []
-    for sequence, (prompt, request, written) in enumerate(zip(prompts, requests, completions, strict=True)):
-        traces = [
-            _trace(f"{ids[sequence]}/{k}", k, request.seeds[k], version, completion)
-            for k, completion in enumerate(written)
-        ]
-        spans = _answers(engine, prompt, request, written, version)
-        groups.append(
-            Group(
-                id=ids[sequence],
-                round=round,
-                sequence=first_sequence + sequence,
-                version=version,
-                prompt=prompt,
-                prompt_ids=request.prompt_ids,
-                traces=tuple(_with_answer(t, c, span) for t, c, span in zip(traces, written, spans, strict=True)),
-            )
+    spans = _answers(engine, prompts, requests, completions, version)
+    return [
+        Group(
+            id=name,
+            round=round,
+            sequence=first_sequence + index,
+            version=version,
+            prompt=prompts[index],
+            prompt_ids=requests[index].prompt_ids,
+            traces=tuple(
+                _trace(f"{name}/{k}", k, requests[index].seeds[k], version, completion, spans[index][k])
+                for k, completion in enumerate(completions[index])
+            ),
         )
-    return groups
+        for index, name in enumerate(ids)
+    ]
 
 
 def group_id(prompt: Prompt, round: int) -> str:
@@ -110,25 +108,56 @@ def trace_seed(salt: str, prompt_id: str, index: int) -> int:
 
 
 def _answers(
-    engine: Any, prompt: Prompt, request: Request, completions: Sequence[Completion], version: int
-) -> list[tuple[int, int] | None]:
+    engine: Any,
+    prompts: Sequence[Prompt],
+    requests: Sequence[Request],
+    completions: Sequence[Sequence[Completion]],
+    version: int,
+) -> list[list[Span | None]]:
     """Character span of each completion's final answer; a completion that was cut off has none."""
-    if prompt.answer_format != "elicit":
-        return [find_answer(c.text, prompt.answer_format) if c.finished else None for c in completions]
+    elicited = _elicit(engine, prompts, requests, completions, version)
+
+    def span(index: int, k: int, completion: Completion) -> Span | None:
+        if not completion.finished:
+            return None
+        if (index, k) in elicited:
+            return locate(elicited[index, k], completion.text)
+        return find_answer(completion.text, prompts[index].answer_format)
+
+    return [[span(index, k, c) for k, c in enumerate(written)] for index, written in enumerate(completions)]
+
+
+def _elicit(
+    engine: Any,
+    prompts: Sequence[Prompt],
+    requests: Sequence[Request],
+    completions: Sequence[Sequence[Completion]],
+    version: int,
+) -> dict[tuple[int, int], str]:
+    """What the model writes after its own trace and "So the answer is", for prompts with the format `elicit`."""
+    asked = {
+        (index, k): completion
+        for index, written in enumerate(completions)
+        for k, completion in enumerate(written)
+        if prompts[index].answer_format == "elicit" and completion.finished
+    }
+    if not asked:
+        return {}
     tail = engine.encode_text(ELICIT)
-    requests = [
-        Request(prompt_ids=np.concatenate([request.prompt_ids, _without_end(c), tail]), seeds=(0,)) for c in completions
+    follow_ups = [
+        Request(prompt_ids=np.concatenate([requests[index].prompt_ids, c.token_ids[:-1], tail]), seeds=(0,))
+        for (index, _), c in asked.items()
     ]
     greedy = Sampling(method="greedy", max_tokens=ELICIT_TOKENS)
-    elicited = [found[0].text for found in engine.generate(requests, greedy, version)]
-    return [locate(e, c.text) if c.finished else None for e, c in zip(elicited, completions, strict=True)]
+    written = engine.generate(follow_ups, greedy, version)
+    return {key: found[0].text for key, found in zip(asked, written, strict=True)}
 
 
-def _without_end(completion: Completion) -> np.ndarray:
-    return completion.token_ids[:-1] if completion.finished else completion.token_ids
-
-
-def _trace(name: str, index: int, seed: int, version: int, completion: Completion) -> Trace:
+def _trace(name: str, index: int, seed: int, version: int, completion: Completion, chars: Span | None) -> Trace:
+    answer = None
+    if chars is not None:
+        tokens = token_span(completion.char_spans, chars)
+        answer = Answer(text=completion.text[slice(*chars)], chars=chars, tokens=tokens)
     return Trace(
         id=name,
         index=index,
@@ -140,13 +169,5 @@ def _trace(name: str, index: int, seed: int, version: int, completion: Completio
         top1=completion.top1,
         top2=completion.top2,
         finished=completion.finished,
+        answer=answer,
     )
-
-
-def _with_answer(trace: Trace, completion: Completion, chars: tuple[int, int] | None) -> Trace:
-    if chars is None:
-        return trace
-    from dataclasses import replace
-
-    tokens = token_span(completion.char_spans, chars)
-    return replace(trace, answer=Answer(text=trace.text[chars[0] : chars[1]], chars=chars, tokens=tokens))

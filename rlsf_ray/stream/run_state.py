@@ -29,6 +29,7 @@ class RunState:
         self.counts |= saved.get("counts", {})
         self.state: str = saved.get("state", "starting")
         self.message = ""
+        self.error: Json | None = None  # what ended the run in failure: {"type", "text"}
         self.prompts_per_round = config.prompts_per_round  # a small training set has fewer
         self.round = self.admission.rounds_ended
         self._seconds_before: float = saved.get("seconds", 0.0)
@@ -97,6 +98,7 @@ class RunState:
     def to_json(self) -> Json:
         return {
             "state": self.state,
+            "error": self.error,
             "ended": self._ended,
             "version": self.admission.newest,
             "ledger": self.ledger.to_json(),

@@ -19,7 +19,7 @@ from rlsf_ray.errors import DrainedError, InputError, NoPairsError, ServiceError
 from rlsf_ray.records import Json
 from rlsf_ray.run_store import RunStore
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(480)]
 
 Launch = Callable[[RunConfig, Path], "Future[Json]"]
 

@@ -15,7 +15,7 @@ from rlsf_ray.errors import ServiceError
 from rlsf_ray.records import Json
 from rlsf_ray.run_store import RunStore
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(480)]
 
 
 class Ended(NamedTuple):

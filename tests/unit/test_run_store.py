@@ -273,9 +273,9 @@ def test_a_training_group_comes_back_exactly(store):
 
 def test_parts_and_rounds_are_read_in_order_and_rewriting_a_part_replaces_it(store):
     for round, part, text in [(1, 0, "c"), (0, 1, "b"), (0, 0, "x"), (0, 0, "a")]:
-        store.write_table("probe", round, part, [{"text": text}])
-    assert store.read_table("probe")["text"].to_pylist() == ["a", "b", "c"]
-    assert store.read_table("probe", 0)["text"].to_pylist() == ["a", "b"]
+        store.write_table("traces", round, part, [{"text": text}])
+    assert store.read_table("traces")["text"].to_pylist() == ["a", "b", "c"]
+    assert store.read_table("traces", 0)["text"].to_pylist() == ["a", "b"]
 
 
 def test_a_table_without_parts_is_empty_with_its_columns(store):

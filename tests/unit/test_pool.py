@@ -1,0 +1,79 @@
+"""The generator pool over generators that break: they come back once, by themselves, or the wait ends."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorUnavailableError, RayActorError
+
+from actors import pool
+from actors.pool import GeneratorPool
+from actors.watch import Watch
+from rlsf_ray.errors import DeadlineError
+
+
+class Method:
+    """Stands for `handle.method`: counts its calls, and answers or raises what `reply` says of the n-th."""
+
+    def __init__(self, reply: Callable[[int], BaseException | None]) -> None:
+        self._reply, self.calls = reply, 0
+
+    def remote(self, *args: Any) -> Coroutine[Any, Any, None]:
+        self.calls += 1
+        return self._answer(self._reply(self.calls))
+
+    async def _answer(self, error: BaseException | None) -> None:
+        await asyncio.sleep(0.01)
+        if error is not None:
+            raise error
+
+
+class Handle:
+    def __init__(self, **methods: Callable[[int], BaseException | None]) -> None:
+        self.prepare = Method(methods.get("prepare", lambda call: None))
+        self.load_version = Method(methods.get("load_version", lambda call: None))
+
+
+def unavailable() -> ActorUnavailableError:
+    return ActorUnavailableError("restarting", None)
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "RETRY_S", 0.01)
+
+
+def test_an_idle_generator_that_broke_while_loading_is_started_again_and_gets_work() -> None:
+    async def play() -> tuple[int, str, int]:
+        handle = Handle(load_version=lambda call: RayActorError())
+        async with asyncio.TaskGroup() as tasks:
+            generators = GeneratorPool({"g": handle}, Watch(5.0), 2, tasks.create_task)
+            await generators.prepare(0)
+            generators.publish(1)
+            generators.publish(2)  # both loads fail: still one start
+            replica = await generators._grant((0,), 2)
+        return handle.prepare.calls, replica.name, replica.version
+
+    assert asyncio.run(play()) == (2, "g", 2)
+
+
+def test_a_generator_that_stays_unavailable_ends_the_wait_by_name() -> None:
+    async def play() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            handle = Handle(prepare=lambda call: unavailable())
+            await GeneratorPool({"generator-7": handle}, Watch(0.1), 2, tasks.create_task).prepare(0)
+
+    with pytest.raises(ExceptionGroup) as caught:
+        asyncio.run(play())
+    assert caught.group_contains(DeadlineError, match="generator-7 has been unavailable")
+
+
+def test_a_generator_that_is_unavailable_for_a_while_is_waited_for() -> None:
+    async def play() -> int:
+        handle = Handle(prepare=lambda call: unavailable() if call < 5 else None)
+        async with asyncio.TaskGroup() as tasks:
+            await GeneratorPool({"g": handle}, Watch(5.0), 1, tasks.create_task).prepare(0)
+        return handle.prepare.calls
+
+    assert asyncio.run(play()) == 5

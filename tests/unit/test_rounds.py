@@ -1,0 +1,143 @@
+"""How the coordinator's rounds meet failures: other scorers first, the same traces again, an error that says why."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorUnavailableError, ObjectLostError, RayActorError
+from tiny import tiny_config
+
+from actors import rounds
+from actors.pool import GivenUp
+from actors.rounds import Rounds, nothing_trained
+from actors.watch import Watch
+from rlsf_ray.errors import DeadlineError, NoPairsError, ServiceError
+from rlsf_ray.records import Json
+from rlsf_ray.run_store import RunStore
+from rlsf_ray.stream.run_state import RunState
+
+Reply = Callable[[int], BaseException | None]
+
+
+class Scorer:
+    """Its n-th call raises what `reply(n)` gives, else it answers with one outcome, its own name."""
+
+    def __init__(self, name: str, reply: Reply) -> None:
+        self._name, self._reply, self.got = name, reply, list[Any]()
+        self.process = SimpleNamespace(remote=self._call)
+
+    async def _call(self, boxed: list[Any], round: int, part: int) -> tuple[list[str], Json]:
+        self.got.append(boxed[0])
+        error = self._reply(len(self.got))
+        if error is not None:
+            raise error
+        return [self._name], {}
+
+
+class Pool:
+    """Every call writes other traces."""
+
+    def __init__(self) -> None:
+        self.written = 0
+
+    async def call(self, *args: Any, **options: Any) -> tuple[str, Json]:
+        self.written += 1
+        return f"traces {self.written}", {}
+
+
+def fine(call: int) -> None:
+    return None
+
+
+def dead(call: int) -> RayActorError:
+    return RayActorError()
+
+
+def unavailable() -> ActorUnavailableError:
+    return ActorUnavailableError("restarts", None)
+
+
+def score(made: Rounds) -> Any:
+    return asyncio.run(made._generate_and_score(0, 0, 0, []))
+
+
+def make(folder: Path, *, deadline_s: float = 5.0, **replies: Reply) -> tuple[Rounds, dict[str, Scorer], Pool]:
+    config = tiny_config(Path("model"))  # attempts: 3
+    scorers = {name: Scorer(name, reply) for name, reply in replies.items()}
+    crew: Any = SimpleNamespace(scorers=scorers)
+    store = RunStore.create_or_resume(str(folder), config)
+    made = Rounds(store, RunState("run", config), crew, Watch(deadline_s))
+    pool = Pool()
+    made._pool = pool  # type: ignore[assignment]
+    return made, scorers, pool
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounds, "RETRY_S", 0.01)
+
+
+def test_a_dead_scorer_gives_its_batch_to_another_with_the_same_traces(tmp_path: Path) -> None:
+    made, scorers, pool = make(tmp_path, a=dead, b=fine)
+    assert score(made) == ["b"]
+    assert (scorers["a"].got, scorers["b"].got, pool.written) == (["traces 1"], ["traces 1"], 1)
+
+
+def test_a_restarting_scorer_is_waited_for_without_counting_attempts(tmp_path: Path) -> None:
+    made, scorers, pool = make(tmp_path, a=lambda call: unavailable() if call < 8 else None)
+    assert score(made) == ["a"]
+    assert (len(scorers["a"].got), pool.written) == (8, 1)
+
+
+def test_a_scorer_that_never_comes_back_ends_the_wait_by_name(tmp_path: Path) -> None:
+    made, _, _ = make(tmp_path, deadline_s=0.1, a=lambda call: unavailable())
+    with pytest.raises(DeadlineError, match=r"^a has"):
+        score(made)
+
+
+def test_a_batch_that_kills_every_scorer_is_given_up_after_three_attempts(tmp_path: Path) -> None:
+    made, scorers, _ = make(tmp_path, a=dead, b=dead)
+    with pytest.raises(GivenUp, match="ScorerDied"):
+        score(made)
+    assert (len(scorers["a"].got), len(scorers["b"].got)) == (2, 1)
+
+
+def test_lost_traces_are_written_again(tmp_path: Path) -> None:
+    made, scorers, pool = make(tmp_path, a=lambda call: ObjectLostError("0" * 56, None, "") if call == 1 else None)
+    assert score(made) == ["a"]
+    assert (scorers["a"].got, pool.written) == (["traces 1", "traces 2"], 2)
+
+
+def test_stage_events_of_every_caller_are_written_once_and_in_order(tmp_path: Path) -> None:
+    made, _, _ = make(tmp_path, a=fine)
+
+    async def play() -> None:
+        for number in range(20):
+            made.record({"start": number})
+            if number % 3 == 0:
+                await asyncio.gather(made.save(), made.save())
+        await made.save()
+
+    asyncio.run(play())
+    store = RunStore.open(str(tmp_path))
+    assert [row["start"] for row in store.read_metrics("stages")] == list(range(20))
+
+
+def test_a_run_of_which_every_batch_failed_says_so() -> None:
+    state = RunState("run", tiny_config(Path("model")))
+    state.ledger.admit(0, 4)
+    state.ledger.failed(0, [0, 1, 2, 3], "EngineError")
+    error = nothing_trained(state)
+    assert isinstance(error, ServiceError)
+    assert "4 of 4 prompts (EngineError: 4)" in str(error)
+
+
+def test_a_run_with_a_filtered_prompt_has_no_pairs() -> None:
+    state = RunState("run", tiny_config(Path("model")))
+    state.ledger.admit(0, 2)
+    state.ledger.failed(0, [0], "EngineError")
+    state.ledger.recovered(0, {1: "tie"})
+    assert isinstance(nothing_trained(state), NoPairsError)
