@@ -1,4 +1,4 @@
-"""One local Ray for all cluster tests."""
+"""One local Ray for each file of cluster tests."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -18,9 +18,9 @@ from rlsf_ray.records import Json
 CPUS = 8  # logical: several runs stand side by side
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """A Ray of the session's own; its number of logical CPUs."""
+    """A Ray of the file's own, gone before other tests connect; its number of logical CPUs."""
     os.environ["RAY_AUTH_MODE"] = "disabled"
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.getbasetemp() / "cache")  # as in ../conftest.py
     ray.init("local", namespace=NAMESPACE, num_cpus=CPUS, include_dashboard=False, log_to_driver=False)
@@ -38,7 +38,7 @@ def small(tiny: Path) -> Callable[..., RunConfig]:
     return make
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def launch(cluster: int) -> Iterator[Callable[[RunConfig, Path], "Future[Json]"]]:
     """Begin a run in the folder given, which also names it; its future has the summary or the error."""
     with ThreadPoolExecutor(max_workers=8) as threads:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 from tiny import tiny_config
 
 from rlsf_ray.cli import main
@@ -81,6 +82,7 @@ def test_plan_looks_where_run_would(tiny: Path, tmp_path: Path, monkeypatch, cap
     (tmp_path / "tiny.yaml").write_text(dump_config(tiny_config(tiny)))
     recipe = str(tmp_path / "tiny.yaml")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert not ray.is_initialized(), "a test left its Ray behind: plan would ask that one"
     assert exit_code("plan", recipe) == 0
     assert "(this machine)" in capsys.readouterr().out
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")

@@ -109,7 +109,8 @@ def test_the_tokens_that_elicit_the_answer_need_room_too(tiny: Path, tmp_path: P
         check_input(tiny_config(folder, data={"answer": "elicit"}))
 
 
-def test_a_model_not_yet_on_this_machine_leaves_the_lengths_open() -> None:
+def test_a_model_not_yet_on_this_machine_leaves_the_lengths_open(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # another test may have converted it into the shared one
     plan = check_input(load_config("rlsf"))
     assert (plan.model, plan.longest_prompt) == (None, None)
     assert "smollm2: converted at the first run" in describe(plan, {}, "nowhere")

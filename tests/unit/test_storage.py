@@ -1,6 +1,7 @@
 """Whole files or none: what a full disk leaves behind."""
 
 import resource
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -9,28 +10,33 @@ from rlsf_ray.errors import StorageError
 from rlsf_ray.storage import Storage
 
 
-@pytest.fixture
+@contextmanager
 def full_disk():
-    """Files of this process cannot grow beyond 4 KiB: the same path through the code as a full disk."""
+    """Files of this process cannot grow beyond 4 KiB: the same path through the code as a full disk.
+
+    Not a fixture: pytest's own output may go to a file, and it writes before fixtures are taken down.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_is_named_with_its_cure_and_keeps_what_was_committed(tmp_path, full_disk):
+def test_a_full_disk_is_named_with_its_cure_and_keeps_what_was_committed(tmp_path):
     storage = Storage(str(tmp_path))
     storage.write("state.json", b"old")
-    with pytest.raises(StorageError, match=r"cannot write .*state\.json: no space left.*Free space"):
+    with pytest.raises(StorageError, match=r"cannot write .*state\.json: no space left.*Free space"), full_disk():
         storage.write("state.json", b"x" * 5000)
     assert storage.read("state.json") == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["state.json"]  # the unfinished file is gone
 
 
-def test_an_append_that_did_not_fit_is_taken_back(tmp_path, full_disk):
+def test_an_append_that_did_not_fit_is_taken_back(tmp_path):
     storage = Storage(str(tmp_path))
     storage.append("a.jsonl", b"1\n")
-    with pytest.raises(StorageError, match="no space left"):
+    with pytest.raises(StorageError, match="no space left"), full_disk():
         storage.append("a.jsonl", b"x" * 5000)
     assert storage.read("a.jsonl") == b"1\n"
 

@@ -74,12 +74,12 @@ def test_a_trace_depends_on_its_seed_and_not_on_its_batch(engine: TransformersEn
 
 def test_samples_follow_the_distribution(engine: TransformersEngine) -> None:
     """4000 one-token samples against the model's own probabilities: every likely token within 5 sigma."""
-    request = requests(engine, ["7 + 8 ="], seeds=1)[0]
-    many = Request(prompt_ids=request.prompt_ids, seeds=tuple(range(4000)))
+    begun = np.concatenate([engine.encode(prompt("7 + 8 =")), engine.encode_text("The answer is")])
+    many = Request(prompt_ids=begun, seeds=tuple(range(4000)))
     one = Sampling(method="sample", max_tokens=1, temperature=1.0)
     tokens = [int(c.token_ids[0]) for c in engine.generate([many], one, 0)[0]]
     with torch.no_grad(), engine._model.disable_adapter():
-        ids = torch.tensor(request.prompt_ids[None].astype(np.int64))
+        ids = torch.tensor(begun[None].astype(np.int64))
         expected = engine._model(input_ids=ids).logits[0, -1].softmax(-1).numpy()
     found = np.bincount(tokens, minlength=len(expected)) / len(tokens)
     likely = expected > 0.01
