@@ -6,12 +6,12 @@ import asyncio
 import logging
 import threading
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import ray
 
-from actors.job import Job, check_source, event
+from actors.job import Job, check_source
 from actors.rounds import Rounds
 from actors.spawn import Crew
 from actors.watch import Watch, plain
@@ -43,6 +43,7 @@ class Coordinator:
         self._crew: Crew | None = None
         self._watch: Watch | None = None
         self._peak_memory_gb: float | None = None
+        self._lock = ExitStack()  # of the run directory
         self._idle_cpu_s = time.process_time()  # spent on imports, before any work
         self._alone = threading.Timer(ALONE_S, self._give_up)  # no event loop runs yet
         self._alone.daemon = True
@@ -136,6 +137,7 @@ class Coordinator:
 
     async def _life(self) -> Json:
         store = await asyncio.to_thread(self._job.enter, "coordinator")
+        await asyncio.to_thread(self._lock.enter_context, store.storage.lock())
         self._store = store
         saved = await asyncio.to_thread(store.read_json, "state.json")
         summary: Json | None = await asyncio.to_thread(store.read_json, "summary.json")
@@ -150,23 +152,16 @@ class Coordinator:
         return await self._finish()
 
     async def _finish(self) -> Json:
-        """Measure the control's own time, then have the summary and the report written."""
+        """Have the summary, with what this process and the buffer's have cost, and the report written."""
         assert self._crew
         assert self._rounds
         assert self._watch
         assert self._state
         self._state.message = "writing the report"
-        now = time.time()
-        usage = await self._watch.answer(self._crew.buffer.usage.remote(), "pair_buffer")
-        busy = {"coordinator": time.process_time() - self._idle_cpu_s, "buffer": usage["cpu_s"]}
-        for role, seconds in busy.items():
-            self._rounds.record(event(role, role, "control", 0, now - seconds))
-        await self._rounds.save()  # the summary counts the stage events
-        measured = {
-            "accounting": self._state.ledger.totals(),
-            "seconds": self._state.seconds,
-            "peak_memory_gb": self._peak_memory_gb,
-        }
+        await self._rounds.save()  # the report reads the stage events
+        buffer_s = await self._watch.answer(self._crew.buffer.processor_time.remote(), "pair_buffer")
+        control = {"coordinator_s": time.process_time() - self._idle_cpu_s, "buffer_s": buffer_s}
+        measured = self._state.measured() | {"peak_memory_gb": self._peak_memory_gb, "control": control}
         summary: Json = await self._watch.answer(self._crew.evaluator.summary.remote(measured), "evaluator")
         self._state.state, self._state.message = "done", ""
         await self._rounds.save()
@@ -187,6 +182,7 @@ class Coordinator:
             await self._rounds.save()
         elif self._error is not None and self._state is not None:
             await asyncio.to_thread(self._store.write_json, "state.json", self._state.to_json())
+        self._lock.close()
 
     async def _stop_training(self, crew: Crew, fit: Any) -> None:
         self._end(DrainedError("the run ends"))  # `stepped` says no from now on

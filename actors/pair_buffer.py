@@ -6,20 +6,12 @@ import asyncio
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from itertools import groupby
 
 from actors.job import Job
-from rlsf_ray.records import Json, TrainingGroup
-from rlsf_ray.run_store import group_to_row, pair_rows, row_to_group
+from rlsf_ray.records import Outcome, TrainingGroup
+from rlsf_ray.run_store import group_to_row, pair_rows, row_to_group, rows_to_outcome
 from rlsf_ray.stream.buffer import Lease, PairQueue, unknown
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recovered:
-    """What the run directory knows of a round that is not over: pairs by sequence, and why the others have none."""
-
-    pairs: dict[int, int]
-    reasons: dict[int, str]
 
 
 class PairBuffer:
@@ -29,30 +21,35 @@ class PairBuffer:
         self._job, self._name = job, name
         self._changed = asyncio.Condition()
         self._closed = False
-        self._busy_s = 0.0
         self._idle_cpu_s = time.process_time()  # spent on imports, before any work
 
-    async def prepare(self, rounds_ended: int, rounds: int) -> dict[int, Recovered]:
-        """Start from the run directory: groups of rounds that are not over come back."""
+    async def prepare(self, rounds_ended: int) -> dict[int, list[Outcome]]:
+        """Start from the run directory: groups of rounds that are not over come back.
+
+        Returns how the prompts of these rounds have ended, as far as that is certain.
+        """
         self._store = self._job.enter(self._name)
         self._queue = PairQueue(self._store.config.cluster.buffer_groups)
         self._queue.end_rounds(rounds_ended)
+        return await asyncio.to_thread(self._recover, rounds_ended)
+
+    def _recover(self, rounds_ended: int) -> dict[int, list[Outcome]]:
         recovered = {}
-        for round in range(rounds_ended, rounds):
-            found = await asyncio.to_thread(self._recover, round)
-            if found is None:
-                break
-            recovered[round] = found
+        for round in self._store.rounds("traces"):
+            if round >= rounds_ended:
+                for row in self._store.read_table("groups", round).to_pylist():
+                    self._queue.put(row_to_group(row))
+                recovered[round] = self._outcomes(round)
         return recovered
 
-    def _recover(self, round: int) -> Recovered | None:
-        traces = self._store.read_table("traces", round).select(["sequence", "reason"]).to_pylist()
-        if not traces:
-            return None
-        for row in self._store.read_table("groups", round).to_pylist():
-            self._queue.put(row_to_group(row))
-        reasons = {row["sequence"]: row["reason"] for row in traces if row["reason"] is not None}
-        return Recovered(pairs=self._queue.num_pairs(round), reasons=reasons)
+    def _outcomes(self, round: int) -> list[Outcome]:
+        """Of the prompts whose traces are stored and that were filtered, or whose pairs are held here."""
+        columns = ["group_id", "sequence", "token_ids", "finished", "answer", "reason"]
+        traces = self._store.read_table("traces", round).select(columns).sort_by("sequence").to_pylist()
+        pairs = self._queue.num_pairs(round)
+        groups = [list(rows) for _, rows in groupby(traces, key=lambda row: row["sequence"])]
+        outcomes = [rows_to_outcome(rows, pairs.get(rows[0]["sequence"], 0)) for rows in groups]
+        return [outcome for outcome in outcomes if outcome.num_pairs or outcome.reason is not None]
 
     async def put(self, round: int, part: int, groups: Sequence[TrainingGroup], skipped: Sequence[int]) -> int:
         """Take a batch: stored first, then let in as there is room. Returns how many groups were new."""
@@ -70,12 +67,19 @@ class PairBuffer:
             self._changed.notify_all()
         return len(new)
 
+    async def give_up(self, round: int, sequences: Sequence[int]) -> list[Outcome]:
+        """No more attempts for these prompts. Returns the outcomes of those whose groups are held all the same."""
+        async with self._changed:
+            self._queue.skip(round, sequences)
+            self._changed.notify_all()
+            held = set(self._queue.num_pairs(round)) & set(sequences)
+        outcomes = await asyncio.to_thread(self._outcomes, round) if held else []
+        return [outcome for outcome in outcomes if outcome.sequence in held]
+
     def _write(self, round: int, part: int, groups: Sequence[TrainingGroup]) -> None:
         """Pairs before groups: a group that is found after a crash has its pairs stored."""
-        start = time.perf_counter()
         self._store.write_table("pairs", round, part, [row for group in groups for row in pair_rows(group)])
         self._store.write_table("groups", round, part, [group_to_row(group) for group in groups])
-        self._busy_s += time.perf_counter() - start
 
     async def lease(self, round: int, first: int, max_groups: int, wait_s: float) -> Lease | None:
         """Groups from sequence `first` on; an empty lease if none came within `wait_s`; None once closed."""
@@ -109,10 +113,6 @@ class PairBuffer:
             self._closed = True
             self._changed.notify_all()
 
-    async def usage(self) -> Json:
-        """{"waiting": groups now, "cpu_s": this process's time, "write_s": of which in files}."""
-        return {
-            "waiting": self._queue.num_waiting,
-            "cpu_s": time.process_time() - self._idle_cpu_s,
-            "write_s": self._busy_s,
-        }
+    async def processor_time(self) -> float:
+        """Seconds that this process has computed, without its imports."""
+        return time.process_time() - self._idle_cpu_s

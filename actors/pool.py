@@ -17,8 +17,6 @@ from rlsf_ray.stream.fleet import Fleet, Replica, State, Ticket
 
 logger = logging.getLogger(__name__)
 
-RETRY_S = 0.3  # a restarting actor is asked again this often
-
 
 class GivenUp(Exception):
     """A batch failed as often as it may; `reason` names the last error's type."""
@@ -135,14 +133,12 @@ class GeneratorPool:
             try:
                 await self._watch.answer(self._handles[name].prepare.remote(version), f"{name} (start)")
             except ActorUnavailableError:
-                if time.monotonic() - began > self._watch.deadline_s:
-                    raise self._watch.late(name, "has been unavailable") from None
-                await asyncio.sleep(RETRY_S)
+                await self._watch.pause(name, began)
                 continue
             except RayActorError as error:
-                deaths += 1
+                deaths, began = deaths + 1, time.monotonic()
                 if deaths <= self._attempts:  # it may have died of this call and be on its way back
-                    await asyncio.sleep(RETRY_S)
+                    await self._watch.pause(name, began)
                     continue
                 self._fleet.died(name)
                 if not self._fleet.names(State.READY, State.STALE):

@@ -12,11 +12,10 @@ from typing import Any
 
 from ray.exceptions import ActorUnavailableError, ObjectLostError, RayActorError
 
-from actors.pair_buffer import Recovered
-from actors.pool import RETRY_S, GeneratorPool, GivenUp
-from actors.spawn import Crew
+from actors.pool import GeneratorPool, GivenUp
+from actors.spawn import SCORER_THREADS, Crew
 from actors.watch import Watch
-from rlsf_ray.errors import RlsfError, ServiceError, StorageError
+from rlsf_ray.errors import ServiceError, StorageError
 from rlsf_ray.records import Json, Outcome, Prompt
 from rlsf_ray.run_store import RunStore
 from rlsf_ray.stream.ledger import FAILED, FILTERED, IN_FLIGHT, PAIRS
@@ -38,7 +37,8 @@ class Rounds:
         self._config = store.config
         cluster = self._config.cluster
         self._size = cluster.prompts_per_call
-        self._permits = asyncio.Semaphore(2 * cluster.generators.count + cluster.scorers.count)
+        wanted = 2 * cluster.generators.count + cluster.scorers.count
+        self._permits = asyncio.Semaphore(min(wanted, SCORER_THREADS * cluster.scorers.count))
         self._queued = dict.fromkeys(crew.scorers, 0)  # batches at each scorer
         self._commits: asyncio.Queue[tuple[Json | None, list[Any]]] = asyncio.Queue()
         self._writer = ThreadPoolExecutor(1)  # of state.json and the stage events: one thread keeps them in order
@@ -68,7 +68,7 @@ class Rounds:
             self._say("waiting for the trainer to end")
             await fitting
             if self._state.admission.newest == 0:
-                raise nothing_trained(self._state)
+                raise self._state.nothing_trained()
             await asyncio.gather(*self._measuring)  # the evaluator keeps the rows of a version in one place
             await self._evaluate(self._state.admission.newest)
             for task in (stopping, *beside):
@@ -87,7 +87,7 @@ class Rounds:
         self._pool = GeneratorPool(crew.generators, self._watch, self._config.cluster.attempts, self._start)
         _, recovered, (self._train, self._probe), *_ = await asyncio.gather(
             self._pool.prepare(admission.newest),
-            answer(crew.buffer.prepare.remote(ended, self._config.rounds), "pair_buffer"),
+            answer(crew.buffer.prepare.remote(ended), "pair_buffer"),
             answer(crew.evaluator.prepare.remote(), "evaluator"),
             *(answer(scorer.prepare.remote(), name) for name, scorer in crew.scorers.items()),
         )
@@ -105,16 +105,14 @@ class Rounds:
     def _prompts(self, round: int) -> list[Prompt]:
         return prompts_of_round(self._train, round, self._config.prompts_per_round, self._config.seed)
 
-    def _recover(self, round: int, found: Recovered) -> None:
+    def _recover(self, round: int, found: Sequence[Outcome]) -> None:
         """Book what the run directory says about a round in progress; a batch counts whole or not at all."""
-        ledger, size = self._state.ledger, len(self._prompts(round))
-        ledger.admit(round, size)
+        size, outcomes = len(self._prompts(round)), {outcome.sequence: outcome for outcome in found}
+        self._state.ledger.admit(round, size)
         for start in range(0, size, self._size):
             batch = range(start, min(start + self._size, size))
-            if all(sequence in found.reasons or sequence in found.pairs for sequence in batch):
-                pairs = {sequence: found.pairs[sequence] for sequence in batch if sequence in found.pairs}
-                reasons = {sequence: found.reasons[sequence] for sequence in batch if sequence in found.reasons}
-                self._state.recovered(round, pairs, reasons)
+            if all(sequence in outcomes for sequence in batch):
+                self._state.recovered(round, [outcomes[sequence] for sequence in batch])
 
     async def _fit(self) -> None:
         await self._watch.answer_while_moving(self.fit, "the trainer")
@@ -158,9 +156,11 @@ class Rounds:
             outcomes = await self._generate_and_score(round, part, first, prompts)
             self._state.scored(round, outcomes)
         except GivenUp as error:
-            sequences = list(range(first, first + len(prompts)))
-            self._state.ledger.failed(round, sequences, error.reason)
-            await self._watch.answer(self._crew.buffer.put.remote(round, part, [], sequences), "pair_buffer")
+            sequences = range(first, first + len(prompts))
+            given_up = self._crew.buffer.give_up.remote(round, sequences)
+            held = await self._watch.answer(given_up, "pair_buffer")  # of a scorer that died after it had put them
+            self._state.recovered(round, held)
+            self._state.ledger.failed(round, set(sequences) - {outcome.sequence for outcome in held}, error.reason)
         finally:
             self._permits.release()
         await self.save()
@@ -198,13 +198,11 @@ class Rounds:
             except RayActorError as error:
                 logger.warning("%s broke while scoring: %s", name, error)
                 failures[name] += 1
-                waits = isinstance(error, ActorUnavailableError)
-                deaths += not waits
+                if not isinstance(error, ActorUnavailableError):
+                    deaths, began = deaths + 1, time.monotonic()
             finally:
                 self._queued[name] -= 1
-            if waits and time.monotonic() - began > self._watch.deadline_s:
-                raise self._watch.late(name, "has been unavailable")
-            await asyncio.sleep(RETRY_S)
+            await self._watch.pause(name, began)
         raise GivenUp("ScorerDied")
 
     async def _close(self, round: int, batches: Sequence[asyncio.Task[None]], size: int) -> None:
@@ -304,20 +302,6 @@ class Rounds:
 
     def _say(self, message: str) -> None:
         self._state.message = message
-
-
-def nothing_trained(state: RunState) -> RlsfError:
-    """Why no round has made a version: every prompt was filtered, or every batch has failed."""
-    totals = state.ledger.totals()
-    if totals["failed"] and not totals["filtered"]:
-        counts = ", ".join(f"{reason}: {count}" for reason, count in totals["reasons"].items())
-        return ServiceError(
-            f"every batch failed, {totals['failed']} of {totals['admitted']} prompts ({counts}); expected pairs from at"
-            " least one; look at the logs of the generators and scorers, then run under another --run name"
-        )
-    from rlsf_ray.loop import no_pairs_error  # loads torch, which the coordinator does without
-
-    return no_pairs_error(state.reasons())
 
 
 async def _forward(stop: asyncio.Future[None]) -> None:

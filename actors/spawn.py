@@ -27,11 +27,13 @@ ON_HEAD = {"node:__internal_head__": 0.001}  # what only steers must not keep a 
 SCORER_THREADS = 64  # batches that wait for room in the buffer; more are never in flight
 
 # Phases overlap on few cores: idle OpenMP threads may spin for a moment only (with none at all generation loses a
-# third of its speed), and malloc keeps few arenas. The rest is for Ray Train: report to the controller every 0.2 s
-# instead of 2 s, and do without the watcher for preempted nodes.
+# third of its speed). With these two thresholds malloc gives large blocks back, at no cost in speed (measured in
+# benchmarks/results/log.md; few arenas instead cost a fifth). The rest is for Ray Train: report to the controller
+# every 0.2 s instead of 2 s, and do without the watcher for preempted nodes.
 ENVIRONMENT = {
     "GOMP_SPINCOUNT": "20000",
-    "MALLOC_ARENA_MAX": "2",
+    "MALLOC_MMAP_THRESHOLD_": str(256 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
     "TOKENIZERS_PARALLELISM": "false",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",

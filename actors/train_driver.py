@@ -30,7 +30,8 @@ class TrainDriver:
             ),
             run_config=ray.train.RunConfig(
                 name=self._job.run,  # the same run finds its checkpoints again
-                storage_path=store.path("checkpoints"),
+                storage_path=store.storage.key("checkpoints"),
+                storage_filesystem=store.storage.arrow(),
                 failure_config=ray.train.FailureConfig(max_failures=3),
                 checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
                 callbacks=[Commit(self._job)],

@@ -12,6 +12,8 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from rlsf_ray.errors import DeadlineError, RlsfError, ServiceError
 
+RETRY_S = 0.3  # a restarting actor is asked again this often
+
 
 class Watch:
     """Deadlines of one run. `moved` says that something happened, and lets `until` look again."""
@@ -58,6 +60,12 @@ class Watch:
                 raise self.late(who, "has not answered and nothing else has moved")
             with suppress(TimeoutError):
                 await asyncio.wait_for(event.wait(), remaining_s)
+
+    async def pause(self, who: str, began: float) -> None:
+        """Before a broken actor is asked again. Raises DeadlineError if that goes on since `began`, too long."""
+        if time.monotonic() - began > self.deadline_s:
+            raise self.late(who, "has been unavailable")
+        await asyncio.sleep(RETRY_S)
 
     def late(self, who: str, what: str) -> DeadlineError:
         """The error for a wait that has reached the deadline."""

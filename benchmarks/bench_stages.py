@@ -123,11 +123,11 @@ def measure_together(config: RunConfig) -> Json:
         root = os.path.join(folder, "run")
         summary = service.run(config, root=root, run_name=f"bench-stages-{os.getpid()}")
         stages = RunStore.open(root).read_metrics("stages")
-    return from_stages(stages, run_s=summary["seconds"]["total"])
+    return from_run(stages, summary)
 
 
-def from_stages(stages: Sequence[Json], *, run_s: float) -> Json:
-    """The numbers of one run from its stage rows; `run_s` counts from the coordinator's start.
+def from_run(stages: Sequence[Json], summary: Json) -> Json:
+    """The numbers of one run from its stage rows and its summary; `run_s` counts from the coordinator's start.
 
     A stage counts from the first work on round 1 to the last work of all, so starting actors and loading models is not
     in it. Control is the processor time of the coordinator's and the buffer's process over the whole run.
@@ -136,19 +136,12 @@ def from_stages(stages: Sequence[Json], *, run_s: float) -> Json:
     warm = min(row["start"] for row in work if row["round"] > 0)
     counted = make_timeline([row for row in work if row["start"] >= warm])
     shares = {share.role: share for share in counted.shares()}
-    control_s = {
-        role: sum(row["end"] - row["start"] for row in stages if row["role"] == role)
-        for role in ("coordinator", "buffer")
-    }
+    control, run_s = summary["control"], summary["seconds"]["total"]
     return {
         "run_s": run_s,
         "counted_s": counted.length_s,
         "stages": {role: _share(shares.get(role), counted.length_s) for role in ROLES},
-        "control": {
-            "coordinator_s": control_s["coordinator"],
-            "buffer_s": control_s["buffer"],
-            "overhead": sum(control_s.values()) / run_s,
-        },
+        "control": control | {"overhead": sum(control.values()) / run_s},
     }
 
 

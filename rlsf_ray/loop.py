@@ -10,76 +10,44 @@ bounded buffers, faults. What this file keeps: the method, evaluation before and
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from rlsf_ray.config import RunConfig
 from rlsf_ray.engines.learner import Learner, pass_order, training_steps
 from rlsf_ray.engines.scorer import Scorer, outcome
 from rlsf_ray.engines.transformers_engine import TransformersEngine
-from rlsf_ray.errors import InputError, NoPairsError
+from rlsf_ray.errors import InputError
 from rlsf_ray.evaluate import cached_base, evaluate_version, run_summary, store_base
 from rlsf_ray.records import Json, ProbePrompt, Prompt, StepReport, TrainingGroup
 from rlsf_ray.rollouts.programs import write_groups
 from rlsf_ray.run_store import RunStore
+from rlsf_ray.stream.run_state import RunState
 from rlsf_ray.tasks.sources import load_sets, prompts_of_round
 
 OnStatus = Callable[[Json], None]
 
 
 @dataclass
-class Progress:
-    """What has happened so far; `status` is what a progress display shows."""
+class Parts:
+    """What a run works with."""
 
     config: RunConfig
-    run: str
+    store: RunStore
+    state: RunState
+    engine: TransformersEngine
+    scorer: Scorer
+    learner: Learner
     on_status: OnStatus
-    state: str = "starting"
-    version: int = 0
-    round: int = 0
-    admitted: int = 0
-    trained: int = 0
-    traces: int = 0
-    pairs: int = 0
-    steps: int = 0
-    reasons: Counter[str] = field(default_factory=Counter)
-    started: float = field(default_factory=time.time)
 
-    def accounting(self) -> Json:
-        filtered = sum(self.reasons.values())
-        return {
-            "admitted": self.admitted,
-            "trained": self.trained,
-            "filtered": filtered,
-            "failed": 0,
-            "in_flight": self.admitted - self.trained - filtered,
-            "reasons": dict(self.reasons),
-        }
+    def tell(self, message: str) -> None:
+        """Show where the run stands, and what it does now."""
+        self.state.message = message
+        self.on_status(self.state.status())
 
-    def tell(self, state: str) -> None:
-        self.state = state
-        config, seconds = self.config, time.time() - self.started
-        total = config.rounds * config.prompts_per_round
-        share = self.trained / total if total else 0.0
-        self.on_status(
-            {
-                "run": self.run,
-                "state": state,
-                "round": self.round,
-                "rounds": config.rounds,
-                "version": self.version,
-                "prompts_done": self.admitted,
-                "prompts_total": total,
-                "traces": self.traces,
-                "traces_per_s": self.traces / seconds if seconds else 0.0,
-                "pairs": self.pairs,
-                "steps": self.steps,
-                "eta_s": seconds / share - seconds if share else None,
-                "accounting": self.accounting(),
-                "message": "",
-            }
-        )
+    def save(self) -> None:
+        """Keep where the run stands: a resume begins here."""
+        self.store.write_json("state.json", self.state.to_json() | {"by": "loop"})
 
 
 def run(config: RunConfig, root: str, on_status: OnStatus = lambda status: None) -> Json:
@@ -89,119 +57,120 @@ def run(config: RunConfig, root: str, on_status: OnStatus = lambda status: None)
     Raises InputError for a bad config or another run in `root`, NoPairsError if no prompt gave a pair.
     """
     store = RunStore.create_or_resume(root, config)
-    train, probe = load_sets(config)
-    progress = Progress(config, store.root, on_status)
-    engine = TransformersEngine(config.model, config.learner)
-    scorer, learner = Scorer(config), Learner(config)
-    first_round = _resume(store, engine, learner, progress)
-    evaluate(store, engine, probe, progress)
-    for round in range(first_round, config.rounds):
-        progress.round = round
-        prompts = prompts_of_round(train, round, config.prompts_per_round, config.seed)
-        groups = generate_and_score(engine, scorer, prompts, store, progress)
-        if not groups:
-            continue  # nothing to learn: this round publishes no version
-        train_round(learner, groups, store, progress)
-        publish(store, engine, learner, progress)
-        if round + 1 < config.rounds:
-            evaluate(store, engine, probe[: config.eval.during], progress)
-    scorer.close()
-    if progress.version == 0:
-        raise no_pairs_error(progress.reasons)
-    evaluate(store, engine, probe, progress)
-    progress.tell("done")
-    return run_summary(store, accounting=progress.accounting(), seconds=time.time() - progress.started)
+    with store.storage.lock():
+        train, probe = load_sets(config)
+        parts = _build(store, on_status)
+        state = parts.state
+        state.prompts_per_round = len(prompts_of_round(train, 0, config.prompts_per_round, config.seed))
+        evaluate(parts, probe)
+        for round in range(state.admission.rounds_ended, config.rounds):
+            state.round = round
+            groups = generate_and_score(parts, prompts_of_round(train, round, config.prompts_per_round, config.seed))
+            if not groups:
+                state.had_no_pairs(round)  # nothing to learn: this round publishes no version
+                parts.save()
+                continue
+            train_round(parts, groups)
+            publish(parts, groups)
+            if round + 1 < config.rounds:
+                evaluate(parts, probe[: config.eval.during])
+        parts.scorer.close()
+        if state.admission.newest == 0:
+            raise state.nothing_trained()
+        evaluate(parts, probe)
+        state.state = "done"
+        parts.tell("")
+        return run_summary(store, **state.measured())
 
 
-def evaluate(store: RunStore, engine: TransformersEngine, probe: Sequence[ProbePrompt], progress: Progress) -> None:
+def evaluate(parts: Parts, probe: Sequence[ProbePrompt]) -> None:
     """Measure the newest version on `probe`, unless that is known. The base model's measure is shared between runs."""
-    config, version = progress.config, progress.version
+    config, version = parts.config, parts.state.admission.newest
     path = f"eval/version-{version:04d}.json"
-    known = store.read_json(path)
+    known = parts.store.read_json(path)
     if not probe or (known is not None and known["num_questions"] >= len(probe)):
         return
-    progress.tell(f"evaluating version {version}")
+    parts.tell(f"evaluating version {version}")
     evaluation = cached_base(config, probe) if version == 0 else None
     if evaluation is None:
-        evaluation = evaluate_version(engine, probe, config, version)
+        evaluation = evaluate_version(parts.engine, probe, config, version)
         if version == 0:
             store_base(config, probe, evaluation)
-    store.write_json(path, evaluation)
+    parts.store.write_json(path, evaluation)
 
 
-def generate_and_score(
-    engine: TransformersEngine, scorer: Scorer, prompts: Sequence[Prompt], store: RunStore, progress: Progress
-) -> list[TrainingGroup]:
+def generate_and_score(parts: Parts, prompts: Sequence[Prompt]) -> list[TrainingGroup]:
     """One round of prompts, in batches of `prompts_per_call`: traces, scores, pairs, reference log-probs."""
-    config, groups = progress.config, list[TrainingGroup]()
-    size = config.cluster.prompts_per_call
+    config, store, state, groups = parts.config, parts.store, parts.state, list[TrainingGroup]()
+    size, round = config.cluster.prompts_per_call, parts.state.round
+    state.ledger.admit(round, len(prompts))
     for part, start in enumerate(range(0, len(prompts), size)):
-        progress.tell("generating")
+        parts.tell("generating and scoring")
         written = write_groups(
-            engine,
+            parts.engine,
             prompts[start : start + size],
             config=config,
-            round=progress.round,
+            round=round,
             first_sequence=start,
-            version=progress.version,
+            version=state.admission.newest,
         )
-        scored = scorer.score(written)
-        training = scorer.training_groups(scored)
-        store.write_table("traces", progress.round, part, [row for one in scored for row in store.trace_rows(one)])
-        store.write_table("pairs", progress.round, part, [row for one in training for row in store.pair_rows(one)])
-        progress.admitted += len(written)
-        for end in map(outcome, scored):
-            progress.traces += end.num_traces
-            progress.pairs += end.num_pairs
-            progress.reasons.update([end.reason] if end.reason else [])
+        scored = parts.scorer.score(written)
+        training = parts.scorer.training_groups(scored)
+        store.write_table("traces", round, part, [row for one in scored for row in store.trace_rows(one)])
+        store.write_table("pairs", round, part, [row for one in training for row in store.pair_rows(one)])
+        state.scored(round, [outcome(one) for one in scored])
         groups += training
     return groups
 
 
-def train_round(learner: Learner, groups: Sequence[TrainingGroup], store: RunStore, progress: Progress) -> None:
+def train_round(parts: Parts, groups: Sequence[TrainingGroup]) -> None:
     """`epochs` passes over the round's groups: the first in admission order, the others shuffled."""
-    settings = progress.config.learner
+    settings, round = parts.config.learner, parts.state.round
     for pass_index in range(settings.epochs):
-        order = pass_order(groups, progress.config.seed, progress.round, pass_index)
+        order = pass_order(groups, parts.config.seed, round, pass_index)
         for step in training_steps(order, settings.pairs_per_step):
             total = sum(len(group.pairs) for group in step)
-            report = learner.train_step(step, total_pairs=total, round=progress.round, pass_index=pass_index)
-            store.append_metrics("train", [step_row(report)])
-            progress.steps += 1
-            progress.tell("training")
-    progress.trained += len(groups)
+            report = parts.learner.train_step(step, total_pairs=total, round=round, pass_index=pass_index)
+            parts.store.append_metrics("train", [step_row(report)])
+            parts.state.counts["steps"] += 1
+            parts.tell("training")
 
 
-def publish(store: RunStore, engine: TransformersEngine, learner: Learner, progress: Progress) -> None:
+def publish(parts: Parts, groups: Sequence[TrainingGroup]) -> None:
     """The adapter becomes the next version: checkpointed, written to the run directory, loaded by the engine."""
-    version, adapter = progress.round + 1, learner.adapter()
-    store.storage.write(f"checkpoints/loop/round-{progress.round:04d}.safetensors", learner.state_bytes())
-    store.write_adapter(version, adapter, progress.config.model.name, progress.config)
-    engine.load_version(version, adapter)
-    progress.version = version
-    done = {"round": progress.round, "version": version, "steps": progress.steps, "accounting": progress.accounting()}
-    store.write_json("state.json", done | {"traces": progress.traces, "pairs": progress.pairs})
+    store, round = parts.store, parts.state.round
+    version, adapter = round + 1, parts.learner.adapter()
+    store.storage.write(_checkpoint(version), parts.learner.state_bytes())
+    store.write_adapter(version, adapter, parts.config.model.name, parts.config)
+    parts.engine.load_version(version, adapter)
+    parts.state.committed(round, version, [group.sequence for group in groups])
+    parts.save()
 
 
-def _resume(store: RunStore, engine: TransformersEngine, learner: Learner, progress: Progress) -> int:
-    """Go on after the last published round, if there is one; returns the first round to run."""
-    state = store.read_json("state.json")
-    if state is None:
-        return 0
-    if "ledger" in state:
+def _build(store: RunStore, on_status: OnStatus) -> Parts:
+    """Make the parts, and bring them to the last finished round of an earlier call.
+
+    Raises InputError if the service has worked in this run directory.
+    """
+    saved = store.read_json("state.json")
+    if saved is not None and saved.get("by") != "loop":
         raise InputError(
             f"{store.root} holds a run of the service, expected one of this loop; go on with `rlsf run`, or give"
             " another folder"
         )
-    learner.load_state_bytes(store.storage.read(f"checkpoints/loop/round-{state['round']:04d}.safetensors") or b"")
-    adapter, _ = store.read_adapter(state["version"])
-    engine.load_version(state["version"], adapter)
-    accounting = state["accounting"]
-    progress.version, progress.steps = state["version"], state["steps"]
-    progress.admitted, progress.trained = accounting["admitted"], accounting["trained"]
-    progress.traces, progress.pairs = state["traces"], state["pairs"]
-    progress.reasons.update(accounting["reasons"])
-    return int(state["round"]) + 1
+    config = store.config
+    state = RunState(store.root, config, saved)
+    state.state = "running"
+    engine, learner = TransformersEngine(config.model, config.learner), Learner(config)
+    version = state.admission.newest
+    if version:
+        learner.load_state_bytes(store.storage.read(_checkpoint(version)) or b"")
+        engine.load_version(version, store.read_adapter(version)[0])
+    return Parts(config, store, state, engine, Scorer(config), learner, on_status)
+
+
+def _checkpoint(version: int) -> str:
+    return f"checkpoints/loop/version-{version:04d}.safetensors"
 
 
 def step_row(report: StepReport) -> Json:
@@ -209,13 +178,3 @@ def step_row(report: StepReport) -> Json:
     row: Json = {"time": time.time(), "round": report.round, "step": report.step, "pass": report.pass_index}
     row |= {"num_pairs": report.num_pairs, **report.means()}
     return row | {"grad_norm": report.grad_norm, "learning_rate": report.learning_rate}
-
-
-def no_pairs_error(reasons: Counter[str]) -> NoPairsError:
-    """Says why every prompt was filtered, commonest reason first."""
-    counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common()) or "no prompts"
-    return NoPairsError(
-        f"no prompt gave a preference pair ({counts}); expected at least one in the run."
-        " Raise rollout.temperature or rollout.traces so that answers differ, raise rollout.max_tokens if traces were"
-        " cut off, or lower pairs.min_chosen and pairs.min_gap"
-    )

@@ -241,6 +241,13 @@ def _accounting(run: RunData) -> str:
     if sum(ends.values()) != counts["admitted"]:
         open_ones = counts["admitted"] - sum(ends.values())
         text += f'<p class="worse">These do not add up: {open_ones} prompts have no end (a run that stopped early).</p>'
+    training = run.summary.get("training") or {}
+    if training.get("traces"):
+        parsed, cut_off = (f"{100 * training[f'share_{name}']:.0f} %" for name in ("parsed", "cut_off"))
+        text += (
+            f'<p class="note">Of {training["traces"]} training traces {parsed} hold an answer, and {cut_off} were cut'
+            " off at the token limit.</p>"
+        )
     reasons = sorted((counts.get("reasons") or {}).items(), key=lambda item: -item[1])
     if not reasons:
         return text + '<p class="note">No prompt was filtered.</p>'

@@ -28,9 +28,9 @@ from rlsf_ray.config import RunConfig
 from rlsf_ray.errors import InputError, WeightsError
 from rlsf_ray.records import Json, WeightsVersion
 from rlsf_ray.storage import Storage, damaged
-from rlsf_ray.tables import group_to_row, pair_rows, row_to_group, trace_rows
+from rlsf_ray.tables import group_to_row, pair_rows, row_to_group, rows_to_outcome, trace_rows
 
-__all__ = ["RunStore", "checksum", "group_to_row", "pair_rows", "row_to_group", "trace_rows"]
+__all__ = ["RunStore", "checksum", "group_to_row", "pair_rows", "row_to_group", "rows_to_outcome", "trace_rows"]
 
 
 class RunStore:
@@ -121,6 +121,10 @@ class RunStore:
         folders = self.names(kind) if round is None else [f"round-{round:04d}"]
         files = [f"{kind}/{folder}/{name}" for folder in folders for name in self.names(f"{kind}/{folder}")]
         return tables.concat(kind, [self._read_part(name) for name in files if name.endswith(".parquet")])
+
+    def rounds(self, kind: str) -> list[int]:
+        """The rounds that a table has parts of, in order."""
+        return [int(name.removeprefix("round-")) for name in self.names(kind) if name.startswith("round-")]
 
     def _read_part(self, name: str) -> Any:
         try:

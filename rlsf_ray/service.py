@@ -72,7 +72,7 @@ def _finished(root: str, config: RunConfig, run_name: str, on_status: OnStatus) 
     store = RunStore.create_or_resume(root, config)
     summary: Json | None = store.read_json("summary.json")
     saved = store.read_json("state.json") or {}
-    if saved and "ledger" not in saved:
+    if saved.get("by") == "loop":
         raise InputError(
             f"{store.root} holds a run of rlsf_ray.loop, expected one of this service; give this run another name"
         )

@@ -7,7 +7,9 @@ atomic by itself. Every failure of the storage becomes a `StorageError` that nam
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +21,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from rlsf_ray.errors import InputError, StorageError
 
+_LOCK_WAIT_S = 10.0  # a process that was told to end may still hold the lock
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # disk full, quota used up, size limit of the process
 
 
@@ -38,9 +41,9 @@ class Storage:
         """Put `data` in place of what was there. A crash at any moment leaves the old content."""
         with self._guard("write", name):
             if not self.local:
-                self._fs.pipe_file(self._key(name), data)
+                self._fs.pipe_file(self.key(name), data)
                 return
-            target = Path(self._key(name))
+            target = Path(self.key(name))
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
             try:
@@ -63,7 +66,7 @@ class Storage:
             self.write(name, (self.read(name) or b"") + data)
             return
         with self._guard("append to", name):
-            target = Path(self._key(name))
+            target = Path(self.key(name))
             target.parent.mkdir(parents=True, exist_ok=True)
             if separator:
                 _drop_torn_end(target, separator)
@@ -78,11 +81,46 @@ class Storage:
                         file.truncate(size)
                     raise
 
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Be the only run in this folder. The lock of a dead process is free; at a URL there is none.
+
+        Raises InputError if a living process has it.
+        """
+        if not self.local:
+            yield
+            return
+        with self._guard("lock", ".lock"):
+            Path(self._base).mkdir(parents=True, exist_ok=True)
+            file = Path(self.key(".lock")).open("a")  # noqa: SIM115
+        with file:
+            until = time.monotonic() + _LOCK_WAIT_S
+            while not _locked(file.fileno()):
+                if time.monotonic() > until:
+                    raise InputError(
+                        f"another run works in {self.root}; expected to be the only one; wait for it, stop it"
+                        " (`rlsf stop`, or end its process), or give this run another --run name"
+                    )
+                time.sleep(0.2)
+            yield
+
+    def arrow(self) -> Any:
+        """The file system for pyarrow, with paths as in `key`; None for a local folder."""
+        if self.local:
+            return None
+        from pyarrow.fs import FSSpecHandler, PyFileSystem  # takes long to load
+
+        return PyFileSystem(FSSpecHandler(self._fs))
+
+    def key(self, name: str) -> str:
+        """A file's path inside its file system, without the URL's scheme."""
+        return f"{self._base}/{name}"
+
     def read(self, name: str) -> bytes | None:
         """The content, or None where there is no such file."""
         with self._guard("read", name):
             try:
-                return self._fs.cat_file(self._key(name))
+                return self._fs.cat_file(self.key(name))
             except FileNotFoundError:
                 return None
 
@@ -91,14 +129,11 @@ class Storage:
         with self._guard("list", folder):
             self._fs.invalidate_cache()
             try:
-                entries = self._fs.ls(self._key(folder), detail=False)
+                entries = self._fs.ls(self.key(folder), detail=False)
             except FileNotFoundError:
                 return []
         names = {entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries}
         return sorted(name for name in names if not name.startswith("."))
-
-    def _key(self, name: str) -> str:
-        return f"{self._base}/{name}"
 
     @contextmanager
     def _guard(self, verb: str, name: str) -> Iterator[None]:
@@ -142,9 +177,20 @@ def _file_system(root: str) -> tuple[Any, str]:
     return fs, base.rstrip("/")
 
 
+def _locked(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def _drop_torn_end(target: Path, separator: bytes) -> None:
     if not target.exists() or target.stat().st_size == 0:
         return
-    content = target.read_bytes()
-    if not content.endswith(separator):
+    with target.open("rb") as file:
+        file.seek(-len(separator), os.SEEK_END)
+        whole = file.read() == separator
+    if not whole:  # only after a crash
+        content = target.read_bytes()
         os.truncate(target, content.rfind(separator) + len(separator) if separator in content else 0)

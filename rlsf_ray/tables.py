@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rlsf_ray.records import Json, Pair, ScoredGroup, TrainingGroup, TrainingTrace
+from rlsf_ray.records import Json, Outcome, Pair, ScoredGroup, TrainingGroup, TrainingTrace
 
 _TOKENS, _FLOATS, _SPAN = pa.list_(pa.int32()), pa.list_(pa.float32()), pa.list_(pa.int32())
 _SEED = pa.uint64()
@@ -112,6 +112,20 @@ def trace_rows(scored: ScoredGroup) -> list[Json]:
         }
         rows.append({**shared, "trace_id": trace.id, **own, **arrays, **span, "label": label, "score": _or_null(score)})
     return rows
+
+
+def rows_to_outcome(rows: Sequence[Json], num_pairs: int) -> Outcome:
+    """How a group ended, from its rows in the table of traces."""
+    return Outcome(
+        group_id=rows[0]["group_id"],
+        sequence=rows[0]["sequence"],
+        num_traces=len(rows),
+        num_tokens=sum(len(row["token_ids"] or ()) for row in rows),
+        num_cut_off=sum(not row["finished"] for row in rows),
+        num_parsed=sum(row["answer"] is not None for row in rows),
+        num_pairs=num_pairs,
+        reason=rows[0]["reason"],
+    )
 
 
 def pair_rows(group: TrainingGroup) -> list[Json]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from rlsf_ray.records import Json
 
 Span = tuple[float, float]
-ROLES = ("generator", "scorer", "buffer", "trainer", "evaluator", "coordinator")
+ROLES = ("generator", "scorer", "trainer", "evaluator")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,6 +28,7 @@ class Request:
 
     prompt_ids: IntArray
     seeds: tuple[int, ...]
+    sampling: Sampling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +55,6 @@ class Engine(Protocol):
         """Keep `adapter` under `version`; returns the checksum of what was loaded."""
         ...
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling, version: int) -> list[list[Completion]]:
+    def generate(self, requests: Sequence[Request], version: int) -> list[list[Completion]]:
         """One list of K completions for each request, written by `version` (0: the base model)."""
         ...

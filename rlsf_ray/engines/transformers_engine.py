@@ -14,7 +14,7 @@ from tokenizers.decoders import DecodeStream
 
 from rlsf_ray.adapters import checksum
 from rlsf_ray.config import LearnerConfig, ModelConfig
-from rlsf_ray.engines.base import Adapter, Completion, Request, Sampling
+from rlsf_ray.engines.base import Adapter, Completion, Request
 from rlsf_ray.engines.lora import adapter_arrays, add_adapter, load_adapter
 from rlsf_ray.engines.models import context_length, find_model, load_model, load_tokenizer
 from rlsf_ray.errors import EngineError, InputError, WeightsError
@@ -69,24 +69,24 @@ class TransformersEngine:
         """Drop adapters no longer needed."""
         self._adapters = {v: a for v, a in self._adapters.items() if v >= older_than}
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling, version: int) -> list[list[Completion]]:
-        self._check(requests, sampling)
+    def generate(self, requests: Sequence[Request], version: int) -> list[list[Completion]]:
+        self._check(requests)
         self._activate(version)
         results: list[list[Completion]] = []
-        for batch in _within_budget(requests, sampling.max_tokens):
+        for batch in _within_budget(requests):
             if version == 0:
                 with self._model.disable_adapter():
-                    results += self._decode(batch, sampling)
+                    results += self._decode(batch)
             else:
-                results += self._decode(batch, sampling)
+                results += self._decode(batch)
         return results
 
-    def _check(self, requests: Sequence[Request], sampling: Sampling) -> None:
-        longest = max(len(request.prompt_ids) for request in requests)
-        if longest + sampling.max_tokens > self._context:
+    def _check(self, requests: Sequence[Request]) -> None:
+        longest = max(requests, key=_length)
+        if _length(longest) > self._context:
             raise InputError(
-                f"a prompt of {longest} tokens and max_tokens={sampling.max_tokens} do not fit the model's context"
-                f" of {self._context}; shorten the prompts or lower rollout.max_tokens"
+                f"a prompt of {len(longest.prompt_ids)} tokens and max_tokens={longest.sampling.max_tokens} do not fit"
+                f" the model's context of {self._context}; shorten the prompts or lower rollout.max_tokens"
             )
 
     def _activate(self, version: int) -> None:
@@ -98,24 +98,27 @@ class TransformersEngine:
         self._active = version
 
     @torch.inference_mode()
-    def _decode(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
-        state = _Prefill(self._model, requests)
+    def _decode(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        prompts = {request.prompt_ids.tobytes(): request.prompt_ids for request in requests}
+        state = _Prefill(self._model, list(prompts.values()))
         rows = [(r, k) for r, request in enumerate(requests) for k in range(len(request.seeds))]
-        state.select(torch.tensor([r for r, _ in rows]))
-        choose = _Chooser(sampling, rows, requests, self._model.device)
+        place = {key: index for index, key in enumerate(prompts)}
+        state.select(torch.tensor([place[requests[r].prompt_ids.tobytes()] for r, _ in rows]))
+        choose = _Chooser(rows, requests, self._model.device)
+        limits = np.array([requests[r].sampling.max_tokens for r, _ in rows])
         tokens: list[list[int]] = [[] for _ in rows]
         statistics: list[list[np.ndarray]] = [[] for _ in rows]
         alive = np.arange(len(rows))  # row of the batch -> trace
-        done = np.zeros(len(rows), dtype=bool)
-        for step in range(sampling.max_tokens):
+        ended = np.zeros(len(rows), dtype=bool)  # by its own end-of-sequence token
+        for step in range(limits.max()):
             chosen, values = choose(state.logits, alive, step)
             for row, trace in enumerate(alive):
-                if not done[trace]:
+                if not ended[trace] and step < limits[trace]:
                     tokens[trace].append(int(chosen[row]))
                     statistics[trace].append(values[row])
-                    done[trace] = int(chosen[row]) in self._eos
-            keep = ~done[alive]
-            if not keep.any() or step + 1 == sampling.max_tokens:
+                    ended[trace] = int(chosen[row]) in self._eos
+            keep = ~ended[alive] & (step + 1 < limits[alive])
+            if not keep.any():
                 break
             if keep.mean() < COMPACT_BELOW:
                 alive, index = alive[keep], torch.from_numpy(np.flatnonzero(keep))
@@ -123,8 +126,8 @@ class TransformersEngine:
                 chosen = chosen[keep]
             state.advance(torch.from_numpy(chosen))
         results: list[list[Completion]] = [[] for _ in requests]
-        for (request, _), ids, kept, ended in zip(rows, tokens, statistics, done, strict=True):
-            results[request].append(self._completion(ids, np.asarray(kept, dtype=np.float32), bool(ended)))
+        for (request, _), ids, kept, finished in zip(rows, tokens, statistics, ended, strict=True):
+            results[request].append(self._completion(ids, np.asarray(kept, dtype=np.float32), bool(finished)))
         return results
 
     def _completion(self, ids: list[int], values: np.ndarray, finished: bool) -> Completion:
@@ -143,13 +146,13 @@ class TransformersEngine:
 class _Prefill:
     """Left-padded prompts, their key-value cache, and the logits [R, V] of the next token."""
 
-    def __init__(self, model: Any, requests: Sequence[Request]) -> None:
-        longest = max(len(request.prompt_ids) for request in requests)
-        ids = torch.zeros((len(requests), longest), dtype=torch.long)
-        self._mask = torch.zeros((len(requests), longest), dtype=torch.long)
-        for row, request in enumerate(requests):
-            ids[row, longest - len(request.prompt_ids) :] = torch.from_numpy(request.prompt_ids.astype(np.int64))
-            self._mask[row, longest - len(request.prompt_ids) :] = 1
+    def __init__(self, model: Any, prompts: Sequence[IntArray]) -> None:
+        longest = max(len(prompt) for prompt in prompts)
+        ids = torch.zeros((len(prompts), longest), dtype=torch.long)
+        self._mask = torch.zeros((len(prompts), longest), dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
+            self._mask[row, longest - len(prompt) :] = 1
         self._model = model
         self._mask = self._mask.to(model.device)
         positions = (self._mask.cumsum(-1) - 1).clamp(min=0)
@@ -186,35 +189,38 @@ class _Prefill:
 class _Chooser:
     """Picks the next token of each row, and its statistics (log-prob, top-1, top-2 of the raw distribution)."""
 
-    def __init__(
-        self, sampling: Sampling, rows: Sequence[tuple[int, int]], requests: Sequence[Request], device: Any
-    ) -> None:
-        self._sampling = sampling
-        self._branch = torch.tensor([k for _, k in rows], device=device)
-        if sampling.method == "sample":  # one stream of uniform numbers for each trace, whatever batch it is in
-            draws = [np.random.default_rng(requests[r].seeds[k]).random(sampling.max_tokens) for r, k in rows]
-            self._uniform = torch.tensor(np.stack(draws), dtype=torch.float32, device=device)
+    def __init__(self, rows: Sequence[tuple[int, int]], requests: Sequence[Request], device: Any) -> None:
+        own = [requests[r].sampling for r, _ in rows]
+        longest = max(sampling.max_tokens for sampling in own)
+        # one stream of uniform numbers for each trace, whatever batch it is in
+        uniform = np.zeros((len(rows), longest))
+        for row, (r, k) in enumerate(rows):
+            if own[row].method == "sample":
+                uniform[row] = np.random.default_rng(requests[r].seeds[k]).random(longest)
+        self._uniform = torch.tensor(uniform, dtype=torch.float32, device=device)
+        self._temperature = torch.tensor([sampling.temperature for sampling in own], device=device)
+        self._samples = np.array([sampling.method == "sample" for sampling in own])
+        self._first_rank = np.array([k if own[row].method == "branch" else 0 for row, (_, k) in enumerate(rows)])
 
     def __call__(self, logits: torch.Tensor, alive: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
         total = logits.logsumexp(-1, keepdim=True)
         top_values, top_ids = logits.topk(2, dim=-1)
-        if self._sampling.method == "sample":
-            chosen = self._sample(logits, self._uniform[alive, step])
-        elif self._sampling.method == "branch" and step == 0:
-            wanted = self._branch[torch.from_numpy(alive)]
-            ranked = logits.topk(int(self._branch.max()) + 1, dim=-1).indices
-            chosen = ranked.gather(1, wanted[:, None])[:, 0]
-        else:
-            chosen = top_ids[:, 0]
+        chosen = top_ids[:, 0]
+        if step == 0 and self._first_rank.any():
+            ranked = logits.topk(int(self._first_rank.max()) + 1, dim=-1).indices
+            chosen = ranked.gather(1, torch.from_numpy(self._first_rank[alive]).to(ranked.device)[:, None])[:, 0]
+        samples = torch.from_numpy(self._samples[alive]).to(logits.device)
+        if samples.any():
+            chosen = torch.where(samples, self._sample(logits, alive, step), chosen)
         logprob = logits.gather(1, chosen[:, None]) - total
         statistics = torch.cat([logprob, (top_values - total).exp()], dim=1)
         return chosen.cpu().numpy(), statistics.cpu().numpy()
 
-    def _sample(self, logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    def _sample(self, logits: torch.Tensor, alive: np.ndarray, step: int) -> torch.Tensor:
         """Inverse of the cumulative distribution at one uniform number for each row."""
         highest = logits.max(-1, keepdim=True).values
-        cumulative = ((logits - highest) / self._sampling.temperature).exp_().cumsum(-1)
-        target = uniform[:, None] * cumulative[:, -1:]
+        cumulative = ((logits - highest) / self._temperature[alive, None]).exp_().cumsum(-1)
+        target = self._uniform[alive, step, None] * cumulative[:, -1:]
         return torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[1] - 1)[:, 0]
 
 
@@ -243,16 +249,20 @@ def _eos_ids(model: Any, tokenizer: Any) -> set[int]:
     return found | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())
 
 
-def _within_budget(requests: Sequence[Request], max_tokens: int) -> list[list[Request]]:
+def _length(request: Request) -> int:
+    return len(request.prompt_ids) + request.sampling.max_tokens
+
+
+def _within_budget(requests: Sequence[Request]) -> list[list[Request]]:
     """Split requests so that rows x (longest prompt + max_tokens) stays under the budget; at least one in each."""
     batches: list[list[Request]] = []
     rows = longest = 0
     for request in requests:
-        wide = max(longest, len(request.prompt_ids))
-        if batches and (rows + len(request.seeds)) * (wide + max_tokens) <= TOKEN_BUDGET:
+        wide = max(longest, _length(request))
+        if batches and (rows + len(request.seeds)) * wide <= TOKEN_BUDGET:
             batches[-1].append(request)
             rows, longest = rows + len(request.seeds), wide
         else:
             batches.append([request])
-            rows, longest = len(request.seeds), len(request.prompt_ids)
+            rows, longest = len(request.seeds), _length(request)
     return batches

@@ -12,7 +12,7 @@ from rlsf_ray.algorithms.answers import find_answer, locate, token_span
 from rlsf_ray.choices import choose
 from rlsf_ray.config import RunConfig
 from rlsf_ray.engines.base import Completion, Request, Sampling
-from rlsf_ray.records import Answer, Group, Prompt, Trace
+from rlsf_ray.records import Answer, Group, IntArray, Prompt, Trace
 
 Rollout = Callable[[RunConfig], Sampling]
 Span = tuple[int, int]
@@ -39,8 +39,9 @@ def write_groups(
 ) -> list[Group]:
     """One group of K traces for each prompt, with answers found."""
     sampling = choose(ROLLOUTS, config.rollout.name, "rollout.name")(config)
-    salt = f"{config.seed}/round-{round}"
-    return _write(engine, prompts, config, sampling, config.rollout.traces, salt, round, first_sequence, version)
+    salt, count = f"{config.seed}/round-{round}", config.rollout.traces
+    requests = [_request(prompt, engine.encode(prompt), sampling, count, salt) for prompt in prompts]
+    return _write(engine, prompts, requests, round, range(first_sequence, first_sequence + len(prompts)), version)
 
 
 def write_probe_groups(
@@ -53,38 +54,34 @@ def write_probe_groups(
     tokens = config.rollout.max_tokens
     sampled = Sampling(method="sample", max_tokens=tokens, temperature=config.rollout.temperature)
     greedy = Sampling(method="greedy", max_tokens=tokens)
-    return (
-        _write(engine, prompts, config, sampled, config.eval.samples, "probe", -1, first_sequence, version),
-        _write(engine, prompts, config, greedy, 1, "greedy", -1, first_sequence, version),
-    )
+    ids = [engine.encode(prompt) for prompt in prompts]
+    requests = [_request(p, i, sampled, config.eval.samples, "probe") for p, i in zip(prompts, ids, strict=True)]
+    requests += [_request(p, i, greedy, 1, "greedy") for p, i in zip(prompts, ids, strict=True)]
+    sequences = range(first_sequence, first_sequence + len(prompts))
+    groups = _write(engine, [*prompts, *prompts], requests, -1, [*sequences, *sequences], version)  # fuller batches
+    return groups[: len(prompts)], groups[len(prompts) :]
+
+
+def _request(prompt: Prompt, prompt_ids: IntArray, sampling: Sampling, num_traces: int, salt: str) -> Request:
+    seeds = tuple(trace_seed(salt, prompt.id, k) for k in range(num_traces))
+    return Request(prompt_ids=prompt_ids, seeds=seeds, sampling=sampling)
 
 
 def _write(
     engine: Any,
     prompts: Sequence[Prompt],
-    config: RunConfig,
-    sampling: Sampling,
-    num_traces: int,
-    salt: str,
+    requests: Sequence[Request],
     round: int,
-    first_sequence: int,
+    sequences: Sequence[int],
     version: int,
 ) -> list[Group]:
-    ids = [group_id(prompt, round) for prompt in prompts]
-    requests = [
-        Request(
-            prompt_ids=engine.encode(prompt),
-            seeds=tuple(trace_seed(salt, prompt.id, k) for k in range(num_traces)),
-        )
-        for prompt in prompts
-    ]
-    completions = engine.generate(requests, sampling, version)
+    completions = engine.generate(requests, version)
     spans = _answers(engine, prompts, requests, completions, version)
     return [
         Group(
             id=name,
             round=round,
-            sequence=first_sequence + index,
+            sequence=sequences[index],
             version=version,
             prompt=prompts[index],
             prompt_ids=requests[index].prompt_ids,
@@ -93,7 +90,7 @@ def _write(
                 for k, completion in enumerate(completions[index])
             ),
         )
-        for index, name in enumerate(ids)
+        for index, name in enumerate(group_id(prompt, round) for prompt in prompts)
     ]
 
 
@@ -144,12 +141,14 @@ def _elicit(
     if not asked:
         return {}
     tail = engine.encode_text(ELICIT)
+    greedy = Sampling(method="greedy", max_tokens=ELICIT_TOKENS)
     follow_ups = [
-        Request(prompt_ids=np.concatenate([requests[index].prompt_ids, c.token_ids[:-1], tail]), seeds=(0,))
+        Request(
+            prompt_ids=np.concatenate([requests[index].prompt_ids, c.token_ids[:-1], tail]), seeds=(0,), sampling=greedy
+        )
         for (index, _), c in asked.items()
     ]
-    greedy = Sampling(method="greedy", max_tokens=ELICIT_TOKENS)
-    written = engine.generate(follow_ups, greedy, version)
+    written = engine.generate(follow_ups, version)
     return {key: found[0].text for key, found in zip(asked, written, strict=True)}
 
 

@@ -50,7 +50,3 @@ class Admission:
         """The oldest version that may write for `round`: what rounds up to round - max_staleness - 1 have made."""
         made = [v for r, v in self._ended.items() if v is not None and r < round - self._max_staleness]
         return max(made, default=0)
-
-    def age(self, version: int) -> int:
-        """How many versions were published after `version`."""
-        return sum(published > version for published in self._versions)

@@ -89,10 +89,6 @@ class PairQueue:
         held = self._waiting | self._leased
         return {sequence: len(held[r, sequence].pairs) for r, sequence in sorted(held) if r == round}
 
-    @property
-    def num_waiting(self) -> int:
-        return len(self._waiting)
-
 
 def unknown(queue: PairQueue, groups: Sequence[TrainingGroup]) -> list[TrainingGroup]:
     """The groups that the queue has not seen, in admission order."""

@@ -28,7 +28,6 @@ class Replica:
     state: State = State.STALE
     version: int = 0
     busy: bool = False
-    failures: int = 0
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -59,7 +58,7 @@ class Fleet:
         """`name` broke or restarts: what it had loaded is lost."""
         replica = self._replicas[name]
         if replica.state is not State.DEAD:
-            replica.state, replica.failures, replica.busy = State.STALE, replica.failures + 1, False
+            replica.state, replica.busy = State.STALE, False
 
     def died(self, name: str) -> None:
         """`name` will not come back."""
@@ -103,6 +102,3 @@ class Fleet:
     def names(self, *states: State) -> list[str]:
         """Replicas in one of these states."""
         return [name for name, replica in self._replicas.items() if replica.state in states]
-
-    def failures(self, name: str) -> int:
-        return self._replicas[name].failures

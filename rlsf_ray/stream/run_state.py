@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from time import time
 
 from rlsf_ray.config import RunConfig
+from rlsf_ray.errors import NoPairsError, RlsfError, ServiceError
 from rlsf_ray.records import Json, Outcome
 from rlsf_ray.stream.admission import Admission
 from rlsf_ray.stream.ledger import PAIRS, Ledger
@@ -39,11 +39,12 @@ class RunState:
     def scored(self, round: int, outcomes: Sequence[Outcome]) -> None:
         """A batch came back from a scorer."""
         self.ledger.scored(round, outcomes)
-        self.counts["traces"] += sum(outcome.num_traces for outcome in outcomes)
-        self.counts["tokens"] += sum(outcome.num_tokens for outcome in outcomes)
-        self.counts["pairs"] += sum(outcome.num_pairs for outcome in outcomes)
-        self.counts["parsed"] += sum(outcome.num_parsed for outcome in outcomes)
-        self.counts["cut_off"] += sum(outcome.num_cut_off for outcome in outcomes)
+        self._count(outcomes)
+
+    def _count(self, outcomes: Iterable[Outcome]) -> None:
+        for outcome in outcomes:
+            for name in ("traces", "tokens", "pairs", "parsed", "cut_off"):
+                self.counts[name] += getattr(outcome, f"num_{name}")
 
     def committed(self, round: int, version: int, sequences: Sequence[int]) -> None:
         """The checkpoint of `round` is saved and holds exactly the groups with pairs.
@@ -66,22 +67,17 @@ class RunState:
         self.admission.end_round(round, version)
         self._ended.append([round, version])
 
-    def reasons(self) -> Counter[str]:
-        """Why prompts gave no pairs, counted."""
-        return Counter(self.ledger.totals()["reasons"])
-
     @property
     def seconds(self) -> float:
         """Run time so far, over all lives of the run."""
         return self._seconds_before + self._clock() - self._started
 
-    def recovered(self, round: int, pairs: Mapping[int, int], reasons: Mapping[int, str]) -> None:
-        """Sequences of a round that were scored before a crash: their number of pairs, or why they have none."""
-        found = {sequence: reasons.get(sequence) for sequence in (*pairs, *reasons)}
-        for sequence in self.ledger.recovered(round, found):
-            self.counts["traces"] += self._config.rollout.traces
-            self.counts["pairs"] += pairs.get(sequence, 0)
-        self._traces_before = self.counts["traces"]
+    def recovered(self, round: int, outcomes: Sequence[Outcome]) -> None:
+        """Prompts of a round that were scored before a crash, or by a scorer that died before it could say so."""
+        news = self.ledger.recovered(round, {outcome.sequence: outcome.reason for outcome in outcomes})
+        before = self.counts["traces"]
+        self._count(outcome for outcome in outcomes if outcome.sequence in news)
+        self._traces_before += self.counts["traces"] - before
 
     def _seconds_left(self, scored: float) -> float | None:
         """From the share of prompts that are `scored` and the share of optimiser steps done, half and half.
@@ -95,6 +91,34 @@ class RunState:
         share = (scored + min(1.0, self.counts["steps"] / expected)) / 2
         return self.seconds * (1.0 / share - 1.0)
 
+    def shares(self) -> Json:
+        """{"share_parsed", "share_cut_off"} of the traces so far; None before the first."""
+        traces = self.counts["traces"]
+        return {f"share_{name}": self.counts[name] / traces if traces else None for name in ("parsed", "cut_off")}
+
+    def measured(self) -> Json:
+        """What a finished run's summary takes from here."""
+        return {
+            "accounting": self.ledger.totals(),
+            "seconds": self.seconds,
+            "training": self.counts | self.shares(),
+        }
+
+    def nothing_trained(self) -> RlsfError:
+        """Why no round has made a version: every prompt was filtered, or every batch has failed."""
+        totals = self.ledger.totals()
+        counts = ", ".join(f"{reason}: {count}" for reason, count in totals["reasons"].items()) or "no prompts"
+        if totals["failed"] and not totals["filtered"]:
+            return ServiceError(
+                f"every batch failed, {totals['failed']} of {totals['admitted']} prompts ({counts}); expected pairs"
+                " from at least one; look at the logs of the generators and scorers, then run under another --run name"
+            )
+        return NoPairsError(
+            f"no prompt gave a preference pair ({counts}); expected at least one in the run."
+            " Raise rollout.temperature or rollout.traces so that answers differ, raise rollout.max_tokens if traces"
+            " were cut off, or lower pairs.min_chosen and pairs.min_gap"
+        )
+
     def to_json(self) -> Json:
         return {
             "state": self.state,
@@ -107,7 +131,7 @@ class RunState:
         }
 
     def status(self) -> Json:
-        """What a progress display shows; the same keys as loop.py's."""
+        """What a progress display shows."""
         config, accounting = self._config, self.ledger.totals()
         total = config.rounds * self.prompts_per_round
         done = accounting["admitted"] - accounting["in_flight"]
@@ -125,6 +149,7 @@ class RunState:
             "traces_per_s": (self.counts["traces"] - self._traces_before) / elapsed if elapsed > 0 else 0.0,
             "pairs": self.counts["pairs"],
             "steps": self.counts["steps"],
+            **self.shares(),
             "eta_s": self._seconds_left((done + waiting) / total),
             "accounting": accounting,
             "message": self.message,

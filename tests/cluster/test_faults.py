@@ -1,11 +1,15 @@
-"""Runs that are disturbed: a killed generator, a drain, no pairs at all, other source."""
+"""Runs that are disturbed: killed actors, a drain, a full disk, no pairs at all, other source."""
 
 import os
-from collections.abc import Callable
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import ray
 from running import alive, free_cpus, standing_groups, wait_for
@@ -15,7 +19,7 @@ from actors.job import NAMESPACE, Job, source_hash
 from actors.spawn import spawn_coordinator
 from rlsf_ray import loop, service
 from rlsf_ray.config import RunConfig
-from rlsf_ray.errors import DrainedError, InputError, NoPairsError, ServiceError
+from rlsf_ray.errors import DrainedError, InputError, NoPairsError, ServiceError, StorageError
 from rlsf_ray.records import Json
 from rlsf_ray.run_store import RunStore
 
@@ -39,13 +43,80 @@ def test_a_killed_generator_and_a_drain_change_nothing_in_the_result(
     wait_for(lambda: not alive("disturbed") and standing_groups() == 0 and free_cpus() == cluster, 20)
 
     summary = launch(config, tmp_path / "disturbed").result()
-    loop.run(config, str(tmp_path / "loop"))
-    ours, theirs = RunStore.open(str(tmp_path / "disturbed")), RunStore.open(str(tmp_path / "loop"))
+    _equals_the_loop(summary, config, tmp_path / "disturbed", tmp_path / "loop")
+
+
+def test_a_killed_scorer_and_a_killed_training_worker_change_nothing_in_the_result(
+    launch: Launch, small: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    config = small(rounds=3, cluster={"prompts_per_call": 2}, data={"probe": []})
+    life = launch(config, tmp_path / "killed")
+    wait_for(lambda: "killed/scorer-0" in alive("killed"))
+    wait_for(lambda: service.status("killed")["traces"] > 0)
+    ray.kill(ray.get_actor("killed/scorer-0", namespace=NAMESPACE), no_restart=False)
+    wait_for(lambda: service.status("killed")["version"] == 1)
+    os.kill(_training_worker(), signal.SIGKILL)
+    _equals_the_loop(life.result(), config, tmp_path / "killed", tmp_path / "loop")
+
+
+def _training_worker() -> int:
+    """The process of the only training worker of this Ray."""
+    ours = psutil.Process().children(recursive=True)
+    (found,) = [process.pid for process in ours if "RayTrainWorker" in " ".join(process.cmdline())]
+    return int(found)
+
+
+def _equals_the_loop(summary: Json, config: RunConfig, root: Path, loop_root: Path) -> None:
+    """The run at `root` has the pairs, the adapter and the accounting of an undisturbed run of the loop."""
+    loop.run(config, str(loop_root))
+    ours, theirs = RunStore.open(str(root)), RunStore.open(str(loop_root))
     assert ours.read_table("pairs").to_pylist() == theirs.read_table("pairs").to_pylist()
     assert ours.versions() == theirs.versions() == [1, 2, 3]
     adapter, expected = ours.read_adapter(3)[0], theirs.read_adapter(3)[0]
     assert max(np.abs(adapter[name] - expected[name]).max() for name in expected) <= 1e-6
     assert summary["accounting"] == theirs.read_json("summary.json")["accounting"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 16 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16m", "none", str(folder)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_up_keeps_what_was_committed_and_the_run_goes_on_once_there_is_room(
+    launch: Launch, small: Callable[..., RunConfig], small_disk: Path
+) -> None:
+    config, root = small(rounds=3, data={"probe": []}), small_disk / "full"
+    life = launch(config, root)
+    wait_for(lambda: (root / "versions/0001/version.json").exists())
+    filler = small_disk / "filler"
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(1 << 10))
+    with pytest.raises(StorageError, match=r"no (room|space left).*(free|Free) space"):
+        life.result()
+    wait_for(lambda: not alive("full"))
+    assert RunStore.open(str(root)).read_adapter(1)
+    filler.unlink()
+    assert launch(config, root).result()["accounting"]["admitted"] == 24
+    assert RunStore.open(str(root)).versions() == [1, 2, 3]
+
+
+def test_two_runs_in_one_folder_are_refused(launch: Launch, small: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """As two runs embedded in two processes would be: their coordinators do not know of each other."""
+    config = small(data={"probe": []})
+    store = RunStore.create_or_resume(str(tmp_path / "shared"), config)
+    with store.storage.lock(), pytest.raises(InputError, match="another run works in"):
+        launch(config, tmp_path / "shared").result()
+    assert store.read_json("state.json") is None
 
 
 def test_a_run_without_pairs_ends_with_the_reasons_counted(

@@ -32,7 +32,8 @@ def test_a_run_leaves_everything_in_its_directory(config: RunConfig, tmp_path: P
     pairs = store.read_table("pairs").to_pylist()
     assert len(pairs) == 32
     assert all(row["chosen_trace_id"] in ids and row["rejected_trace_id"] in ids for row in pairs)
-    assert {status["state"] for status in seen} >= {"generating", "training", "done"}
+    assert {status["message"] for status in seen} >= {"generating and scoring", "training"}
+    assert seen[-1]["state"] == "done"
     assert len(store.read_metrics("train")) == seen[-1]["steps"]
 
 
@@ -61,13 +62,14 @@ def test_a_killed_run_goes_on_after_its_last_version(config: RunConfig, tmp_path
     whole = loop.run(config, str(tmp_path / "whole"))
 
     def stop_in_round_1(status: Json) -> None:
-        if status["round"] == 1 and status["state"] == "training":
+        if status["round"] == 1 and status["message"] == "training":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         loop.run(config, str(tmp_path / "cut"), stop_in_round_1)
     resumed = loop.run(config, str(tmp_path / "cut"))
     assert resumed["accounting"] == whole["accounting"]
+    assert resumed["training"] == whole["training"]
     adapters = [RunStore.open(str(tmp_path / name)).read_adapter(2)[0] for name in ("whole", "cut")]
     for name, array in adapters[0].items():
         np.testing.assert_array_equal(array, adapters[1][name])
@@ -75,7 +77,7 @@ def test_a_killed_run_goes_on_after_its_last_version(config: RunConfig, tmp_path
 
 def test_a_run_killed_while_it_is_measured_is_measured_when_it_goes_on(config: RunConfig, tmp_path: Path) -> None:
     def stop(status: Json) -> None:
-        if status["state"] == "evaluating version 2":
+        if status["message"] == "evaluating version 2":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

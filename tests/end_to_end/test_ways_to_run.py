@@ -90,6 +90,21 @@ def test_an_address_where_no_ray_answers_is_refused(config: RunConfig, tmp_path:
         assert sandbox.processes() == []
 
 
+def test_a_folder_that_a_node_does_not_see_is_refused(config: RunConfig, tmp_path: Path) -> None:
+    """The second node has an empty file system of its own where the run root lies."""
+    file, root, port = write_config(tmp_path, config), tmp_path / "runs", _free_ports(1)[0]
+    root.mkdir()
+    head = f"ray start --head --num-cpus=8 --include-dashboard=false --node-ip-address=127.0.0.1 --port={port}"
+    node = f"mount -t tmpfs none {root} && ray start --address=127.0.0.1:{port} --node-ip-address=127.0.0.1"
+    with Sandbox(tmp_path / "box") as sandbox:
+        for command in (["sh", "-c", head], ["unshare", "-m", "sh", "-c", node]):
+            code, output = sandbox.run(*command)
+            assert code == 0, output
+        code, output = sandbox.run("rlsf", "run", file, "--root", str(root), "--address", f"127.0.0.1:{port}")
+        assert code == 2, output
+        assert "is not on shared storage: 127.0.0.1 cannot see it" in " ".join(output.split())
+
+
 # --- a cluster with the wheel installed ---------------------------------------------------------------------------
 
 

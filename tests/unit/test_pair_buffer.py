@@ -49,7 +49,7 @@ def job(tmp_path: Path) -> Job:
 def test_a_put_waits_while_the_buffer_is_full_and_goes_on_after_a_lease(job: Job) -> None:
     async def scenario() -> None:
         buffer = PairBuffer(job, "pair_buffer")
-        await buffer.prepare(0, 2)
+        await buffer.prepare(0)
         await buffer.put(0, 0, [group(0), group(1)], [])
         second = asyncio.create_task(buffer.put(0, 1, [group(2)], [3]))
         await asyncio.sleep(0.2)
@@ -69,7 +69,7 @@ def test_a_put_waits_while_the_buffer_is_full_and_goes_on_after_a_lease(job: Job
 def test_a_lease_of_nothing_comes_back_empty_in_time_and_none_once_closed(job: Job) -> None:
     async def scenario() -> None:
         buffer = PairBuffer(job, "pair_buffer")
-        await buffer.prepare(0, 2)
+        await buffer.prepare(0)
         lease = await asyncio.wait_for(buffer.lease(0, 0, 8, 0.05), 5)
         assert lease is not None
         assert (lease.groups, lease.ended) == ((), False)
@@ -88,13 +88,14 @@ def test_a_new_life_finds_the_groups_that_were_put_and_why_the_others_are_missin
 
     async def first_life() -> None:
         buffer = PairBuffer(job, "pair_buffer")
-        await buffer.prepare(0, 2)
+        await buffer.prepare(0)
         await buffer.put(0, 0, [group(0)], [1])
 
     async def second_life() -> None:
         buffer = PairBuffer(job, "pair_buffer")
-        found = (await buffer.prepare(0, 2))[0]
-        assert (found.pairs, found.reasons) == ({0: 1}, {1: "tie", 2: "tie"})
+        found = (await buffer.prepare(0))[0]
+        ends = [(outcome.sequence, outcome.num_pairs, outcome.reason) for outcome in found]
+        assert ends == [(0, 1, None), (1, 0, "tie"), (2, 0, "tie")]
         assert await buffer.put(0, 0, [group(0)], [1]) == 0  # told again: not taken twice
         lease = await buffer.lease(0, 0, 8, 1.0)
         assert lease is not None
@@ -106,10 +107,28 @@ def test_a_new_life_finds_the_groups_that_were_put_and_why_the_others_are_missin
     asyncio.run(second_life())
 
 
+def test_giving_a_batch_up_keeps_what_was_put_and_skips_the_rest(job: Job) -> None:
+    RunStore.open(job.root).write_table("traces", 0, 0, [trace_row(0, None), trace_row(1, None)])
+
+    async def scenario() -> None:
+        buffer = PairBuffer(job, "pair_buffer")
+        await buffer.prepare(0)
+        await buffer.put(0, 0, [group(0)], [])
+        held = await buffer.give_up(0, [0, 1])
+        assert [(outcome.sequence, outcome.num_pairs) for outcome in held] == [(0, 1)]
+        assert await buffer.put(0, 0, [group(1)], []) == 0  # too late: it counts as failed
+        await buffer.close_round(0, 2)
+        lease = await buffer.lease(0, 0, 8, 1.0)
+        assert lease is not None
+        assert ([g.sequence for g in lease.groups], lease.ended) == ([0], True)
+
+    asyncio.run(scenario())
+
+
 def test_a_new_life_drops_rounds_that_are_over(job: Job) -> None:
     async def scenario() -> None:
         buffer = PairBuffer(job, "pair_buffer")
-        assert await buffer.prepare(1, 2) == {}
+        assert await buffer.prepare(1) == {}
         lease = await buffer.lease(0, 0, 8, 1.0)
         assert lease is not None
         assert lease.ended

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorUnavailableError, RayActorError
 
-from actors import pool
+from actors import watch
 from actors.pool import GeneratorPool
 from actors.watch import Watch
 from rlsf_ray.errors import DeadlineError
@@ -41,7 +41,7 @@ def unavailable() -> ActorUnavailableError:
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "RETRY_S", 0.01)
+    monkeypatch.setattr(watch, "RETRY_S", 0.01)
 
 
 def test_an_idle_generator_that_broke_while_loading_is_started_again_and_gets_work() -> None:

@@ -10,7 +10,7 @@ import pytest
 from tiny import tiny_config
 
 from rlsf_ray.config import RunConfig
-from rlsf_ray.engines.base import Completion, Request, Sampling
+from rlsf_ray.engines.base import Completion, Request
 from rlsf_ray.engines.transformers_engine import TransformersEngine
 from rlsf_ray.errors import InputError
 from rlsf_ray.records import Group, IntArray, Prompt
@@ -110,7 +110,7 @@ class ScriptedEngine:
         assert text == " So the answer is"
         return np.array([77, 78], dtype=np.int32)
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling, version: int) -> list[list[Completion]]:
+    def generate(self, requests: Sequence[Request], version: int) -> list[list[Completion]]:
         follow_up = requests[0].prompt_ids[-1] == 78
         self.asked += [request.prompt_ids.tolist() for request in requests]
         text = self.elicited if follow_up else self.text

@@ -10,12 +10,12 @@ import pytest
 from ray.exceptions import ActorUnavailableError, ObjectLostError, RayActorError
 from tiny import tiny_config
 
-from actors import rounds
+from actors import watch
 from actors.pool import GivenUp
-from actors.rounds import Rounds, nothing_trained
+from actors.rounds import Rounds
 from actors.watch import Watch
-from rlsf_ray.errors import DeadlineError, NoPairsError, ServiceError
-from rlsf_ray.records import Json
+from rlsf_ray.errors import DeadlineError
+from rlsf_ray.records import Json, Outcome
 from rlsf_ray.run_store import RunStore
 from rlsf_ray.stream.run_state import RunState
 
@@ -77,7 +77,7 @@ def make(folder: Path, *, deadline_s: float = 5.0, **replies: Reply) -> tuple[Ro
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rounds, "RETRY_S", 0.01)
+    monkeypatch.setattr(watch, "RETRY_S", 0.01)
 
 
 def test_a_dead_scorer_gives_its_batch_to_another_with_the_same_traces(tmp_path: Path) -> None:
@@ -126,18 +126,27 @@ def test_stage_events_of_every_caller_are_written_once_and_in_order(tmp_path: Pa
     assert [row["start"] for row in store.read_metrics("stages")] == list(range(20))
 
 
-def test_a_run_of_which_every_batch_failed_says_so() -> None:
-    state = RunState("run", tiny_config(Path("model")))
-    state.ledger.admit(0, 4)
-    state.ledger.failed(0, [0, 1, 2, 3], "EngineError")
-    error = nothing_trained(state)
-    assert isinstance(error, ServiceError)
-    assert "4 of 4 prompts (EngineError: 4)" in str(error)
+def test_pairs_that_a_dead_scorer_had_put_are_not_lost(tmp_path: Path) -> None:
+    """Prompts 0 and 1 go out together and the scorer dies three times, once after the buffer took prompt 1."""
+    made, _, _ = make(tmp_path, a=dead)
+    put = Outcome(
+        group_id="g", sequence=1, num_traces=4, num_tokens=9, num_cut_off=0, num_parsed=4, num_pairs=2, reason=None
+    )
+    made._crew.buffer = SimpleNamespace(give_up=SimpleNamespace(remote=_answer([put])))
+    made._state.ledger.admit(0, 2)
+    prompts: Any = [None, None]
+
+    async def play() -> None:
+        await made._permits.acquire()
+        await made._batch(0, 0, 0, prompts)
+
+    asyncio.run(play())
+    assert made._state.ledger.sequences(0, "pairs") == [1]
+    assert made._state.ledger.totals()["reasons"] == {"ScorerDied": 1}
 
 
-def test_a_run_with_a_filtered_prompt_has_no_pairs() -> None:
-    state = RunState("run", tiny_config(Path("model")))
-    state.ledger.admit(0, 2)
-    state.ledger.failed(0, [0], "EngineError")
-    state.ledger.recovered(0, {1: "tie"})
-    assert isinstance(nothing_trained(state), NoPairsError)
+def _answer(value: Any) -> Callable[..., Any]:
+    async def call(*args: Any) -> Any:
+        return value
+
+    return call

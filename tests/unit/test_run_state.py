@@ -7,6 +7,7 @@ import pytest
 from tiny import tiny_config
 
 from rlsf_ray.config import RunConfig
+from rlsf_ray.errors import NoPairsError, ServiceError
 from rlsf_ray.records import Outcome
 from rlsf_ray.stream.run_state import RunState
 
@@ -72,12 +73,38 @@ def test_the_time_left_follows_from_prompts_and_steps(small: RunConfig) -> None:
 
 
 def test_what_a_crash_left_uncounted_is_counted_once(state: RunState) -> None:
-    """Sequences 0, 1, 2 are known (12 traces, 4 pairs); 3 is news, with 3 pairs and the config's 4 traces."""
-    state.recovered(0, {0: 2, 2: 2, 3: 3}, {1: "tie"})
-    assert (state.counts["traces"], state.counts["pairs"]) == (16, 7)
-    state.recovered(0, {3: 3}, {})
-    assert (state.counts["traces"], state.counts["pairs"]) == (16, 7)
+    """Sequences 0, 1, 2 are known (12 traces, 4 pairs); 3 is news (4 traces, 2 pairs)."""
+    state.recovered(0, [outcome(0, None), outcome(1, "tie"), outcome(2, None), outcome(3, None)])
+    assert (state.counts["traces"], state.counts["pairs"]) == (16, 6)
+    state.recovered(0, [outcome(3, None)])
+    assert (state.counts["traces"], state.counts["pairs"]) == (16, 6)
     assert state.ledger.totals()["filtered"] == 1
+
+
+def test_the_shares_are_of_all_traces_so_far(state: RunState, small: RunConfig) -> None:
+    """Of 4 traces each, 3 are parsed and 1 is cut off."""
+    assert state.status()["share_parsed"] == pytest.approx(0.75)
+    assert state.measured()["training"]["share_cut_off"] == pytest.approx(0.25)
+    assert RunState("run", small).status()["share_parsed"] is None
+
+
+def test_a_run_of_which_every_batch_failed_says_so(small: RunConfig) -> None:
+    state = RunState("run", small)
+    state.ledger.admit(0, 4)
+    state.ledger.failed(0, [0, 1, 2, 3], "EngineError")
+    error = state.nothing_trained()
+    assert isinstance(error, ServiceError)
+    assert "4 of 4 prompts (EngineError: 4)" in str(error)
+
+
+def test_a_run_with_a_filtered_prompt_has_no_pairs(small: RunConfig) -> None:
+    state = RunState("run", small)
+    state.ledger.admit(0, 2)
+    state.ledger.failed(0, [0], "EngineError")
+    state.ledger.recovered(0, {1: "tie"})
+    error = state.nothing_trained()
+    assert isinstance(error, NoPairsError)
+    assert "EngineError: 1, tie: 1" in str(error)
 
 
 def test_state_json_brings_everything_back(state: RunState, small: RunConfig) -> None:

@@ -1,12 +1,15 @@
 """Whole files or none: what a full disk leaves behind."""
 
 import resource
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from rlsf_ray.errors import StorageError
+from rlsf_ray import storage as storage_module
+from rlsf_ray.errors import InputError, StorageError
 from rlsf_ray.storage import Storage
 
 
@@ -46,3 +49,32 @@ def test_the_kernels_own_no_space_error_is_recognised(tmp_path):
     (tmp_path / "a.jsonl").symlink_to("/dev/full")
     with pytest.raises(StorageError, match="no space left"):
         Storage(str(tmp_path)).append("a.jsonl", b"1\n")
+
+
+def test_a_torn_last_line_is_dropped_and_whole_ones_stay(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"1\n2\n{torn")
+    storage = Storage(str(tmp_path))
+    storage.append("a.jsonl", b"3\n", separator=b"\n")
+    storage.append("a.jsonl", b"4\n", separator=b"\n")
+    assert storage.read("a.jsonl") == b"1\n2\n3\n4\n"
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage_module, "_LOCK_WAIT_S", 0.0)
+    refused = pytest.raises(InputError, match=r"another run works in .*--run name")
+    with Storage(str(tmp_path)).lock(), refused, Storage(str(tmp_path)).lock():
+        pass
+    with Storage(str(tmp_path)).lock():
+        pass
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path):
+    code = "import sys; from rlsf_ray.storage import Storage; lock = Storage(sys.argv[1]).lock(); lock.__enter__()"
+    code += "; print(flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout
+        assert holder.stdout.readline()
+        holder.kill()
+    with Storage(str(tmp_path)).lock():
+        pass

@@ -31,8 +31,11 @@ def prompt(text: str) -> Prompt:
     return Prompt(id=text, messages=(("user", text),), task="t", key=text)
 
 
-def requests(engine: TransformersEngine, texts: list[str], seeds: int = 3) -> list[Request]:
-    return [Request(prompt_ids=engine.encode(prompt(text)), seeds=tuple(range(seeds))) for text in texts]
+def requests(
+    engine: TransformersEngine, texts: list[str], seeds: int = 3, sampling: Sampling = SAMPLE
+) -> list[Request]:
+    ids = [engine.encode(prompt(text)) for text in texts]
+    return [Request(prompt_ids=own, seeds=tuple(range(seeds)), sampling=sampling) for own in ids]
 
 
 def grown(engine: TransformersEngine, scale: float) -> dict[str, np.ndarray]:
@@ -47,10 +50,10 @@ def logprobs(engine: TransformersEngine, request: Request, completion: Completio
 
 
 def test_statistics_are_the_raw_distribution_of_a_teacher_forced_pass(engine: TransformersEngine, tiny: Path) -> None:
-    made = requests(engine, ["1 + 2 =", "a much longer question about 17 + 25 and more"])
-    base = load_model(ModelConfig(name=str(tiny), dtype="float32"))
     hot = Sampling(method="sample", max_tokens=16, temperature=1.7)
-    for request, group in zip(made, engine.generate(made, hot, 0), strict=True):
+    made = requests(engine, ["1 + 2 =", "a much longer question about 17 + 25 and more"], sampling=hot)
+    base = load_model(ModelConfig(name=str(tiny), dtype="float32"))
+    for request, group in zip(made, engine.generate(made, 0), strict=True):
         for completion in group:
             ids = torch.tensor(np.concatenate([request.prompt_ids, completion.token_ids])[None].astype(np.int64))
             with torch.no_grad():
@@ -64,9 +67,9 @@ def test_statistics_are_the_raw_distribution_of_a_teacher_forced_pass(engine: Tr
 
 def test_a_trace_depends_on_its_seed_and_not_on_its_batch(engine: TransformersEngine) -> None:
     made = requests(engine, ["1 + 2 =", "30 + 4 =", "a longer question: 5 + 6 ="])
-    together = engine.generate(made, SAMPLE, 0)
+    together = engine.generate(made, 0)
     for request, group in zip(made, together, strict=True):
-        alone = engine.generate([request], SAMPLE, 0)[0]
+        alone = engine.generate([request], 0)[0]
         assert [c.token_ids.tolist() for c in alone] == [c.token_ids.tolist() for c in group]
     texts = {tuple(c.token_ids) for c in together[0]}
     assert len(texts) == 3, "different seeds gave the same trace"
@@ -75,9 +78,9 @@ def test_a_trace_depends_on_its_seed_and_not_on_its_batch(engine: TransformersEn
 def test_samples_follow_the_distribution(engine: TransformersEngine) -> None:
     """4000 one-token samples against the model's own probabilities: every likely token within 5 sigma."""
     begun = np.concatenate([engine.encode(prompt("7 + 8 =")), engine.encode_text("The answer is")])
-    many = Request(prompt_ids=begun, seeds=tuple(range(4000)))
     one = Sampling(method="sample", max_tokens=1, temperature=1.0)
-    tokens = [int(c.token_ids[0]) for c in engine.generate([many], one, 0)[0]]
+    many = Request(prompt_ids=begun, seeds=tuple(range(4000)), sampling=one)
+    tokens = [int(c.token_ids[0]) for c in engine.generate([many], 0)[0]]
     with torch.no_grad(), engine._model.disable_adapter():
         ids = torch.tensor(begun[None].astype(np.int64))
         expected = engine._model(input_ids=ids).logits[0, -1].softmax(-1).numpy()
@@ -89,13 +92,14 @@ def test_samples_follow_the_distribution(engine: TransformersEngine) -> None:
 
 
 def test_greedy_takes_the_likeliest_token_everywhere(engine: TransformersEngine) -> None:
-    greedy = engine.generate(requests(engine, ["1 + 2 ="], 1), Sampling(method="greedy", max_tokens=8), 0)[0][0]
+    made = requests(engine, ["1 + 2 ="], 1, Sampling(method="greedy", max_tokens=8))
+    greedy = engine.generate(made, 0)[0][0]
     np.testing.assert_allclose(np.exp(greedy.logprob), greedy.top1, rtol=1e-5)
 
 
 def test_branches_start_with_the_likeliest_first_tokens_and_go_on_greedily(engine: TransformersEngine) -> None:
-    request = requests(engine, ["1 + 2 ="], seeds=5)[0]
-    branches = engine.generate([request], Sampling(method="branch", max_tokens=6), 0)[0]
+    request = requests(engine, ["1 + 2 ="], 5, Sampling(method="branch", max_tokens=6))[0]
+    branches = engine.generate([request], 0)[0]
     with torch.no_grad(), engine._model.disable_adapter():
         logits = engine._model(input_ids=torch.tensor(request.prompt_ids[None].astype(np.int64))).logits[0, -1]
     assert [int(c.token_ids[0]) for c in branches] == logits.topk(5).indices.tolist()
@@ -103,22 +107,39 @@ def test_branches_start_with_the_likeliest_first_tokens_and_go_on_greedily(engin
         np.testing.assert_allclose(np.exp(completion.logprob[1:]), completion.top1[1:], rtol=1e-5)
 
 
+def test_each_request_of_a_batch_is_written_in_its_own_way(engine: TransformersEngine) -> None:
+    """Sampled hot and cool, greedy and branching, with other limits, of the same prompt and of another: as if alone."""
+    ways = [
+        SAMPLE,
+        Sampling(method="greedy", max_tokens=4),
+        Sampling(method="sample", max_tokens=9, temperature=0.3),
+        Sampling(method="branch", max_tokens=12),
+    ]
+    mixed = [made for way in ways for made in requests(engine, ["1 + 2 =", "a longer one: 30 + 4 ="], 3, way)]
+    together = engine.generate(mixed, 0)
+    for request, group in zip(mixed, together, strict=True):
+        alone = engine.generate([request], 0)[0]
+        assert [c.token_ids.tolist() for c in alone] == [c.token_ids.tolist() for c in group]
+        assert [c.finished for c in alone] == [c.finished for c in group]
+        assert max(len(c.token_ids) for c in group) <= request.sampling.max_tokens
+
+
 def test_small_token_budget_changes_nothing(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     made = requests(engine, ["1 + 2 =", "30 + 4 =", "5 + 6 ="])
-    whole = engine.generate(made, SAMPLE, 0)
+    whole = engine.generate(made, 0)
     monkeypatch.setattr(module, "TOKEN_BUDGET", 10)
-    split = engine.generate(made, SAMPLE, 0)
+    split = engine.generate(made, 0)
     assert [[c.text for c in g] for g in whole] == [[c.text for c in g] for g in split]
 
 
 def test_versions_are_swapped_in_place_and_version_0_is_the_base(engine: TransformersEngine) -> None:
     made = requests(engine, ["1 + 2 ="])
-    base = engine.generate(made, SAMPLE, 0)[0]
+    base = engine.generate(made, 0)[0]
     engine.load_version(1, grown(engine, 0.3))
     engine.load_version(2, grown(engine, -0.5))
-    first, second = engine.generate(made, SAMPLE, 1)[0], engine.generate(made, SAMPLE, 2)[0]
+    first, second = engine.generate(made, 1)[0], engine.generate(made, 2)[0]
     assert base[0].logprob[0] != first[0].logprob[0] != second[0].logprob[0]
-    again = engine.generate(made, SAMPLE, 0)[0]
+    again = engine.generate(made, 0)[0]
     assert [c.token_ids.tolist() for c in again] == [c.token_ids.tolist() for c in base]
     engine._activate(1)
     np.testing.assert_allclose(first[1].logprob, logprobs(engine, made[0], first[1]).numpy(), atol=1e-4)
@@ -126,7 +147,7 @@ def test_versions_are_swapped_in_place_and_version_0_is_the_base(engine: Transfo
 
 def test_an_unknown_version_and_a_wrong_adapter_are_named(engine: TransformersEngine) -> None:
     with pytest.raises(EngineError, match="version 99 is not loaded"):
-        engine.generate(requests(engine, ["1 + 2 ="]), SAMPLE, 99)
+        engine.generate(requests(engine, ["1 + 2 ="]), 99)
     adapter = grown(engine, 1.0)
     name = sorted(adapter)[0]
     with pytest.raises(WeightsError, match="expected shape"):
@@ -138,7 +159,7 @@ def test_an_unknown_version_and_a_wrong_adapter_are_named(engine: TransformersEn
 
 def test_a_prompt_longer_than_the_context_is_an_input_error(engine: TransformersEngine) -> None:
     with pytest.raises(InputError, match="do not fit the model's context of 512"):
-        engine.generate([Request(prompt_ids=np.ones(500, dtype=np.int32), seeds=(0,))], SAMPLE, 0)
+        engine.generate([Request(prompt_ids=np.ones(500, dtype=np.int32), seeds=(0,), sampling=SAMPLE)], 0)
 
 
 @pytest.mark.parametrize("text", ["17 + 25 = 42", "caf\u00e9 \u4f60\u597d \U0001f600!", ""])
