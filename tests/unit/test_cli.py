@@ -2,9 +2,9 @@
 
 import json
 import logging
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -34,17 +34,18 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_help_is_quick_and_loads_nothing_heavy() -> None:
-    """Under 1 s on a quiet machine; the bound here leaves room for a busy one."""
+    """In under 1 s of processor time: the clock on the wall also counts what else the machine does."""
     code = (
         "import sys; from rlsf_ray.cli import main\n"
         "try: main(['--help'])\n"
         "except SystemExit: pass\n"
         "print('heavy:', sorted({'torch', 'ray', 'transformers', 'numpy', 'pydantic'} & set(sys.modules)))"
     )
-    start = time.monotonic()
+    before = os.times()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    after = os.times()
     assert done.stdout.endswith("heavy: []\n")
-    assert time.monotonic() - start < 2.0
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 1.0
     for command in ("run", "demo", "plan", "eval", "status", "stop", "report", "export", "recipes"):
         assert f" {command} " in done.stdout
 

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -228,7 +227,7 @@ def test_a_name_that_a_users_module_does_not_define_is_refused(config: RunConfig
 
 
 def test_planning_imports_no_torch_and_is_quick(tiny: Path, tmp_path: Path) -> None:
-    """Under 2 s on a quiet machine; the bound here leaves room for a busy one."""
+    """In under 2 s of processor time: the clock on the wall also counts what else the machine does."""
     code = (
         "import sys; from rlsf_ray.cli import main\n"
         "try: main(sys.argv[1:])\n"
@@ -246,10 +245,11 @@ def test_planning_imports_no_torch_and_is_quick(tiny: Path, tmp_path: Path) -> N
         "--set",
         "rollout.max_tokens=20",
     ]
-    start = time.monotonic()
+    before = os.times()
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    after = os.times()
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("heavy: []\n")
     assert "200 to train, 150 to probe; longest: " in done.stdout
-    assert time.monotonic() - start < 5.0
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 2.0
     assert list(tmp_path.iterdir()) == []  # it has started and written nothing
