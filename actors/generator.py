@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 
+from actors.cores import cores
 from actors.job import Job, device, event
 from rlsf_ray.errors import WeightsError
 from rlsf_ray.records import Group, Json, Prompt, WeightsVersion
@@ -66,22 +67,24 @@ class Generator:
         self, prompts: Sequence[Prompt], round: int, first_sequence: int, version: int
     ) -> tuple[list[Group], Json]:
         """(groups, stage event) for one batch of training prompts."""
-        start = time.time()
         self.load_version(version)
-        groups = write_groups(
-            self._engine, prompts, config=self._config, round=round, first_sequence=first_sequence, version=version
-        )
+        with cores(self._config.cluster.generators):
+            start = time.time()
+            groups = write_groups(
+                self._engine, prompts, config=self._config, round=round, first_sequence=first_sequence, version=version
+            )
         return groups, event("generator", self._name, "generate", round, start, num_tokens(groups))
 
     def probe(
         self, prompts: Sequence[Prompt], first_sequence: int, version: int
     ) -> tuple[tuple[list[Group], list[Group]], Json]:
         """((sampled, greedy), stage event) for one batch of probe prompts."""
-        start = time.time()
         self.load_version(version)
-        groups = write_probe_groups(
-            self._engine, prompts, config=self._config, version=version, first_sequence=first_sequence
-        )
+        with cores(self._config.cluster.generators):
+            start = time.time()
+            groups = write_probe_groups(
+                self._engine, prompts, config=self._config, version=version, first_sequence=first_sequence
+            )
         tokens = sum(num_tokens(part) for part in groups)
         return groups, event("generator", self._name, "probe", max(0, version - 1), start, tokens)
 

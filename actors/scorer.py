@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 
+from actors.cores import cores
 from actors.generator import num_tokens
 from actors.job import Job, device, event
 from rlsf_ray.records import Group, Json, Outcome, ScoredGroup, TrainingGroup
@@ -48,7 +49,7 @@ class ScorerWorker:
 
         self.prepare()
         groups: list[Group] = ray.get(boxed[0], timeout=self._store.config.cluster.deadline_s)
-        with self._computing:
+        with self._computing, cores(self._store.config.cluster.scorers):
             start = time.time()
             scored, training = self._score(groups)
             rows = [row for one in scored for row in self._store.trace_rows(one)]

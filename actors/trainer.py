@@ -7,7 +7,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from ray.util import get_current_placement_group
 from safetensors.numpy import save
 
+from actors.cores import cores
 from actors.job import Job, event
 from actors.weight_store import ADAPTER_FILE
 from rlsf_ray.adapters import checksum
@@ -152,15 +153,17 @@ class Worker:
 
     def _step(self, step: Sequence[TrainingGroup], round: int, pass_index: int) -> None:
         """One optimiser step; rank 0 records it and asks whether to go on."""
-        start = time.time()
+        alone = cores(self._config.cluster.trainers) if self._world == 1 else nullcontext()  # ranks wait for each other
         try:
-            report = self._learner.train_step(
-                step[self._rank :: self._world],
-                total_pairs=sum(len(group.pairs) for group in step),
-                round=round,
-                pass_index=pass_index,
-                all_reduce=_sum_over_ranks if self._world > 1 else None,
-            )
+            with alone:
+                start = time.time()
+                report = self._learner.train_step(
+                    step[self._rank :: self._world],
+                    total_pairs=sum(len(group.pairs) for group in step),
+                    round=round,
+                    pass_index=pass_index,
+                    all_reduce=_sum_over_ranks if self._world > 1 else None,
+                )
         except NonFiniteLossError as error:
             found: Json = {"round": round, "pass": pass_index, "rank": self._rank, "error": str(error)}
             self._store.write_json("nonfinite.json", found | {"groups": [group.id for group in step]})

@@ -1,0 +1,62 @@
+"""The cores of a node: one actor computes at a time, unless the config divides them."""
+
+import subprocess
+import sys
+
+import pytest
+
+from actors import cores as module
+from actors.cores import cores
+from rlsf_ray.config import PoolConfig
+
+HOLD = (
+    "import sys, tempfile; tempfile.tempdir = sys.argv[1]; from rlsf_ray.config import PoolConfig\n"
+    "from actors.cores import cores\n"
+    "with cores(PoolConfig()): print(flush=True); sys.stdin.read()"
+)
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(module.tempfile, "tempdir", str(tmp_path))
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that computes on all cores, until its input ends."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdin=pipe, stdout=pipe) as process:
+        assert process.stdout.readline()
+        yield process
+        process.kill()
+
+
+def test_a_second_actor_waits_for_the_first(holder, monkeypatch):
+    order = []
+    real = module.fcntl.flock
+
+    def flock(file, how):
+        order.append("asked")
+        with pytest.raises(BlockingIOError):
+            real(file, how | module.fcntl.LOCK_NB)
+        holder.stdin.close()
+        real(file, how)
+        order.append("got")
+
+    monkeypatch.setattr(module.fcntl, "flock", flock)
+    with cores(PoolConfig()):
+        order.append("computes")
+    assert order == ["asked", "got", "computes"]
+
+
+@pytest.mark.parametrize("pool", [PoolConfig(threads=1), PoolConfig(gpus=0.5)])
+def test_whoever_has_cores_of_its_own_or_a_gpu_does_not_wait(holder, pool):
+    with cores(pool):
+        assert holder.poll() is None  # still holds them
+
+
+def test_an_error_frees_the_cores(tmp_path):
+    with pytest.raises(ValueError, match="x"), cores(PoolConfig()):
+        raise ValueError("x")
+    with cores(PoolConfig()):
+        pass
