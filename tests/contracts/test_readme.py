@@ -16,6 +16,7 @@ import yaml
 from rlsf_ray.algorithms.signals import TraceStats
 from rlsf_ray.cli import app
 from rlsf_ray.config_loading import load_config, recipe_names
+from rlsf_ray.wording import METRICS
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text()
@@ -129,5 +130,7 @@ def test_the_recipes_table_names_every_recipe() -> None:
 
 
 def test_the_places_for_the_demo_and_the_picture_are_there() -> None:
-    assert re.search(r"<!-- demo output -->\n```text\n.+?\n```\n<!-- end -->", TEXT, flags=re.DOTALL)
+    (shown,) = re.findall(r"<!-- demo output -->\n```text\n(.+?)\n```\n<!-- end -->", TEXT, flags=re.DOTALL)
+    assert all(name in shown for _, name, _, _ in METRICS)  # the words that the program prints today
+    assert re.search(r"^time \d+ min \d\d s, peak memory of all processes \d+\.\d GB$", shown, flags=re.MULTILINE)
     assert "](docs/report.png)" in TEXT
