@@ -124,6 +124,8 @@ class Coordinator:
         except Exception as error:
             logger.exception("run %s: clean-up failed", self._job.run)
             self._error = self._error or ServiceError(f"clean-up failed: {error}; see the coordinator's log")
+        finally:
+            self._lock.close()
         self._ended.set()
         with suppress(TimeoutError):
             await asyncio.wait_for(self._read.wait(), LINGER_S)
@@ -182,7 +184,6 @@ class Coordinator:
             await self._rounds.save()
         elif self._error is not None and self._state is not None:
             await asyncio.to_thread(self._store.write_json, "state.json", self._state.to_json())
-        self._lock.close()
 
     async def _stop_training(self, crew: Crew, fit: Any) -> None:
         self._end(DrainedError("the run ends"))  # `stepped` says no from now on

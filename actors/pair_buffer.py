@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import groupby
 
@@ -23,14 +23,19 @@ class PairBuffer:
         self._closed = False
         self._idle_cpu_s = time.process_time()  # spent on imports, before any work
 
-    async def prepare(self, rounds_ended: int) -> dict[int, list[Outcome]]:
-        """Start from the run directory: groups of rounds that are not over come back.
+    async def prepare(
+        self, rounds_ended: int, without: Mapping[int, Sequence[int]] | None = None
+    ) -> dict[int, list[Outcome]]:
+        """Start from the run directory: groups of rounds that are not over come back, but for those given up before.
 
-        Returns how the prompts of these rounds have ended, as far as that is certain.
+        `without`: round -> sequences that ended without pairs. Returns how the prompts of these rounds have ended, as
+        far as that is certain.
         """
         self._store = self._job.enter(self._name)
         self._queue = PairQueue(self._store.config.cluster.buffer_groups)
         self._queue.end_rounds(rounds_ended)
+        for round, sequences in (without or {}).items():
+            self._queue.skip(round, sequences)
         return await asyncio.to_thread(self._recover, rounds_ended)
 
     def _recover(self, rounds_ended: int) -> dict[int, list[Outcome]]:
@@ -55,7 +60,8 @@ class PairBuffer:
         """Take a batch: stored first, then let in as there is room. Returns how many groups were new."""
         new = unknown(self._queue, groups)
         if new:
-            await asyncio.to_thread(self._write, round, part, new)
+            # the whole part: an earlier put of the same batch may have been let in halfway
+            await asyncio.to_thread(self._write, round, part, groups)
         for group in new:
             async with self._changed:
                 while not (self._closed or self._queue.has_room(group)):

@@ -38,7 +38,7 @@ class Rounds:
         cluster = self._config.cluster
         self._size = cluster.prompts_per_call
         wanted = 2 * cluster.generators.count + cluster.scorers.count
-        self._permits = asyncio.Semaphore(min(wanted, SCORER_THREADS * cluster.scorers.count))
+        self._permits = asyncio.Semaphore(min(wanted, SCORER_THREADS))  # all may meet at one scorer
         self._queued = dict.fromkeys(crew.scorers, 0)  # batches at each scorer
         self._commits: asyncio.Queue[tuple[Json | None, list[Any]]] = asyncio.Queue()
         self._writer = ThreadPoolExecutor(1)  # of state.json and the stage events: one thread keeps them in order
@@ -87,17 +87,22 @@ class Rounds:
         self._pool = GeneratorPool(crew.generators, self._watch, self._config.cluster.attempts, self._start)
         _, recovered, (self._train, self._probe), *_ = await asyncio.gather(
             self._pool.prepare(admission.newest),
-            answer(crew.buffer.prepare.remote(ended), "pair_buffer"),
+            answer(crew.buffer.prepare.remote(ended, self._without(ended)), "pair_buffer"),
             answer(crew.evaluator.prepare.remote(), "evaluator"),
             *(answer(scorer.prepare.remote(), name) for name, scorer in crew.scorers.items()),
         )
         self._state.prompts_per_round = len(self._prompts(0))
         for round, found in recovered.items():
             self._recover(round, found)
-        for round in range(ended, self._config.rounds):  # the new buffer must not wait for these
-            without = [s for state in (FILTERED, FAILED) for s in self._state.ledger.sequences(round, state)]
-            if without:
-                await answer(crew.buffer.put.remote(round, 0, [], without), "pair_buffer")
+        for round, without in self._without(ended).items():  # the new buffer must not wait for these
+            await answer(crew.buffer.put.remote(round, 0, [], without), "pair_buffer")
+
+    def _without(self, ended: int) -> dict[int, list[int]]:
+        """Prompts without pairs of the rounds that are not over."""
+        ledger = self._state.ledger
+        rounds = range(ended, self._config.rounds)
+        found = {r: [*ledger.sequences(r, FILTERED), *ledger.sequences(r, FAILED)] for r in rounds if ledger.size(r)}
+        return {round: sequences for round, sequences in found.items() if sequences}
 
     def _start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         return self._tasks.create_task(work)

@@ -17,7 +17,7 @@ from rlsf_ray.config import RunConfig
 from rlsf_ray.engines.learner import Learner, pass_order, training_steps
 from rlsf_ray.engines.scorer import Scorer, outcome
 from rlsf_ray.engines.transformers_engine import TransformersEngine
-from rlsf_ray.errors import InputError
+from rlsf_ray.errors import InputError, StorageError
 from rlsf_ray.evaluate import cached_base, evaluate_version, run_summary, store_base
 from rlsf_ray.records import Json, ProbePrompt, Prompt, StepReport, TrainingGroup
 from rlsf_ray.rollouts.programs import write_groups
@@ -62,7 +62,8 @@ def run(config: RunConfig, root: str, on_status: OnStatus = lambda status: None)
         parts = _build(store, on_status)
         state = parts.state
         state.prompts_per_round = len(prompts_of_round(train, 0, config.prompts_per_round, config.seed))
-        evaluate(parts, probe)
+        if state.admission.newest == 0:
+            evaluate(parts, probe)
         for round in range(state.admission.rounds_ended, config.rounds):
             state.round = round
             groups = generate_and_score(parts, prompts_of_round(train, round, config.prompts_per_round, config.seed))
@@ -79,6 +80,7 @@ def run(config: RunConfig, root: str, on_status: OnStatus = lambda status: None)
             raise state.nothing_trained()
         evaluate(parts, probe)
         state.state = "done"
+        parts.save()
         parts.tell("")
         return run_summary(store, **state.measured())
 
@@ -150,7 +152,7 @@ def publish(parts: Parts, groups: Sequence[TrainingGroup]) -> None:
 def _build(store: RunStore, on_status: OnStatus) -> Parts:
     """Make the parts, and bring them to the last finished round of an earlier call.
 
-    Raises InputError if the service has worked in this run directory.
+    Raises InputError if the service has worked in this run directory, StorageError if its checkpoint is gone.
     """
     saved = store.read_json("state.json")
     if saved is not None and saved.get("by") != "loop":
@@ -164,7 +166,13 @@ def _build(store: RunStore, on_status: OnStatus) -> Parts:
     engine, learner = TransformersEngine(config.model, config.learner), Learner(config)
     version = state.admission.newest
     if version:
-        learner.load_state_bytes(store.storage.read(_checkpoint(version)) or b"")
+        checkpoint = store.storage.read(_checkpoint(version))
+        if checkpoint is None:
+            raise StorageError(
+                f"version {version} is published, but {store.path(_checkpoint(version))} is missing; restore it from a"
+                " copy, or begin a new run in another folder"
+            )
+        learner.load_state_bytes(checkpoint)
         engine.load_version(version, store.read_adapter(version)[0])
     return Parts(config, store, state, engine, Scorer(config), learner, on_status)
 

@@ -22,6 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 from rlsf_ray.errors import InputError, StorageError
 
 _LOCK_WAIT_S = 10.0  # a process that was told to end may still hold the lock
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}  # some shared file systems: a run goes on without
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # disk full, quota used up, size limit of the process
 
 
@@ -182,6 +183,9 @@ def _locked(file: int) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
     return True
 
 

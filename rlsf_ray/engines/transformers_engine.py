@@ -82,11 +82,11 @@ class TransformersEngine:
         return results
 
     def _check(self, requests: Sequence[Request]) -> None:
-        longest = max(requests, key=_length)
-        if _length(longest) > self._context:
+        longest, most = max(len(r.prompt_ids) for r in requests), max(r.sampling.max_tokens for r in requests)
+        if longest + most > self._context:
             raise InputError(
-                f"a prompt of {len(longest.prompt_ids)} tokens and max_tokens={longest.sampling.max_tokens} do not fit"
-                f" the model's context of {self._context}; shorten the prompts or lower rollout.max_tokens"
+                f"a prompt of {longest} tokens and max_tokens={most} do not fit the model's context of {self._context};"
+                " shorten the prompts or lower rollout.max_tokens"
             )
 
     def _activate(self, version: int) -> None:
@@ -249,20 +249,16 @@ def _eos_ids(model: Any, tokenizer: Any) -> set[int]:
     return found | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())
 
 
-def _length(request: Request) -> int:
-    return len(request.prompt_ids) + request.sampling.max_tokens
-
-
 def _within_budget(requests: Sequence[Request]) -> list[list[Request]]:
     """Split requests so that rows x (longest prompt + max_tokens) stays under the budget; at least one in each."""
     batches: list[list[Request]] = []
-    rows = longest = 0
+    rows = longest = most = 0
     for request in requests:
-        wide = max(longest, _length(request))
-        if batches and (rows + len(request.seeds)) * wide <= TOKEN_BUDGET:
+        wide, deep = max(longest, len(request.prompt_ids)), max(most, request.sampling.max_tokens)
+        if batches and (rows + len(request.seeds)) * (wide + deep) <= TOKEN_BUDGET:
             batches[-1].append(request)
-            rows, longest = rows + len(request.seeds), wide
+            rows, longest, most = rows + len(request.seeds), wide, deep
         else:
             batches.append([request])
-            rows, longest = len(request.seeds), _length(request)
+            rows, longest, most = len(request.seeds), len(request.prompt_ids), request.sampling.max_tokens
     return batches

@@ -123,10 +123,10 @@ class RunState:
         return {
             "state": self.state,
             "error": self.error,
-            "ended": self._ended,
+            "ended": [list(entry) for entry in self._ended],  # copies: a thread writes this while the run goes on
             "version": self.admission.newest,
             "ledger": self.ledger.to_json(),
-            "counts": self.counts,
+            "counts": dict(self.counts),
             "seconds": self.seconds,
         }
 

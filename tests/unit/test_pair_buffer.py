@@ -107,6 +107,45 @@ def test_a_new_life_finds_the_groups_that_were_put_and_why_the_others_are_missin
     asyncio.run(second_life())
 
 
+def test_a_batch_that_is_put_again_while_the_first_put_waits_is_stored_whole(job: Job) -> None:
+    """The buffer has room for two of three groups; the scorer dies waiting, another puts the same batch."""
+    RunStore.open(job.root).write_table("traces", 0, 0, [trace_row(sequence, None) for sequence in range(3)])
+
+    async def first_life() -> None:
+        buffer = PairBuffer(job, "pair_buffer")
+        await buffer.prepare(0)
+        batch = [group(0), group(1), group(2)]
+        for _ in range(2):
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(buffer.put(0, 0, batch, []), 0.3)
+
+    async def second_life() -> None:
+        found = (await PairBuffer(job, "pair_buffer").prepare(0))[0]
+        assert [outcome.sequence for outcome in found] == [0, 1, 2]
+
+    asyncio.run(first_life())
+    asyncio.run(second_life())
+
+
+def test_a_prompt_that_was_given_up_does_not_come_back_in_a_new_life(job: Job) -> None:
+    """Its scorer died while its put waited for room: the group is in the files, the ledger says failed."""
+    RunStore.open(job.root).write_table("traces", 0, 0, [trace_row(0, None), trace_row(1, None)])
+
+    async def scenario() -> None:
+        first = PairBuffer(job, "pair_buffer")
+        await first.prepare(0)
+        await first.put(0, 0, [group(0), group(1)], [])
+        second = PairBuffer(job, "pair_buffer")
+        found = (await second.prepare(0, {0: [1]}))[0]
+        assert [outcome.sequence for outcome in found] == [0]
+        await second.close_round(0, 2)
+        lease = await second.lease(0, 0, 8, 1.0)
+        assert lease is not None
+        assert ([g.sequence for g in lease.groups], lease.ended) == ([0], True)
+
+    asyncio.run(scenario())
+
+
 def test_giving_a_batch_up_keeps_what_was_put_and_skips_the_rest(job: Job) -> None:
     RunStore.open(job.root).write_table("traces", 0, 0, [trace_row(0, None), trace_row(1, None)])
 
