@@ -1,4 +1,4 @@
-"""One computation at a time on the cores of a node, where actors use all of them."""
+"""The cores and the memory of a node, which the actors share where each of them uses all cores."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from rlsf_ray.config import PoolConfig
 
 @contextmanager
 def cores(pool: PoolConfig) -> Iterator[None]:
-    """Compute alone among the actors of this node that use every core; at the end, free memory goes back to the system.
+    """Compute alone among the actors of this node that use every core.
 
-    Two teams of as many threads as there are cores wait for each other at every operation: side by side they took
-    1.7 times as long as one after the other (benchmarks/results/log.md). Nothing is held on a GPU, or where the
-    config divides the cores (`threads`). The lock of a dead process is free; a holder that hangs is found by the
-    coordinator's deadline.
+    Two teams of as many threads as there are cores wait for each other at every operation: side by side, steps took
+    5.7 s instead of 2.4 s while generation ran at under two thirds of its speed (benchmarks/results/log.md). Nothing
+    is held on a GPU, or where the config divides the cores (`threads`). The lock of a dead process is free; a holder
+    that hangs is found by the coordinator's deadline.
     """
     if pool.gpus or pool.threads:
         yield
@@ -29,10 +29,13 @@ def cores(pool: PoolConfig) -> Iterator[None]:
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-        _give_memory_back()
 
 
-def _give_memory_back() -> None:
-    """What malloc keeps for later would add up over the actors, whose peaks come one after the other."""
+def give_memory_back() -> None:
+    """Hand free memory back to the system at the end of a batch or round.
+
+    What malloc keeps for later would add up over the actors, whose peaks come one after the other. Not for each
+    optimiser step: that made steps a tenth slower (benchmarks/results/log.md).
+    """
     with suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)

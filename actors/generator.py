@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 
-from actors.cores import cores
+from actors.cores import cores, give_memory_back
 from actors.job import Job, device, event
 from rlsf_ray.errors import WeightsError
 from rlsf_ray.records import Group, Json, Prompt, WeightsVersion
@@ -73,7 +73,9 @@ class Generator:
             groups = write_groups(
                 self._engine, prompts, config=self._config, round=round, first_sequence=first_sequence, version=version
             )
-        return groups, event("generator", self._name, "generate", round, start, num_tokens(groups))
+            done = event("generator", self._name, "generate", round, start, num_tokens(groups))
+            give_memory_back()
+        return groups, done
 
     def probe(
         self, prompts: Sequence[Prompt], first_sequence: int, version: int
@@ -85,8 +87,10 @@ class Generator:
             groups = write_probe_groups(
                 self._engine, prompts, config=self._config, version=version, first_sequence=first_sequence
             )
-        tokens = sum(num_tokens(part) for part in groups)
-        return groups, event("generator", self._name, "probe", max(0, version - 1), start, tokens)
+            tokens = sum(num_tokens(part) for part in groups)
+            done = event("generator", self._name, "probe", max(0, version - 1), start, tokens)
+            give_memory_back()
+        return groups, done
 
 
 def num_tokens(groups: Sequence[Group]) -> int:

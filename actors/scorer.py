@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 
-from actors.cores import cores
+from actors.cores import cores, give_memory_back
 from actors.generator import num_tokens
 from actors.job import Job, device, event
 from rlsf_ray.records import Group, Json, Outcome, ScoredGroup, TrainingGroup
@@ -55,6 +55,7 @@ class ScorerWorker:
             rows = [row for one in scored for row in self._store.trace_rows(one)]
             self._store.write_table("traces", round, part, rows)
             done = event("scorer", self._name, "score", round, start, num_tokens(groups))
+            give_memory_back()
         skipped = [one.group.sequence for one in scored if not one.pairs]
         ray.get(self._buffer.put.remote(round, part, training, skipped))
         return [outcome(one) for one in scored], done

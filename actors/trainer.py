@@ -20,7 +20,7 @@ import torch.distributed as dist
 from ray.util import get_current_placement_group
 from safetensors.numpy import save
 
-from actors.cores import cores
+from actors.cores import cores, give_memory_back
 from actors.job import Job, event
 from actors.weight_store import ADAPTER_FILE
 from rlsf_ray.adapters import checksum
@@ -139,7 +139,8 @@ class Worker:
             if lease.ended:
                 return
             first = lease.next_sequence
-            if not lease.groups:
+            if not lease.groups:  # a generator or scorer computes
+                give_memory_back()
                 self._send(("nothing yet",))
 
     def _check_age(self, group: TrainingGroup) -> None:
@@ -178,6 +179,7 @@ class Worker:
 
     def _report(self, round: int, groups: list[TrainingGroup] | bool) -> None:
         """Save the learner, the adapter of the next version and the ids it was trained on as one checkpoint."""
+        give_memory_back()
         version = round + 1
         self._versions = [*self._versions, version]
         if self._rank != 0 or isinstance(groups, bool):
