@@ -12,6 +12,7 @@ from typing import Any
 import ray
 
 from actors.job import Job, check_source
+from actors.journal import Journal
 from actors.rounds import Rounds
 from actors.spawn import Crew
 from actors.watch import Watch, plain
@@ -39,6 +40,7 @@ class Coordinator:
         self._summary: Json | None = None
         self._error: RlsfError | None = None
         self._state: RunState | None = None
+        self._journal: Journal | None = None
         self._rounds: Rounds | None = None
         self._crew: Crew | None = None
         self._watch: Watch | None = None
@@ -103,10 +105,10 @@ class Coordinator:
 
     async def stepped(self, done: Json, step: int) -> bool:
         """One optimiser step is done (`done`: its stage event); returns whether to go on."""
-        if self._state is not None and self._watch is not None and self._rounds is not None:
+        if self._state is not None and self._watch is not None and self._journal is not None:
             self._state.counts["steps"] = step
             self._watch.moved()
-            self._rounds.record(done)
+            self._journal.record(done)
         return not self._stop.done()
 
     def _end(self, error: RlsfError) -> None:
@@ -140,33 +142,31 @@ class Coordinator:
     async def _life(self) -> Json:
         store = await asyncio.to_thread(self._job.enter, "coordinator")
         await asyncio.to_thread(self._lock.enter_context, store.storage.lock())
-        self._store = store
         saved = await asyncio.to_thread(store.read_json, "state.json")
         summary: Json | None = await asyncio.to_thread(store.read_json, "summary.json")
         self._state = RunState(self._job.run, store.config, saved)
+        self._journal = Journal(store, self._state)
         if summary is not None and self._state.state == "done":
             return summary
         self._state.state = "running"
         self._watch = Watch(store.config.cluster.deadline_s)
         self._crew = await asyncio.to_thread(Crew, self._job, store.config)
-        self._rounds = Rounds(store, self._state, self._crew, self._watch)
+        self._rounds = Rounds(store, self._state, self._journal, self._crew, self._watch)
         await self._rounds.run(self._stop)
-        return await self._finish()
+        return await self._finish(self._state, self._journal, self._crew, self._watch)
 
-    async def _finish(self) -> Json:
-        """Have the summary, with what this process and the buffer's have cost, and the report written."""
-        assert self._crew
-        assert self._rounds
-        assert self._watch
-        assert self._state
-        self._state.message = "writing the report"
-        await self._rounds.save()  # the report reads the stage events
-        buffer_s = await self._watch.answer(self._crew.buffer.processor_time.remote(), "pair_buffer")
-        control = {"coordinator_s": time.process_time() - self._idle_cpu_s, "buffer_s": buffer_s}
-        measured = self._state.measured() | {"peak_memory_gb": self._peak_memory_gb, "control": control}
-        summary: Json = await self._watch.answer(self._crew.evaluator.summary.remote(measured), "evaluator")
-        self._state.state, self._state.message = "done", ""
-        await self._rounds.save()
+    async def _finish(self, state: RunState, journal: Journal, crew: Crew, watch: Watch) -> Json:
+        """Have the summary, with what control has cost in this life of the run, and the report written."""
+        state.message = "writing the report"
+        await journal.save()  # the report reads the stage events
+        buffer_s = await watch.answer(crew.buffer.processor_time.remote(), "pair_buffer")
+        coordinator_s = time.process_time() - self._idle_cpu_s
+        share = (coordinator_s + buffer_s) / state.seconds_of_this_life
+        control = {"coordinator_s": coordinator_s, "buffer_s": buffer_s, "share": share}
+        measured = state.measured() | {"peak_memory_gb": self._peak_memory_gb, "control": control}
+        summary: Json = await watch.answer(crew.evaluator.summary.remote(measured), "evaluator")
+        state.state, state.message = "done", ""
+        await journal.save()
         return summary
 
     async def _close(self) -> None:
@@ -180,10 +180,8 @@ class Coordinator:
             if self._rounds.fit is not None and self._summary is None:
                 await self._stop_training(self._crew, self._rounds.fit)
             await self._crew.dismiss(REMOVE_S)
-        if self._error is not None and self._rounds is not None:
-            await self._rounds.save()
-        elif self._error is not None and self._state is not None:
-            await asyncio.to_thread(self._store.write_json, "state.json", self._state.to_json())
+        if self._error is not None and self._journal is not None:
+            await self._journal.save()
 
     async def _stop_training(self, crew: Crew, fit: Any) -> None:
         self._end(DrainedError("the run ends"))  # `stepped` says no from now on

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
@@ -116,7 +115,7 @@ class GeneratorPool:
     async def _prepare(self, name: str) -> None:
         """Bring a new or restarted generator to the newest version, unless that is under way.
 
-        Raises ServiceError if none is left, DeadlineError if this one stays unavailable.
+        Raises ServiceError if none is left, DeadlineError if this one stays unavailable and the run stands still.
         """
         if name in self._preparing:
             return
@@ -127,18 +126,18 @@ class GeneratorPool:
             self._preparing.remove(name)
 
     async def _start(self, name: str) -> None:
-        deaths, began = 0, time.monotonic()
+        deaths = 0
         while True:
             version = self._newest
             try:
                 await self._watch.answer(self._handles[name].prepare.remote(version), f"{name} (start)")
             except ActorUnavailableError:
-                await self._watch.pause(name, began)
+                await self._watch.pause(name)
                 continue
             except RayActorError as error:
-                deaths, began = deaths + 1, time.monotonic()
+                deaths += 1
                 if deaths <= self._attempts:  # it may have died of this call and be on its way back
-                    await self._watch.pause(name, began)
+                    await self._watch.pause(name)
                     continue
                 self._fleet.died(name)
                 if not self._fleet.names(State.READY, State.STALE):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections import Counter
 from collections.abc import Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ray.exceptions import ActorUnavailableError, ObjectLostError, RayActorError
 
+from actors.journal import Journal
 from actors.pool import GeneratorPool, GivenUp
 from actors.spawn import SCORER_THREADS, Crew
 from actors.watch import Watch
@@ -25,15 +24,14 @@ from rlsf_ray.tasks.sources import prompts_of_round
 logger = logging.getLogger(__name__)
 
 LAST_COMMIT_S = 30.0
-SAVE_S = 5.0
 TRAINING, EVALUATION = 0, 1  # lanes of the generator pool, most urgent first
 
 
 class Rounds:
     """One life of a run, from what the run directory holds to the last round."""
 
-    def __init__(self, store: RunStore, state: RunState, crew: Crew, watch: Watch) -> None:
-        self._store, self._state, self._crew, self._watch = store, state, crew, watch
+    def __init__(self, store: RunStore, state: RunState, journal: Journal, crew: Crew, watch: Watch) -> None:
+        self._store, self._state, self._journal, self._crew, self._watch = store, state, journal, crew, watch
         self._config = store.config
         cluster = self._config.cluster
         self._size = cluster.prompts_per_call
@@ -41,8 +39,6 @@ class Rounds:
         self._permits = asyncio.Semaphore(min(wanted, SCORER_THREADS))  # all may meet at one scorer
         self._queued = dict.fromkeys(crew.scorers, 0)  # batches at each scorer
         self._commits: asyncio.Queue[tuple[Json | None, list[Any]]] = asyncio.Queue()
-        self._writer = ThreadPoolExecutor(1)  # of state.json and the stage events: one thread keeps them in order
-        self._events: list[Json] = []  # stage events that are not written yet
         self._measuring: list[asyncio.Task[None]] = []  # evaluations beside the rounds
         self._trainer_at: int | None = None  # the round that the trainer goes on with
         self.fit: Any = None
@@ -59,7 +55,7 @@ class Rounds:
             await self._prepare()
             self.fit = self._crew.driver.fit.remote()  # takes long to start: the base model is measured meanwhile
             fitting = tasks.create_task(self._fit())
-            beside = [tasks.create_task(self._take_commits()), tasks.create_task(self._keep_saving())]
+            beside = [tasks.create_task(self._take_commits()), tasks.create_task(self._journal.keep_saving())]
             if resumed:
                 self._say("waiting for the trainer")
                 await self._watch.until(lambda: self._trainer_at is not None, "the trainer")
@@ -94,6 +90,7 @@ class Rounds:
         self._state.prompts_per_round = len(self._prompts(0))
         for round, found in recovered.items():
             self._recover(round, found)
+        self._state.work_begins()
         for round, without in self._without(ended).items():  # the new buffer must not wait for these
             await answer(crew.buffer.put.remote(round, 0, [], without), "pair_buffer")
 
@@ -133,6 +130,7 @@ class Rounds:
 
     async def _all_rounds(self) -> None:
         admission = self._state.admission
+        self._measure_beside()  # an earlier life may have ended before it could
         for round in range(admission.rounds_ended, self._config.rounds):
             await self._watch.until(lambda round=round: admission.may_admit(round), "the trainer")  # type: ignore[misc]
             self._state.round = round
@@ -147,7 +145,7 @@ class Rounds:
         """
         prompts, ledger = self._prompts(round), self._state.ledger
         ledger.admit(round, len(prompts))
-        await self.save()
+        await self._journal.save()
         waiting, batches = set(ledger.sequences(round, IN_FLIGHT)), []
         for part, first in enumerate(range(0, len(prompts), self._size)):
             if first in waiting:
@@ -168,7 +166,7 @@ class Rounds:
             self._state.ledger.failed(round, set(sequences) - {outcome.sequence for outcome in held}, error.reason)
         finally:
             self._permits.release()
-        await self.save()
+        await self._journal.save()
         self._watch.moved()
 
     async def _generate_and_score(self, round: int, part: int, first: int, prompts: Sequence[Prompt]) -> list[Outcome]:
@@ -178,7 +176,7 @@ class Rounds:
             groups, event = await self._pool.call(
                 "write", prompts, round, first, priority=(TRAINING, round, first), least_version=least
             )
-            self.record(event)
+            self._journal.record(event)
             self._watch.moved()
             try:
                 return await self._score(groups, round, part)
@@ -189,25 +187,25 @@ class Rounds:
     async def _score(self, groups: Any, round: int, part: int) -> list[Outcome]:
         """The batch's outcomes from the least busy of the scorers that failed it least.
 
-        A scorer that restarts builds itself again at its next call; waiting for that is no attempt, but has a deadline.
+        A scorer that restarts builds itself again at its next call; waiting for that is no attempt.
         """
-        deaths, failures, began = 0, Counter[str](), time.monotonic()
+        deaths, failures = 0, Counter[str]()
         while deaths < self._config.cluster.attempts:
             name = min(self._queued, key=lambda scorer: (failures[scorer], self._queued[scorer]))
             self._queued[name] += 1
             try:
                 call = self._crew.scorers[name].process.remote([groups], round, part)
                 outcomes, event = await self._watch.answer_while_moving(call, name)
-                self.record(event)
+                self._journal.record(event)
                 return list(outcomes)
             except RayActorError as error:
                 logger.warning("%s broke while scoring: %s", name, error)
                 failures[name] += 1
                 if not isinstance(error, ActorUnavailableError):
-                    deaths, began = deaths + 1, time.monotonic()
+                    deaths += 1
             finally:
                 self._queued[name] -= 1
-            await self._watch.pause(name, began)
+            await self._watch.pause(name)
         raise GivenUp("ScorerDied")
 
     async def _close(self, round: int, batches: Sequence[asyncio.Task[None]], size: int) -> None:
@@ -218,7 +216,7 @@ class Rounds:
         if not self._state.ledger.sequences(round, PAIRS):
             await self._watch.until(lambda: self._state.admission.rounds_ended == round, "the trainer")
             self._state.had_no_pairs(round)
-            await self.save()
+            await self._journal.save()
             await self._watch.answer(self._crew.buffer.end_rounds.remote(round + 1), "pair_buffer")
         self._watch.moved()
 
@@ -244,11 +242,10 @@ class Rounds:
             return
         await self._watch.answer(self._crew.weights.publish.remote(record, boxed), "weight_store")
         self._state.committed(round, version, record["sequences"])
-        await self.save()
+        await self._journal.save()
         await self._watch.answer(self._crew.buffer.end_rounds.remote(round + 1), "pair_buffer")
         self._pool.publish(version)
-        if self._config.eval.during and round + 1 < self._config.rounds:
-            self._measuring.append(self._start(self._evaluate(version, self._config.eval.during)))
+        self._measure_beside()
 
     # --- evaluation ---------------------------------------------------------------------------------------------
 
@@ -264,7 +261,13 @@ class Rounds:
         firsts = range(0, len(prompts), size)
         await asyncio.gather(*(self._probe_batch(version, first, prompts[first : first + size]) for first in firsts))
         await self._watch.answer(self._crew.evaluator.finish.remote(version), "evaluator")
-        await self.save()
+        await self._journal.save()
+
+    def _measure_beside(self) -> None:
+        """Measure the newest version while the next round goes on, on `eval.during` questions."""
+        admission, questions = self._state.admission, self._config.eval.during
+        if questions and admission.newest and admission.rounds_ended < self._config.rounds:
+            self._measuring.append(self._start(self._evaluate(admission.newest, questions)))
 
     async def _probe_batch(self, version: int, first: int, prompts: Sequence[Prompt]) -> None:
         try:
@@ -275,35 +278,11 @@ class Rounds:
             raise ServiceError(
                 f"version {version} cannot be evaluated: {error.reason} too often; see the log"
             ) from error
-        self.record(event)
+        self._journal.record(event)
         self._watch.moved()
         judged = self._crew.evaluator.judge.remote([groups], version, first)
-        self.record(await self._watch.answer(judged, "evaluator"))
+        self._journal.record(await self._watch.answer(judged, "evaluator"))
         self._watch.moved()
-
-    # --- keeping ------------------------------------------------------------------------------------------------
-
-    async def save(self) -> None:
-        """Write the stage events and state.json. A write that has begun is finished, even if the run is stopped."""
-        events, self._events = self._events, []
-        state = self._state.to_json()
-        await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._writer, self._write, events, state))
-
-    def _write(self, events: list[Json], state: Json) -> None:
-        if events:
-            self._store.append_metrics("stages", events)
-        self._store.write_json("state.json", state)
-
-    async def _keep_saving(self) -> None:
-        """Save while nothing but training goes on."""
-        while True:
-            await asyncio.sleep(SAVE_S)
-            if self._events:
-                await self.save()
-
-    def record(self, event: Json) -> None:
-        """Keep a stage event for the next `save`."""
-        self._events.append(event)
 
     def _say(self, message: str) -> None:
         self._state.message = message

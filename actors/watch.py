@@ -61,10 +61,10 @@ class Watch:
             with suppress(TimeoutError):
                 await asyncio.wait_for(event.wait(), remaining_s)
 
-    async def pause(self, who: str, began: float) -> None:
-        """Before a broken actor is asked again. Raises DeadlineError if that goes on since `began`, too long."""
-        if time.monotonic() - began > self.deadline_s:
-            raise self.late(who, "has been unavailable")
+    async def pause(self, who: str) -> None:
+        """Before a broken actor is asked again. Raises DeadlineError if nothing in the run has moved for too long."""
+        if time.monotonic() - self._moved_at > self.deadline_s:
+            raise self.late(who, "has been unavailable and nothing else has moved")
         await asyncio.sleep(RETRY_S)
 
     def late(self, who: str, what: str) -> DeadlineError:
@@ -84,7 +84,10 @@ def plain(error: BaseException) -> RlsfError:
     first = found[0]
     if isinstance(first, RayActorError):
         return ServiceError(f"an actor of the run died and did not come back: {first}; run the same command to resume")
-    return ServiceError(f"{type(first).__name__}: {first}; run the same command again to resume")
+    return ServiceError(
+        f"{type(first).__name__}: {first}; run the same command to resume, and report this with the coordinator's log"
+        " if it comes back"
+    )
 
 
 def _leaves(error: BaseException) -> list[BaseException]:

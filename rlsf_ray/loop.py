@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 from rlsf_ray.config import RunConfig
@@ -58,24 +59,16 @@ def run(config: RunConfig, root: str, on_status: OnStatus = lambda status: None)
     """
     store = RunStore.create_or_resume(root, config)
     with store.storage.lock():
+        state = _state(store)
+        summary: Json | None = store.read_json("summary.json")
+        if summary is not None and state.state == "done":
+            return summary
         train, probe = load_sets(config)
-        parts = _build(store, on_status)
-        state = parts.state
-        state.prompts_per_round = len(prompts_of_round(train, 0, config.prompts_per_round, config.seed))
-        if state.admission.newest == 0:
-            evaluate(parts, probe)
-        for round in range(state.admission.rounds_ended, config.rounds):
-            state.round = round
-            groups = generate_and_score(parts, prompts_of_round(train, round, config.prompts_per_round, config.seed))
-            if not groups:
-                state.had_no_pairs(round)  # nothing to learn: this round publishes no version
-                parts.save()
-                continue
-            train_round(parts, groups)
-            publish(parts, groups)
-            if round + 1 < config.rounds:
-                evaluate(parts, probe[: config.eval.during])
-        parts.scorer.close()
+        parts = _build(store, state, on_status)
+        with closing(parts.scorer):
+            for round in range(state.admission.rounds_ended, config.rounds):
+                evaluate(parts, probe if state.admission.newest == 0 else probe[: config.eval.during])
+                one_round(parts, round, prompts_of_round(train, round, config.prompts_per_round, config.seed))
         if state.admission.newest == 0:
             raise state.nothing_trained()
         evaluate(parts, probe)
@@ -83,6 +76,18 @@ def run(config: RunConfig, root: str, on_status: OnStatus = lambda status: None)
         parts.save()
         parts.tell("")
         return run_summary(store, **state.measured())
+
+
+def one_round(parts: Parts, round: int, prompts: Sequence[Prompt]) -> None:
+    """From prompts to the next version. A round without pairs publishes none."""
+    parts.state.round, parts.state.prompts_per_round = round, len(prompts)
+    groups = generate_and_score(parts, prompts)
+    if groups:
+        train_round(parts, groups)
+        publish(parts, groups)
+    else:
+        parts.state.had_no_pairs(round)
+        parts.save()
 
 
 def evaluate(parts: Parts, probe: Sequence[ProbePrompt]) -> None:
@@ -139,31 +144,38 @@ def train_round(parts: Parts, groups: Sequence[TrainingGroup]) -> None:
 
 
 def publish(parts: Parts, groups: Sequence[TrainingGroup]) -> None:
-    """The adapter becomes the next version: checkpointed, written to the run directory, loaded by the engine."""
-    store, round = parts.store, parts.state.round
-    version, adapter = round + 1, parts.learner.adapter()
-    store.storage.write(_checkpoint(version), parts.learner.state_bytes())
-    store.write_adapter(version, adapter, parts.config.model.name, parts.config)
-    parts.engine.load_version(version, adapter)
+    """The adapter becomes the next version. Its checkpoint comes first: what `state.json` says can be resumed."""
+    round, version = parts.state.round, parts.state.round + 1
+    parts.store.storage.write(_checkpoint(version), parts.learner.state_bytes())
     parts.state.committed(round, version, [group.sequence for group in groups])
     parts.save()
+    _deliver(parts)
 
 
-def _build(store: RunStore, on_status: OnStatus) -> Parts:
-    """Make the parts, and bring them to the last finished round of an earlier call.
+def _deliver(parts: Parts) -> None:
+    """The newest version goes to the run directory, unless it is there, and to the engine."""
+    version, adapter = parts.state.admission.newest, parts.learner.adapter()
+    parts.store.write_adapter(version, adapter, parts.config.model.name, parts.config)
+    parts.engine.load_version(version, adapter)
 
-    Raises InputError if the service has worked in this run directory, StorageError if its checkpoint is gone.
-    """
+
+def _state(store: RunStore) -> RunState:
+    """Where an earlier call has left the run. Raises InputError if the service has worked in this run directory."""
     saved = store.read_json("state.json")
     if saved is not None and saved.get("by") != "loop":
         raise InputError(
             f"{store.root} holds a run of the service, expected one of this loop; go on with `rlsf run`, or give"
             " another folder"
         )
+    return RunState(store.root, store.config, saved)
+
+
+def _build(store: RunStore, state: RunState, on_status: OnStatus) -> Parts:
+    """Make the parts, and bring them to the last finished round. Raises StorageError if its checkpoint is gone."""
     config = store.config
-    state = RunState(store.root, config, saved)
-    state.state = "running"
     engine, learner = TransformersEngine(config.model, config.learner), Learner(config)
+    parts = Parts(config, store, state, engine, Scorer(config), learner, on_status)
+    state.state = "running"
     version = state.admission.newest
     if version:
         checkpoint = store.storage.read(_checkpoint(version))
@@ -173,8 +185,8 @@ def _build(store: RunStore, on_status: OnStatus) -> Parts:
                 " copy, or begin a new run in another folder"
             )
         learner.load_state_bytes(checkpoint)
-        engine.load_version(version, store.read_adapter(version)[0])
-    return Parts(config, store, state, engine, Scorer(config), learner, on_status)
+        _deliver(parts)
+    return parts
 
 
 def _checkpoint(version: int) -> str:

@@ -54,11 +54,12 @@ class RunStore:
         """
         storage = Storage(root)
         ours = config.model_dump(mode="json")
-        theirs = _read_config(storage)
-        if theirs is None:
-            storage.write("packages.json", _to_json(_packages()))
-            storage.write("config.yaml", yaml.safe_dump(ours, sort_keys=False).encode())
-        elif theirs != ours:
+        with storage.lock(".config.lock"):  # of two that begin at once, the second meets the first one's config
+            theirs = _read_config(storage)
+            if theirs is None:
+                storage.write("packages.json", _to_json(_packages()))
+                storage.write("config.yaml", yaml.safe_dump(ours, sort_keys=False).encode())
+        if theirs is not None and theirs != ours:
             raise InputError(
                 f"{storage.root} holds a run with other settings:\n{_differences(theirs, ours)}\n"
                 "give this run another --run name, or give the same settings to resume that one"

@@ -83,17 +83,17 @@ class Storage:
                     raise
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self, name: str = ".lock") -> Iterator[None]:
         """Be the only run in this folder. The lock of a dead process is free; at a URL there is none.
 
-        Raises InputError if a living process has it.
+        Raises InputError if a living process has it. Another `name` is another lock.
         """
         if not self.local:
             yield
             return
-        with self._guard("lock", ".lock"):
+        with self._guard("lock", name):
             Path(self._base).mkdir(parents=True, exist_ok=True)
-            file = Path(self.key(".lock")).open("a")  # noqa: SIM115
+            file = Path(self.key(name)).open("a")  # noqa: SIM115
         with file:
             until = time.monotonic() + _LOCK_WAIT_S
             while not _locked(file.fileno()):

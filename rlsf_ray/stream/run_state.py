@@ -34,6 +34,10 @@ class RunState:
         self.round = self.admission.rounds_ended
         self._seconds_before: float = saved.get("seconds", 0.0)
         self._started = clock()
+        self.work_begins()
+
+    def work_begins(self) -> None:
+        """Traces per second count what comes from here on."""
         self._traces_before = self.counts["traces"]
 
     def scored(self, round: int, outcomes: Sequence[Outcome]) -> None:
@@ -68,16 +72,19 @@ class RunState:
         self._ended.append([round, version])
 
     @property
+    def seconds_of_this_life(self) -> float:
+        """Run time since the start or the resume."""
+        return self._clock() - self._started
+
+    @property
     def seconds(self) -> float:
         """Run time so far, over all lives of the run."""
-        return self._seconds_before + self._clock() - self._started
+        return self._seconds_before + self.seconds_of_this_life
 
     def recovered(self, round: int, outcomes: Sequence[Outcome]) -> None:
         """Prompts of a round that were scored before a crash, or by a scorer that died before it could say so."""
         news = self.ledger.recovered(round, {outcome.sequence: outcome.reason for outcome in outcomes})
-        before = self.counts["traces"]
         self._count(outcome for outcome in outcomes if outcome.sequence in news)
-        self._traces_before += self.counts["traces"] - before
 
     def _seconds_left(self, scored: float) -> float | None:
         """From the share of prompts that are `scored` and the share of optimiser steps done, half and half.
@@ -136,7 +143,7 @@ class RunState:
         total = config.rounds * self.prompts_per_round
         done = accounting["admitted"] - accounting["in_flight"]
         waiting = sum(len(self.ledger.sequences(round, PAIRS)) for round in range(config.rounds))
-        elapsed = self._clock() - self._started
+        elapsed = self.seconds_of_this_life
         return {
             "run": self.run,
             "state": self.state,

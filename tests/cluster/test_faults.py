@@ -59,6 +59,17 @@ def test_a_killed_scorer_and_a_killed_training_worker_change_nothing_in_the_resu
     _equals_the_loop(life.result(), config, tmp_path / "killed", tmp_path / "loop")
 
 
+def test_a_scorer_that_dies_while_it_waits_for_room_loses_nothing(
+    launch: Launch, small: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    config = small(rounds=3, cluster={"prompts_per_call": 4, "buffer_groups": 1}, data={"probe": []})
+    life = launch(config, tmp_path / "waiting")
+    wait_for((tmp_path / "waiting/groups/round-0000/part-00000.parquet").exists)
+    assert service.status("waiting")["traces"] == 0  # the first batch waits: the trainer has not begun
+    ray.kill(ray.get_actor("waiting/scorer-0", namespace=NAMESPACE), no_restart=False)
+    _equals_the_loop(life.result(), config, tmp_path / "waiting", tmp_path / "loop")
+
+
 def _training_worker() -> int:
     """The process of the only training worker of this Ray."""
     ours = psutil.Process().children(recursive=True)

@@ -87,6 +87,43 @@ def test_a_run_killed_while_it_is_measured_is_measured_when_it_goes_on(config: R
     assert summary["after"] is not None
 
 
+def test_a_run_killed_between_its_checkpoint_and_its_adapter_publishes_it_when_it_goes_on(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(self: RunStore, version: int, *args: Any) -> None:
+        raise KeyboardInterrupt
+
+    whole = RunStore.write_adapter
+    monkeypatch.setattr(RunStore, "write_adapter", killed)
+    with pytest.raises(KeyboardInterrupt):
+        loop.run(config, str(tmp_path / "cut"))
+    monkeypatch.setattr(RunStore, "write_adapter", whole)
+    assert RunStore.open(str(tmp_path / "cut")).versions() == []
+    loop.run(config, str(tmp_path / "cut"))
+    assert RunStore.open(str(tmp_path / "cut")).versions() == [1, 2]
+
+
+def test_a_version_that_was_not_measured_before_a_kill_is_measured_when_the_run_goes_on(
+    tiny: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(tiny, eval={"during": 3})
+
+    def stop(status: Json) -> None:
+        if status["message"] == "evaluating version 1":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        loop.run(config, str(tmp_path / "cut"), stop)
+    summary = loop.run(config, str(tmp_path / "cut"))
+    assert [one["version"] for one in summary["versions"]] == [0, 1, 2]
+
+
+def test_a_finished_run_answers_at_once(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    summary = loop.run(config, str(tmp_path / "run"))
+    monkeypatch.delattr(loop, "_build")
+    assert loop.run(config, str(tmp_path / "run")) == summary
+
+
 def test_a_run_of_the_service_is_not_taken_over(config: RunConfig, tmp_path: Path) -> None:
     store = RunStore.create_or_resume(str(tmp_path / "run"), config)
     store.write_json("state.json", {"state": "drained", "ledger": {}})

@@ -127,6 +127,14 @@ def test_a_batch_that_is_put_again_while_the_first_put_waits_is_stored_whole(job
     asyncio.run(second_life())
 
 
+async def _has_only(buffer: PairBuffer, sequence: int, *, size: int) -> None:
+    """Round 0 of `size` prompts ends with one group."""
+    await buffer.close_round(0, size)
+    lease = await buffer.lease(0, 0, 8, 1.0)
+    assert lease is not None
+    assert ([g.sequence for g in lease.groups], lease.ended) == ([sequence], True)
+
+
 def test_a_prompt_that_was_given_up_does_not_come_back_in_a_new_life(job: Job) -> None:
     """Its scorer died while its put waited for room: the group is in the files, the ledger says failed."""
     RunStore.open(job.root).write_table("traces", 0, 0, [trace_row(0, None), trace_row(1, None)])
@@ -138,10 +146,7 @@ def test_a_prompt_that_was_given_up_does_not_come_back_in_a_new_life(job: Job) -
         second = PairBuffer(job, "pair_buffer")
         found = (await second.prepare(0, {0: [1]}))[0]
         assert [outcome.sequence for outcome in found] == [0]
-        await second.close_round(0, 2)
-        lease = await second.lease(0, 0, 8, 1.0)
-        assert lease is not None
-        assert ([g.sequence for g in lease.groups], lease.ended) == ([0], True)
+        await _has_only(second, 0, size=2)
 
     asyncio.run(scenario())
 
@@ -156,10 +161,7 @@ def test_giving_a_batch_up_keeps_what_was_put_and_skips_the_rest(job: Job) -> No
         held = await buffer.give_up(0, [0, 1])
         assert [(outcome.sequence, outcome.num_pairs) for outcome in held] == [(0, 1)]
         assert await buffer.put(0, 0, [group(1)], []) == 0  # too late: it counts as failed
-        await buffer.close_round(0, 2)
-        lease = await buffer.lease(0, 0, 8, 1.0)
-        assert lease is not None
-        assert ([g.sequence for g in lease.groups], lease.ended) == ([0], True)
+        await _has_only(buffer, 0, size=2)
 
     asyncio.run(scenario())
 

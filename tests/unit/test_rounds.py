@@ -11,6 +11,7 @@ from ray.exceptions import ActorUnavailableError, ObjectLostError, RayActorError
 from tiny import tiny_config
 
 from actors import watch
+from actors.journal import Journal
 from actors.pool import GivenUp
 from actors.rounds import Rounds
 from actors.watch import Watch
@@ -69,7 +70,8 @@ def make(folder: Path, *, deadline_s: float = 5.0, **replies: Reply) -> tuple[Ro
     scorers = {name: Scorer(name, reply) for name, reply in replies.items()}
     crew: Any = SimpleNamespace(scorers=scorers)
     store = RunStore.create_or_resume(str(folder), config)
-    made = Rounds(store, RunState("run", config), crew, Watch(deadline_s))
+    state = RunState("run", config)
+    made = Rounds(store, state, Journal(store, state), crew, Watch(deadline_s))
     pool = Pool()
     made._pool = pool  # type: ignore[assignment]
     return made, scorers, pool
@@ -98,6 +100,18 @@ def test_a_scorer_that_never_comes_back_ends_the_wait_by_name(tmp_path: Path) ->
         score(made)
 
 
+def test_a_scorer_that_is_away_for_long_does_not_end_a_run_that_moves(tmp_path: Path) -> None:
+    """As after a call that rightly waited long for room, or while other scorers work."""
+
+    def away(call: int) -> BaseException | None:
+        made._watch.moved()
+        return unavailable() if call < 30 else None
+
+    made, scorers, _ = make(tmp_path, deadline_s=0.1, a=away)
+    assert score(made) == ["a"]
+    assert len(scorers["a"].got) == 30  # three times as long as the deadline
+
+
 def test_a_batch_that_kills_every_scorer_is_given_up_after_three_attempts(tmp_path: Path) -> None:
     made, scorers, _ = make(tmp_path, a=dead, b=dead)
     with pytest.raises(GivenUp, match="ScorerDied"):
@@ -112,17 +126,18 @@ def test_lost_traces_are_written_again(tmp_path: Path) -> None:
 
 
 def test_stage_events_of_every_caller_are_written_once_and_in_order(tmp_path: Path) -> None:
-    made, _, _ = make(tmp_path, a=fine)
+    config = tiny_config(Path("model"))
+    store = RunStore.create_or_resume(str(tmp_path), config)
+    journal = Journal(store, RunState("run", config))
 
     async def play() -> None:
         for number in range(20):
-            made.record({"start": number})
+            journal.record({"start": number})
             if number % 3 == 0:
-                await asyncio.gather(made.save(), made.save())
-        await made.save()
+                await asyncio.gather(journal.save(), journal.save())
+        await journal.save()
 
     asyncio.run(play())
-    store = RunStore.open(str(tmp_path))
     assert [row["start"] for row in store.read_metrics("stages")] == list(range(20))
 
 
@@ -132,7 +147,13 @@ def test_pairs_that_a_dead_scorer_had_put_are_not_lost(tmp_path: Path) -> None:
     put = Outcome(
         group_id="g", sequence=1, num_traces=4, num_tokens=9, num_cut_off=0, num_parsed=4, num_pairs=2, reason=None
     )
-    made._crew.buffer = SimpleNamespace(give_up=SimpleNamespace(remote=_answer([put])))
+    asked: list[Any] = []
+
+    async def give_up(round: int, sequences: range) -> list[Outcome]:
+        asked.append((round, list(sequences)))
+        return [put]
+
+    made._crew.buffer = SimpleNamespace(give_up=SimpleNamespace(remote=give_up))
     made._state.ledger.admit(0, 2)
     prompts: Any = [None, None]
 
@@ -141,12 +162,6 @@ def test_pairs_that_a_dead_scorer_had_put_are_not_lost(tmp_path: Path) -> None:
         await made._batch(0, 0, 0, prompts)
 
     asyncio.run(play())
+    assert asked == [(0, [0, 1])]
     assert made._state.ledger.sequences(0, "pairs") == [1]
     assert made._state.ledger.totals()["reasons"] == {"ScorerDied": 1}
-
-
-def _answer(value: Any) -> Callable[..., Any]:
-    async def call(*args: Any) -> Any:
-        return value
-
-    return call

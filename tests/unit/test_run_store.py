@@ -3,9 +3,11 @@
 import math
 import pickle
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import yaml
 
 from rlsf_ray.config import RunConfig
 from rlsf_ray.errors import InputError, StorageError
@@ -20,6 +22,7 @@ from rlsf_ray.records import (
     TrainingTrace,
 )
 from rlsf_ray.run_store import RunStore, group_to_row, pair_rows, row_to_group, trace_rows
+from rlsf_ray.storage import Storage
 from rlsf_ray.tables import SCHEMAS
 
 
@@ -118,6 +121,17 @@ def test_another_config_is_refused_naming_every_key_with_got_expected_and_cure(r
     assert "  data.train.0.count: got 5, expected 4\n" in text
     assert text.count(", expected ") == 3
     assert "--run" in text
+
+
+def test_of_two_runs_that_begin_at_once_the_second_meets_the_config_of_the_first(tmp_path):
+    with ThreadPoolExecutor(1) as second, Storage(str(tmp_path)).lock(".config.lock"):
+        waiting = second.submit(RunStore.create_or_resume, str(tmp_path), make_config(seed=2))
+        with pytest.raises(TimeoutError):
+            waiting.result(0.3)
+        config = make_config(seed=1).model_dump(mode="json")
+        Storage(str(tmp_path)).write("config.yaml", yaml.safe_dump(config).encode())
+    with pytest.raises(InputError, match="seed: got 2, expected 1"):
+        waiting.result()
 
 
 def test_a_source_too_many_is_named_and_an_empty_list_is_a_value(root):

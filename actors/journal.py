@@ -1,0 +1,43 @@
+"""What the coordinator keeps on disk while a run goes on: state.json and the stage events."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+
+from rlsf_ray.records import Json
+from rlsf_ray.run_store import RunStore
+from rlsf_ray.stream.run_state import RunState
+
+SAVE_S = 5.0
+
+
+class Journal:
+    """Writes beside the event loop, in the order of the calls."""
+
+    def __init__(self, store: RunStore, state: RunState) -> None:
+        self._store, self._state = store, state
+        self._writer = ThreadPoolExecutor(1)  # one thread keeps the order
+        self._events: list[Json] = []  # stage events that are not written yet
+
+    def record(self, event: Json) -> None:
+        """Keep a stage event for the next `save`."""
+        self._events.append(event)
+
+    async def save(self) -> None:
+        """Write the stage events and state.json. A write that has begun is finished, even if the run is stopped."""
+        events, self._events = self._events, []
+        state = self._state.to_json()
+        await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._writer, self._write, events, state))
+
+    def _write(self, events: list[Json], state: Json) -> None:
+        if events:
+            self._store.append_metrics("stages", events)
+        self._store.write_json("state.json", state)
+
+    async def keep_saving(self) -> None:
+        """Save while nothing but training goes on."""
+        while True:
+            await asyncio.sleep(SAVE_S)
+            if self._events:
+                await self.save()
