@@ -44,7 +44,6 @@ class Coordinator:
         self._rounds: Rounds | None = None
         self._crew: Crew | None = None
         self._watch: Watch | None = None
-        self._peak_memory_gb: float | None = None
         self._lock = ExitStack()  # of the run directory
         self._idle_cpu_s = time.process_time()  # spent on imports, before any work
         self._alone = threading.Timer(ALONE_S, self._give_up)  # no event loop runs yet
@@ -73,7 +72,8 @@ class Coordinator:
 
         The driver of an embedded run tells its memory here.
         """
-        self._peak_memory_gb = peak_memory_gb or self._peak_memory_gb
+        if self._state and peak_memory_gb:
+            self._state.peak_memory_gb = max(peak_memory_gb, self._state.peak_memory_gb or 0.0)
         status = self._state.status() if self._state else {"run": self._job.run, "state": "starting"}
         ending = self._leaving is not None or (self._work is not None and self._stop.done())
         return status | {"root": self._job.root, "ending": ending, "ended": self._ended.is_set()}
@@ -163,7 +163,7 @@ class Coordinator:
         coordinator_s = time.process_time() - self._idle_cpu_s
         share = (coordinator_s + buffer_s) / state.seconds_of_this_life
         control = {"coordinator_s": coordinator_s, "buffer_s": buffer_s, "share": share}
-        measured = state.measured() | {"peak_memory_gb": self._peak_memory_gb, "control": control}
+        measured = state.measured() | {"control": control}
         summary: Json = await watch.answer(crew.evaluator.summary.remote(measured), "evaluator")
         state.state, state.message = "done", ""
         await journal.save()
@@ -172,10 +172,7 @@ class Coordinator:
     async def _close(self) -> None:
         """Let the trainer end its step, then remove every actor and the placement group, within a deadline."""
         if self._error is not None and self._state is not None:
-            self._state.state = "drained" if isinstance(self._error, DrainedError) else "failed"
-            self._state.message = str(self._error)
-            if self._state.state == "failed":
-                self._state.error = {"type": type(self._error).__name__, "text": str(self._error)}
+            self._state.stopped(self._error)
         if self._crew is not None and self._rounds is not None:
             if self._rounds.fit is not None and self._summary is None:
                 await self._stop_training(self._crew, self._rounds.fit)
@@ -185,5 +182,6 @@ class Coordinator:
 
     async def _stop_training(self, crew: Crew, fit: Any) -> None:
         self._end(DrainedError("the run ends"))  # `stepped` says no from now on
+        crew.stop_generating()
         crew.buffer.close.remote()
         await asyncio.wait({asyncio.ensure_future(fit)}, timeout=STOP_S)

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import logging
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from rlsf_ray.config import PoolConfig
+
+logger = logging.getLogger(__name__)
+
+LATE_S = 60.0
 
 
 @contextmanager
@@ -19,16 +26,39 @@ def cores(pool: PoolConfig) -> Iterator[None]:
 
     Two teams of as many threads as there are cores wait for each other at every operation: side by side, steps took
     5.7 s instead of 2.4 s while generation ran at under two thirds of its speed (benchmarks/results/log.md). Nothing
-    is held on a GPU, or where the config divides the cores (`threads`). The lock of a dead process is free; a holder
-    that hangs is found by the coordinator's deadline.
+    is held on a GPU, or where the config divides the cores (`threads`). The lock of a dead process is free; a wait that
+    is long names the holder in the log, and ends with the coordinator's deadline for this actor's call.
     """
     if pool.gpus or pool.threads:
         yield
         return
     path = Path(tempfile.gettempdir(), f"rlsf-cores-{os.getuid()}.lock")
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with ExitStack() as held:
+        try:
+            _lock(held.enter_context(path.open("a")), path)
+        except OSError as error:  # it only makes things faster
+            logger.warning("computing beside other actors: %s cannot be locked (%s)", path, error)
         yield
+
+
+def _lock(file: IO[str], path: Path) -> None:
+    """Wait for the lock on `file`, and write into it who has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        late = threading.Timer(LATE_S, _warn, (path,))
+        late.start()
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        finally:
+            late.cancel()
+    file.truncate(0)
+    file.write(f"process {os.getpid()}")
+    file.flush()
+
+
+def _warn(path: Path) -> None:
+    logger.warning("waiting for the cores of this node for %g s; %s has them (%s)", LATE_S, path.read_text(), path)
 
 
 def give_memory_back() -> None:

@@ -127,6 +127,7 @@ class GeneratorPool:
 
     async def _start(self, name: str) -> None:
         deaths = 0
+        self._watch.moved()  # how long it may be away counts from here
         while True:
             version = self._newest
             try:
@@ -136,6 +137,7 @@ class GeneratorPool:
                 continue
             except RayActorError as error:
                 deaths += 1
+                self._watch.moved()
                 if deaths <= self._attempts:  # it may have died of this call and be on its way back
                     await self._watch.pause(name)
                     continue

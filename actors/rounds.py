@@ -39,7 +39,7 @@ class Rounds:
         self._permits = asyncio.Semaphore(min(wanted, SCORER_THREADS))  # all may meet at one scorer
         self._queued = dict.fromkeys(crew.scorers, 0)  # batches at each scorer
         self._commits: asyncio.Queue[tuple[Json | None, list[Any]]] = asyncio.Queue()
-        self._measuring: list[asyncio.Task[None]] = []  # evaluations beside the rounds
+        self._measuring: dict[int, asyncio.Task[None]] = {}  # version -> its evaluation beside the rounds
         self._trainer_at: int | None = None  # the round that the trainer goes on with
         self.fit: Any = None
 
@@ -65,7 +65,7 @@ class Rounds:
             await fitting
             if self._state.admission.newest == 0:
                 raise self._state.nothing_trained()
-            await asyncio.gather(*self._measuring)  # the evaluator keeps the rows of a version in one place
+            await asyncio.gather(*self._measuring.values())  # the evaluator keeps the rows of a version in one place
             await self._evaluate(self._state.admission.newest)
             for task in (stopping, *beside):
                 task.cancel()
@@ -200,9 +200,11 @@ class Rounds:
                 return list(outcomes)
             except RayActorError as error:
                 logger.warning("%s broke while scoring: %s", name, error)
+                dead = not isinstance(error, ActorUnavailableError)
+                if dead or not failures:
+                    self._watch.moved()  # how long it may be away counts from here
                 failures[name] += 1
-                if not isinstance(error, ActorUnavailableError):
-                    deaths += 1
+                deaths += dead
             finally:
                 self._queued[name] -= 1
             await self._watch.pause(name)
@@ -252,8 +254,10 @@ class Rounds:
     async def _evaluate(self, version: int, questions: int | None = None) -> None:
         """Measure a version on the first `questions` of the probe set (None: all), unless that is known."""
         prompts = self._probe[:questions]
+        if not prompts:
+            return
         known = self._crew.evaluator.known.remote(version, len(prompts))
-        if not prompts or await self._watch.answer(known, "evaluator"):
+        if await self._watch.answer(known, "evaluator"):
             return
         if questions is None:  # else it goes on beside the next round, whose message stays
             self._say(f"evaluating version {version}")
@@ -264,10 +268,11 @@ class Rounds:
         await self._journal.save()
 
     def _measure_beside(self) -> None:
-        """Measure the newest version while the next round goes on, on `eval.during` questions."""
+        """Measure the newest version while the next round goes on, on `eval.during` questions; each version once."""
         admission, questions = self._state.admission, self._config.eval.during
-        if questions and admission.newest and admission.rounds_ended < self._config.rounds:
-            self._measuring.append(self._start(self._evaluate(admission.newest, questions)))
+        if admission.newest in (0, *self._measuring) or admission.rounds_ended == self._config.rounds:
+            return
+        self._measuring[admission.newest] = self._start(self._evaluate(admission.newest, questions))
 
     async def _probe_batch(self, version: int, first: int, prompts: Sequence[Prompt]) -> None:
         try:

@@ -89,6 +89,11 @@ class Crew:
         """The placement group of the training workers, which must not outlive the run."""
         self._placement_group = placement_group
 
+    def stop_generating(self) -> None:
+        """End the generators and scorers, whose work nobody waits for any more: the trainer gets their cores."""
+        for handle in (*self.generators.values(), *self.scorers.values()):
+            ray.kill(handle)
+
     async def dismiss(self, seconds: float) -> None:
         """Kill every actor and free the placement group; returns when their names are gone, or after `seconds`."""
         singles = {"weight_store": self.weights, "pair_buffer": self.buffer, "evaluator": self.evaluator}

@@ -18,14 +18,14 @@ RETRY_S = 0.3  # a restarting actor is asked again this often
 class Watch:
     """Deadlines of one run. `moved` says that something happened, and lets `until` look again."""
 
-    def __init__(self, deadline_s: float) -> None:
-        self.deadline_s = deadline_s
-        self._moved_at = time.monotonic()
+    def __init__(self, deadline_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.deadline_s, self._clock = deadline_s, clock
+        self._moved_at = clock()
         self._event = asyncio.Event()
 
     def moved(self) -> None:
         """Something made progress."""
-        self._moved_at = time.monotonic()
+        self._moved_at = self._clock()
         self._event.set()
         self._event = asyncio.Event()
 
@@ -43,7 +43,7 @@ class Watch:
         future = asyncio.ensure_future(call)
         try:
             while not future.done():
-                remaining_s = self.deadline_s - (time.monotonic() - self._moved_at)
+                remaining_s = self.deadline_s - (self._clock() - self._moved_at)
                 if remaining_s <= 0:
                     raise self.late(who, "has not answered and nothing else has moved")
                 await asyncio.wait({future}, timeout=remaining_s)
@@ -55,7 +55,7 @@ class Watch:
         """Return once `ready()`; looked at after each `moved`."""
         while not ready():
             event = self._event
-            remaining_s = self.deadline_s - (time.monotonic() - self._moved_at)
+            remaining_s = self.deadline_s - (self._clock() - self._moved_at)
             if remaining_s <= 0:
                 raise self.late(who, "has not answered and nothing else has moved")
             with suppress(TimeoutError):
@@ -63,7 +63,7 @@ class Watch:
 
     async def pause(self, who: str) -> None:
         """Before a broken actor is asked again. Raises DeadlineError if nothing in the run has moved for too long."""
-        if time.monotonic() - self._moved_at > self.deadline_s:
+        if self._clock() - self._moved_at > self.deadline_s:
             raise self.late(who, "has been unavailable and nothing else has moved")
         await asyncio.sleep(RETRY_S)
 

@@ -141,7 +141,7 @@ def status(run: RunName, address: Address = None) -> None:
 
 @app.command()
 def stop(run: RunName, address: Address = None) -> None:
-    """Ask a running run to drain: it finishes what is in flight, and can be resumed."""
+    """Ask a running run to drain: it ends its optimiser step, drops the batches in flight, and can be resumed."""
     from rlsf_ray import service
 
     service.stop(run, address)

@@ -55,7 +55,8 @@ def run(config: RunConfig, root: str, on_status: OnStatus = lambda status: None)
     """Run every round of `config` in the run directory `root` (a folder or fsspec URL); returns the summary.
 
     Calling it again with the same config goes on after the last finished round.
-    Raises InputError for a bad config or another run in `root`, NoPairsError if no prompt gave a pair.
+    Raises InputError for a bad config or another run in `root`, NoPairsError if no prompt gave a pair, StorageError if
+    a file of the run is missing or damaged, or the disk is full.
     """
     store = RunStore.create_or_resume(root, config)
     with store.storage.lock():
@@ -64,13 +65,18 @@ def run(config: RunConfig, root: str, on_status: OnStatus = lambda status: None)
         if summary is not None and state.state == "done":
             return summary
         train, probe = load_sets(config)
+        state.prompts_per_round = len(prompts_of_round(train, 0, config.prompts_per_round, config.seed))
         parts = _build(store, state, on_status)
         with closing(parts.scorer):
             for round in range(state.admission.rounds_ended, config.rounds):
-                evaluate(parts, probe if state.admission.newest == 0 else probe[: config.eval.during])
+                few = probe[: config.eval.during]  # of a version in between; the base is measured on all, like the last
+                evaluate(parts, few if state.admission.newest else probe)
                 one_round(parts, round, prompts_of_round(train, round, config.prompts_per_round, config.seed))
         if state.admission.newest == 0:
-            raise state.nothing_trained()
+            error = state.nothing_trained()
+            state.stopped(error)
+            parts.save()
+            raise error
         evaluate(parts, probe)
         state.state = "done"
         parts.save()
@@ -80,11 +86,11 @@ def run(config: RunConfig, root: str, on_status: OnStatus = lambda status: None)
 
 def one_round(parts: Parts, round: int, prompts: Sequence[Prompt]) -> None:
     """From prompts to the next version. A round without pairs publishes none."""
-    parts.state.round, parts.state.prompts_per_round = round, len(prompts)
-    groups = generate_and_score(parts, prompts)
+    parts.state.round = round
+    groups = generate_and_score(parts, round, prompts)
     if groups:
-        train_round(parts, groups)
-        publish(parts, groups)
+        train_round(parts, round, groups)
+        publish(parts, round, groups)
     else:
         parts.state.had_no_pairs(round)
         parts.save()
@@ -106,10 +112,10 @@ def evaluate(parts: Parts, probe: Sequence[ProbePrompt]) -> None:
     parts.store.write_json(path, evaluation)
 
 
-def generate_and_score(parts: Parts, prompts: Sequence[Prompt]) -> list[TrainingGroup]:
+def generate_and_score(parts: Parts, round: int, prompts: Sequence[Prompt]) -> list[TrainingGroup]:
     """One round of prompts, in batches of `prompts_per_call`: traces, scores, pairs, reference log-probs."""
     config, store, state, groups = parts.config, parts.store, parts.state, list[TrainingGroup]()
-    size, round = config.cluster.prompts_per_call, parts.state.round
+    size = config.cluster.prompts_per_call
     state.ledger.admit(round, len(prompts))
     for part, start in enumerate(range(0, len(prompts), size)):
         parts.tell("generating and scoring")
@@ -130,9 +136,9 @@ def generate_and_score(parts: Parts, prompts: Sequence[Prompt]) -> list[Training
     return groups
 
 
-def train_round(parts: Parts, groups: Sequence[TrainingGroup]) -> None:
+def train_round(parts: Parts, round: int, groups: Sequence[TrainingGroup]) -> None:
     """`epochs` passes over the round's groups: the first in admission order, the others shuffled."""
-    settings, round = parts.config.learner, parts.state.round
+    settings = parts.config.learner
     for pass_index in range(settings.epochs):
         order = pass_order(groups, parts.config.seed, round, pass_index)
         for step in training_steps(order, settings.pairs_per_step):
@@ -143,9 +149,9 @@ def train_round(parts: Parts, groups: Sequence[TrainingGroup]) -> None:
             parts.tell("training")
 
 
-def publish(parts: Parts, groups: Sequence[TrainingGroup]) -> None:
+def publish(parts: Parts, round: int, groups: Sequence[TrainingGroup]) -> None:
     """The adapter becomes the next version. Its checkpoint comes first: what `state.json` says can be resumed."""
-    round, version = parts.state.round, parts.state.round + 1
+    version = round + 1
     parts.store.storage.write(_checkpoint(version), parts.learner.state_bytes())
     parts.state.committed(round, version, [group.sequence for group in groups])
     parts.save()

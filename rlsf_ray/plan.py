@@ -133,7 +133,8 @@ def _describe_model(plan: Plan) -> str:
 
 def _describe_pool(role: str, pool: PoolConfig) -> str:
     gpu = f", {pool.gpus:g} GPU each" if pool.gpus else ""
-    return f"{pool.count} {role}{'s' if pool.count > 1 else ''} ({pool.cpus:g} CPU{gpu})"
+    turns = "" if pool.gpus or pool.threads else ", takes turns on all cores of its node"
+    return f"{pool.count} {role}{'s' if pool.count > 1 else ''} ({pool.cpus:g} CPU{gpu}{turns})"
 
 
 def _most_steps(config: RunConfig, prompts_per_round: int) -> int:

@@ -54,17 +54,23 @@ class RunStore:
         """
         storage = Storage(root)
         ours = config.model_dump(mode="json")
-        with storage.lock(".config.lock"):  # of two that begin at once, the second meets the first one's config
-            theirs = _read_config(storage)
-            if theirs is None:
-                storage.write("packages.json", _to_json(_packages()))
-                storage.write("config.yaml", yaml.safe_dump(ours, sort_keys=False).encode())
-        if theirs is not None and theirs != ours:
+        theirs = _read_config(storage) or cls._begin(storage, ours)
+        if theirs != ours:
             raise InputError(
                 f"{storage.root} holds a run with other settings:\n{_differences(theirs, ours)}\n"
                 "give this run another --run name, or give the same settings to resume that one"
             )
         return cls(storage, config)
+
+    @staticmethod
+    def _begin(storage: Storage, ours: Json) -> Json:
+        """Write the config, unless another process has done so meanwhile; returns the one that counts."""
+        with storage.lock(".config.lock"):
+            theirs = _read_config(storage)
+            if theirs is None:
+                storage.write("packages.json", _to_json(_packages()))
+                storage.write("config.yaml", yaml.safe_dump(ours, sort_keys=False).encode())
+            return theirs or ours
 
     @classmethod
     def open(cls, root: str) -> RunStore:

@@ -12,7 +12,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,18 +91,18 @@ class Storage:
         if not self.local:
             yield
             return
-        with self._guard("lock", name):
-            Path(self._base).mkdir(parents=True, exist_ok=True)
-            file = Path(self.key(name)).open("a")  # noqa: SIM115
-        with file:
-            until = time.monotonic() + _LOCK_WAIT_S
-            while not _locked(file.fileno()):
-                if time.monotonic() > until:
-                    raise InputError(
-                        f"another run works in {self.root}; expected to be the only one; wait for it, stop it"
-                        " (`rlsf stop`, or end its process), or give this run another --run name"
-                    )
-                time.sleep(0.2)
+        with ExitStack() as held:
+            with self._guard("lock", name):
+                Path(self._base).mkdir(parents=True, exist_ok=True)
+                file = held.enter_context(Path(self.key(name)).open("a"))
+                until = time.monotonic() + _LOCK_WAIT_S
+                while not _locked(file.fileno()):
+                    if time.monotonic() > until:
+                        raise InputError(
+                            f"another run works in {self.root}; expected to be the only one; wait for it, stop it"
+                            " (`rlsf stop`, or end its process), or give this run another --run name"
+                        )
+                    time.sleep(0.2)
             yield
 
     def arrow(self) -> Any:

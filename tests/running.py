@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import ray
 from ray.util import list_named_actors, placement_group_table
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 180.0) -> Any:
-    """The first true value of `condition`, looked at every 0.1 s."""
+def wait_for(condition: Callable[[], Any], seconds: float = 180.0, life: Future[Any] | None = None) -> Any:
+    """The first true value of `condition`, looked at every 0.1 s. Raises what ended the run `life`, if it is over."""
     until = time.monotonic() + seconds
     while not (value := condition()):
+        if life is not None and life.done():
+            raise AssertionError(f"the run is over: {life.result()}")
         assert time.monotonic() < until, f"nothing within {seconds} s"
         time.sleep(0.1)
     return value

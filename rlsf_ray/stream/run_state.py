@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from time import time
 
 from rlsf_ray.config import RunConfig
-from rlsf_ray.errors import NoPairsError, RlsfError, ServiceError
+from rlsf_ray.errors import DrainedError, NoPairsError, RlsfError, ServiceError
 from rlsf_ray.records import Json, Outcome
 from rlsf_ray.stream.admission import Admission
 from rlsf_ray.stream.ledger import PAIRS, Ledger
@@ -29,6 +29,7 @@ class RunState:
         self.counts |= saved.get("counts", {})
         self.state: str = saved.get("state", "starting")
         self.message = ""
+        self.peak_memory_gb: float | None = saved.get("peak_memory_gb")  # of all processes, where the driver measures
         self.error: Json | None = None  # what ended the run in failure: {"type", "text"}
         self.prompts_per_round = config.prompts_per_round  # a small training set has fewer
         self.round = self.admission.rounds_ended
@@ -91,6 +92,8 @@ class RunState:
 
         How many steps there will be is guessed from the pairs so far.
         """
+        if self.state == "done":
+            return None
         learner = self._config.learner
         expected = self.counts["pairs"] / scored * learner.epochs / learner.pairs_per_step if scored else 0.0
         if not expected:
@@ -108,8 +111,16 @@ class RunState:
         return {
             "accounting": self.ledger.totals(),
             "seconds": self.seconds,
+            "peak_memory_gb": self.peak_memory_gb,
             "training": self.counts | self.shares(),
         }
+
+    def stopped(self, error: RlsfError) -> None:
+        """`error` has ended the run, or this life of it."""
+        self.state = "drained" if isinstance(error, DrainedError) else "failed"
+        self.message = str(error)
+        if self.state == "failed":
+            self.error = {"type": type(error).__name__, "text": str(error)}
 
     def nothing_trained(self) -> RlsfError:
         """Why no round has made a version: every prompt was filtered, or every batch has failed."""
@@ -135,6 +146,7 @@ class RunState:
             "ledger": self.ledger.to_json(),
             "counts": dict(self.counts),
             "seconds": self.seconds,
+            "peak_memory_gb": self.peak_memory_gb,
         }
 
     def status(self) -> Json:

@@ -31,11 +31,12 @@ Launch = Callable[[RunConfig, Path], "Future[Json]"]
 def test_a_killed_generator_and_a_drain_change_nothing_in_the_result(
     launch: Launch, small: Callable[..., RunConfig], cluster: int, tmp_path: Path
 ) -> None:
-    config = small(rounds=3, cluster={"prompts_per_call": 2}, data={"probe": []})
+    all_cores = {role: {"threads": 0} for role in ("generators", "scorers", "trainers")}
+    config = small(rounds=3, cluster={"prompts_per_call": 2, **all_cores}, data={"probe": []})
     life = launch(config, tmp_path / "disturbed")
-    wait_for(lambda: "disturbed/generator-0" in alive("disturbed"))
+    wait_for(lambda: "disturbed/generator-0" in alive("disturbed"), life=life)
     ray.kill(ray.get_actor("disturbed/generator-0", namespace=NAMESPACE), no_restart=False)
-    wait_for(lambda: service.status("disturbed")["steps"] > 2)
+    wait_for(lambda: service.status("disturbed")["steps"] > 2, life=life)
     service.stop("disturbed")
     with pytest.raises(DrainedError, match="the same command resumes it"):
         life.result()
@@ -51,10 +52,10 @@ def test_a_killed_scorer_and_a_killed_training_worker_change_nothing_in_the_resu
 ) -> None:
     config = small(rounds=3, cluster={"prompts_per_call": 2}, data={"probe": []})
     life = launch(config, tmp_path / "killed")
-    wait_for(lambda: "killed/scorer-0" in alive("killed"))
-    wait_for(lambda: service.status("killed")["traces"] > 0)
+    wait_for(lambda: "killed/scorer-0" in alive("killed"), life=life)
+    wait_for(lambda: service.status("killed")["traces"] > 0, life=life)
     ray.kill(ray.get_actor("killed/scorer-0", namespace=NAMESPACE), no_restart=False)
-    wait_for(lambda: service.status("killed")["version"] == 1)
+    wait_for(lambda: service.status("killed")["version"] == 1, life=life)
     os.kill(_training_worker(), signal.SIGKILL)
     _equals_the_loop(life.result(), config, tmp_path / "killed", tmp_path / "loop")
 
@@ -64,7 +65,7 @@ def test_a_scorer_that_dies_while_it_waits_for_room_loses_nothing(
 ) -> None:
     config = small(rounds=3, cluster={"prompts_per_call": 4, "buffer_groups": 1}, data={"probe": []})
     life = launch(config, tmp_path / "waiting")
-    wait_for((tmp_path / "waiting/groups/round-0000/part-00000.parquet").exists)
+    wait_for((tmp_path / "waiting/groups/round-0000/part-00000.parquet").exists, life=life)
     assert service.status("waiting")["traces"] == 0  # the first batch waits: the trainer has not begun
     ray.kill(ray.get_actor("waiting/scorer-0", namespace=NAMESPACE), no_restart=False)
     _equals_the_loop(life.result(), config, tmp_path / "waiting", tmp_path / "loop")
@@ -107,7 +108,7 @@ def test_a_disk_that_fills_up_keeps_what_was_committed_and_the_run_goes_on_once_
 ) -> None:
     config, root = small(rounds=3, data={"probe": []}), small_disk / "full"
     life = launch(config, root)
-    wait_for(lambda: (root / "versions/0001/version.json").exists())
+    wait_for(lambda: (root / "versions/0001/version.json").exists(), life=life)
     filler = small_disk / "filler"
     with filler.open("wb", buffering=0) as file, suppress(OSError):
         while True:

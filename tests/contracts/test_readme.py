@@ -82,9 +82,9 @@ def test_every_path_of_the_file_tree_exists() -> None:
 def test_every_module_recipe_and_template_is_in_the_file_tree() -> None:
     files = {
         path.relative_to(ROOT).as_posix()
-        for package in ("rlsf_ray", "actors", "benchmarks")
+        for package in ("rlsf_ray", "actors", "benchmarks", "docs")
         for path in (ROOT / package).rglob("*")
-        if path.suffix in (".py", ".yaml", ".html")
+        if path.suffix in (".py", ".yaml", ".html", ".md", ".png")
     }
     assert "actors/coordinator.py" in files
     assert files - set(tree_paths()) == set()

@@ -98,9 +98,12 @@ def test_a_run_killed_between_its_checkpoint_and_its_adapter_publishes_it_when_i
     with pytest.raises(KeyboardInterrupt):
         loop.run(config, str(tmp_path / "cut"))
     monkeypatch.setattr(RunStore, "write_adapter", whole)
-    assert RunStore.open(str(tmp_path / "cut")).versions() == []
+    store = RunStore.open(str(tmp_path / "cut"))
+    assert (store.versions(), store.read_json("state.json")["version"]) == ([], 1)
     loop.run(config, str(tmp_path / "cut"))
-    assert RunStore.open(str(tmp_path / "cut")).versions() == [1, 2]
+    assert store.versions() == [1, 2]
+    steps = [row["step"] for row in store.read_metrics("train")]
+    assert steps == sorted(set(steps))  # round 0 was not trained again
 
 
 def test_a_version_that_was_not_measured_before_a_kill_is_measured_when_the_run_goes_on(
@@ -135,6 +138,8 @@ def test_no_pairs_at_all_is_an_error_that_counts_the_reasons(tiny: Path, tmp_pat
     config = tiny_config(tiny, rollout={"max_tokens": 2})
     with pytest.raises(NoPairsError, match=r"all_cut_off: 16.*raise rollout.max_tokens"):
         loop.run(config, str(tmp_path / "run"))
+    state = RunStore.open(str(tmp_path / "run")).read_json("state.json")
+    assert (state["state"], state["error"]["type"]) == ("failed", "NoPairsError")
 
 
 def test_self_feedback_moves_the_tiny_model_towards_its_own_vote(tiny: Path, tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """The cores of a node: one actor computes at a time, unless the config divides them."""
 
+import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -36,17 +38,18 @@ def test_a_second_actor_waits_for_the_first(holder, monkeypatch):
     real = module.fcntl.flock
 
     def flock(file, how):
-        order.append("asked")
-        with pytest.raises(BlockingIOError):
-            real(file, how | module.fcntl.LOCK_NB)
-        holder.stdin.close()
-        real(file, how)
-        order.append("got")
+        try:
+            real(file, how)
+            order.append("got")
+        except BlockingIOError:
+            order.append("busy")
+            holder.stdin.close()
+            raise
 
     monkeypatch.setattr(module.fcntl, "flock", flock)
     with cores(PoolConfig()):
         order.append("computes")
-    assert order == ["asked", "got", "computes"]
+    assert order == ["busy", "got", "computes"]
 
 
 @pytest.mark.parametrize("pool", [PoolConfig(threads=1), PoolConfig(gpus=0.5)])
@@ -60,3 +63,18 @@ def test_an_error_frees_the_cores(tmp_path):
         raise ValueError("x")
     with cores(PoolConfig()):
         pass
+
+
+def test_a_lock_that_cannot_be_had_does_not_stop_the_work(tmp_path, caplog):
+    (tmp_path / f"rlsf-cores-{os.getuid()}.lock").mkdir()
+    with cores(PoolConfig()):
+        pass
+    assert "computing beside other actors" in caplog.text
+
+
+def test_a_long_wait_names_who_has_the_cores(holder, monkeypatch, caplog):
+    monkeypatch.setattr(module, "LATE_S", 0.05)
+    threading.Timer(1.0, holder.stdin.close).start()
+    with cores(PoolConfig()):
+        pass
+    assert f"process {holder.pid} has them" in caplog.text

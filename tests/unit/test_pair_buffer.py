@@ -115,9 +115,14 @@ def test_a_batch_that_is_put_again_while_the_first_put_waits_is_stored_whole(job
         buffer = PairBuffer(job, "pair_buffer")
         await buffer.prepare(0)
         batch = [group(0), group(1), group(2)]
-        for _ in range(2):
-            with pytest.raises(TimeoutError):
-                await asyncio.wait_for(buffer.put(0, 0, batch, []), 0.3)
+        first = asyncio.create_task(buffer.put(0, 0, batch, []))
+        while len(buffer._queue.num_pairs(0)) < 2:
+            await asyncio.sleep(0.01)
+        first.cancel()
+        second = asyncio.create_task(buffer.put(0, 0, batch, []))
+        lease = await buffer.lease(0, 0, 8, 60.0)
+        assert lease is not None
+        assert (len(lease.groups), await second) == (2, 1)
 
     async def second_life() -> None:
         found = (await PairBuffer(job, "pair_buffer").prepare(0))[0]

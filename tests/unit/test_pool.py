@@ -59,10 +59,16 @@ def test_an_idle_generator_that_broke_while_loading_is_started_again_and_gets_wo
 
 
 def test_a_generator_that_stays_unavailable_ends_the_wait_by_name() -> None:
+    now = [0.0]
+
+    def away(call: int) -> ActorUnavailableError:
+        now[0] += 2.0
+        return unavailable()
+
     async def play() -> None:
         async with asyncio.TaskGroup() as tasks:
-            handle = Handle(prepare=lambda call: unavailable())
-            await GeneratorPool({"generator-7": handle}, Watch(0.1), 2, tasks.create_task).prepare(0)
+            watch = Watch(5.0, lambda: now[0])
+            await GeneratorPool({"generator-7": Handle(prepare=away)}, watch, 2, tasks.create_task).prepare(0)
 
     with pytest.raises(ExceptionGroup) as caught:
         asyncio.run(play())

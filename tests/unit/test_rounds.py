@@ -1,6 +1,7 @@
 """How the coordinator's rounds meet failures: other scorers first, the same traces again, an error that says why."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from rlsf_ray.records import Json, Outcome
 from rlsf_ray.run_store import RunStore
 from rlsf_ray.stream.run_state import RunState
 
+DEADLINE_S = 5.0
 Reply = Callable[[int], BaseException | None]
 
 
@@ -65,13 +67,15 @@ def score(made: Rounds) -> Any:
     return asyncio.run(made._generate_and_score(0, 0, 0, []))
 
 
-def make(folder: Path, *, deadline_s: float = 5.0, **replies: Reply) -> tuple[Rounds, dict[str, Scorer], Pool]:
+def make(
+    folder: Path, *, clock: Callable[[], float] = time.monotonic, **replies: Reply
+) -> tuple[Rounds, dict[str, Scorer], Pool]:
     config = tiny_config(Path("model"))  # attempts: 3
     scorers = {name: Scorer(name, reply) for name, reply in replies.items()}
     crew: Any = SimpleNamespace(scorers=scorers)
     store = RunStore.create_or_resume(str(folder), config)
     state = RunState("run", config)
-    made = Rounds(store, state, Journal(store, state), crew, Watch(deadline_s))
+    made = Rounds(store, state, Journal(store, state), crew, Watch(DEADLINE_S, clock))
     pool = Pool()
     made._pool = pool  # type: ignore[assignment]
     return made, scorers, pool
@@ -95,21 +99,50 @@ def test_a_restarting_scorer_is_waited_for_without_counting_attempts(tmp_path: P
 
 
 def test_a_scorer_that_never_comes_back_ends_the_wait_by_name(tmp_path: Path) -> None:
-    made, _, _ = make(tmp_path, deadline_s=0.1, a=lambda call: unavailable())
-    with pytest.raises(DeadlineError, match=r"^a has"):
+    now = [0.0]
+
+    def away(call: int) -> BaseException:
+        now[0] += 0.4 * DEADLINE_S
+        return unavailable()
+
+    made, scorers, _ = make(tmp_path, clock=lambda: now[0], a=away)
+    with pytest.raises(DeadlineError, match=r"^a has been unavailable"):
         score(made)
+    assert len(scorers["a"].got) == 4  # its deadline began at the first failure
 
 
 def test_a_scorer_that_is_away_for_long_does_not_end_a_run_that_moves(tmp_path: Path) -> None:
     """As after a call that rightly waited long for room, or while other scorers work."""
+    now = [0.0]
 
     def away(call: int) -> BaseException | None:
+        now[0] += DEADLINE_S / 2
         made._watch.moved()
-        return unavailable() if call < 30 else None
+        return unavailable() if call < 10 else None
 
-    made, scorers, _ = make(tmp_path, deadline_s=0.1, a=away)
+    made, scorers, _ = make(tmp_path, clock=lambda: now[0], a=away)
     assert score(made) == ["a"]
-    assert len(scorers["a"].got) == 30  # three times as long as the deadline
+    assert len(scorers["a"].got) == 10  # five times as long as the deadline
+
+
+def test_a_version_is_measured_once_whoever_asks(tmp_path: Path) -> None:
+    """A resumed run asks twice: when it hears of the checkpoint, and when it goes on."""
+    made, _, _ = make(tmp_path, a=fine)
+    measured: list[int] = []
+
+    async def evaluate(version: int, questions: int) -> None:
+        measured.append(version)
+
+    async def play() -> None:
+        async with asyncio.TaskGroup() as made._tasks:
+            made._measure_beside()  # the base: measured before the rounds
+            made._state.admission.end_round(0, 1)
+            made._measure_beside()
+            made._measure_beside()
+
+    made._evaluate = evaluate  # type: ignore[method-assign,assignment]
+    asyncio.run(play())
+    assert measured == [1]
 
 
 def test_a_batch_that_kills_every_scorer_is_given_up_after_three_attempts(tmp_path: Path) -> None:

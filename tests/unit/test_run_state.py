@@ -7,7 +7,7 @@ import pytest
 from tiny import tiny_config
 
 from rlsf_ray.config import RunConfig
-from rlsf_ray.errors import NoPairsError, ServiceError
+from rlsf_ray.errors import EngineError, NoPairsError, ServiceError
 from rlsf_ray.records import Outcome
 from rlsf_ray.stream.run_state import RunState
 
@@ -70,6 +70,8 @@ def test_the_time_left_follows_from_prompts_and_steps(small: RunConfig) -> None:
     state.counts["steps"] = 4
     now[0] = 10.0
     assert state.status()["eta_s"] == pytest.approx(130 / 3)
+    state.state = "done"
+    assert state.status()["eta_s"] is None
 
 
 def test_what_a_crash_left_uncounted_is_counted_once(state: RunState) -> None:
@@ -79,6 +81,18 @@ def test_what_a_crash_left_uncounted_is_counted_once(state: RunState) -> None:
     state.recovered(0, [outcome(3, None)])
     assert (state.counts["traces"], state.counts["pairs"]) == (16, 6)
     assert state.ledger.totals()["filtered"] == 1
+
+
+def test_traces_per_second_leave_out_what_was_recovered(small: RunConfig) -> None:
+    """Of 8 traces, 4 came in the 2 s of this life."""
+    now = [0.0]
+    state = RunState("run", small, clock=lambda: now[0])
+    state.ledger.admit(0, 4)
+    state.recovered(0, [outcome(0, None)])
+    state.work_begins()
+    state.scored(0, [outcome(1, None)])
+    now[0] = 2.0
+    assert (state.counts["traces"], state.status()["traces_per_s"]) == (8, 2.0)
 
 
 def test_the_shares_are_of_all_traces_so_far(state: RunState, small: RunConfig) -> None:
@@ -119,7 +133,7 @@ def test_state_json_brings_everything_back(state: RunState, small: RunConfig) ->
 
 def test_the_error_that_ended_a_run_is_kept_until_its_next_life(state: RunState, small: RunConfig) -> None:
     assert state.to_json()["error"] is None
-    state.error = {"type": "EngineError", "text": "no memory"}
+    state.stopped(EngineError("no memory"))
     saved = state.to_json()
     assert saved["error"] == {"type": "EngineError", "text": "no memory"}
     assert RunState("run", small, saved).to_json()["error"] is None

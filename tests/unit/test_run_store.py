@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
@@ -124,8 +125,15 @@ def test_another_config_is_refused_naming_every_key_with_got_expected_and_cure(r
 
 
 def test_of_two_runs_that_begin_at_once_the_second_meets_the_config_of_the_first(tmp_path):
+    begun = threading.Event()
+
+    def begin():
+        begun.set()
+        RunStore.create_or_resume(str(tmp_path), make_config(seed=2))
+
     with ThreadPoolExecutor(1) as second, Storage(str(tmp_path)).lock(".config.lock"):
-        waiting = second.submit(RunStore.create_or_resume, str(tmp_path), make_config(seed=2))
+        waiting = second.submit(begin)
+        assert begun.wait(60)
         with pytest.raises(TimeoutError):
             waiting.result(0.3)
         config = make_config(seed=1).model_dump(mode="json")

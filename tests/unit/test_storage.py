@@ -1,9 +1,10 @@
 """Whole files or none: what a full disk leaves behind."""
 
+import errno
 import resource
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -77,4 +78,14 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path):
         assert holder.stdout.readline()
         holder.kill()
     with Storage(str(tmp_path)).lock():
+        pass
+
+
+@pytest.mark.parametrize(("code", "goes_on"), [(errno.ENOLCK, True), (errno.EIO, False)])
+def test_a_file_system_without_locks_is_no_hindrance_but_a_broken_one_is(tmp_path, monkeypatch, code, goes_on):
+    def flock(*args):
+        raise OSError(code, "no")
+
+    monkeypatch.setattr(storage_module.fcntl, "flock", flock)
+    with nullcontext() if goes_on else pytest.raises(StorageError, match="cannot lock"), Storage(str(tmp_path)).lock():
         pass
