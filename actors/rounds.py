@@ -12,7 +12,7 @@ from ray.exceptions import ActorUnavailableError, ObjectLostError, RayActorError
 
 from actors.journal import Journal
 from actors.pool import GeneratorPool, GivenUp
-from actors.spawn import SCORER_THREADS, Crew
+from actors.spawn import MOST_SLOTS, SCORER_THREADS, Crew
 from actors.watch import Watch
 from rlsf_ray.errors import ServiceError, StorageError
 from rlsf_ray.records import Json, Outcome, Prompt
@@ -35,7 +35,8 @@ class Rounds:
         self._config = store.config
         cluster = self._config.cluster
         self._size = cluster.prompts_per_call
-        wanted = 2 * cluster.generators.count + cluster.scorers.count
+        slots = MOST_SLOTS[self._config.engine]
+        wanted = (slots + 1) * cluster.generators.count + cluster.scorers.count
         self._permits = asyncio.Semaphore(min(wanted, SCORER_THREADS))  # all may meet at one scorer
         self._queued = dict.fromkeys(crew.scorers, 0)  # batches at each scorer
         self._commits: asyncio.Queue[tuple[Json | None, list[Any]]] = asyncio.Queue()
@@ -80,7 +81,9 @@ class Rounds:
         answer, crew, admission = self._watch.answer, self._crew, self._state.admission
         ended = admission.rounds_ended
         await answer(crew.weights.prepare.remote(), "weight_store")  # generators ask it for weights
-        self._pool = GeneratorPool(crew.generators, self._watch, self._config.cluster.attempts, self._start)
+        slots = MOST_SLOTS[self._config.engine]
+        attempts = self._config.cluster.attempts
+        self._pool = GeneratorPool(crew.generators, self._watch, attempts, self._start, self._swapped, slots)
         _, recovered, (self._train, self._probe), *_ = await asyncio.gather(
             self._pool.prepare(admission.newest),
             answer(crew.buffer.prepare.remote(ended, self._without(ended)), "pair_buffer"),
@@ -100,6 +103,10 @@ class Rounds:
         rounds = range(ended, self._config.rounds)
         found = {r: [*ledger.sequences(r, FILTERED), *ledger.sequences(r, FAILED)] for r in rounds if ledger.size(r)}
         return {round: sequences for round, sequences in found.items() if sequences}
+
+    def _swapped(self, swap: Json) -> None:
+        self._journal.record(swap)
+        self._state.swapped(swap)
 
     def _start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         return self._tasks.create_task(work)

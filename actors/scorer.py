@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 
-from actors.cores import cores, give_memory_back
+from actors.cores import Cores, give_memory_back
 from actors.generator import num_tokens
 from actors.job import Job, device, event
 from rlsf_ray.records import Group, Json, Outcome, ScoredGroup, TrainingGroup
@@ -33,6 +33,7 @@ class ScorerWorker:
 
                 self._store = self._job.enter(self._name, threads=0)
                 config = self._store.config
+                self._cores = Cores(config.cluster.scorers)
                 self._buffer = self._job.actor("pair_buffer")
                 pool = config.cluster.scorers
                 scorer = Scorer(config, threads=pool.threads, device=device(pool))
@@ -49,7 +50,7 @@ class ScorerWorker:
 
         self.prepare()
         groups: list[Group] = ray.get(boxed[0], timeout=self._store.config.cluster.deadline_s)
-        with self._computing, cores(self._store.config.cluster.scorers):
+        with self._computing, self._cores.turn():
             start = time.time()
             scored, training = self._score(groups)
             rows = [row for one in scored for row in self._store.trace_rows(one)]

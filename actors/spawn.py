@@ -24,6 +24,7 @@ from rlsf_ray.errors import DeadlineError
 RESTARTS = 3
 LOOK_S = 60.0  # for every node to answer one question
 ON_HEAD = {"node:__internal_head__": 0.001}  # what only steers must not keep a worker node from being given back
+MOST_SLOTS = {"transformers": 1, "vllm": 4}  # batches that a generator works on at once
 SCORER_THREADS = 64  # batches that wait for room in the buffer; more are never in flight
 
 # Phases overlap on few cores: idle OpenMP threads may spin for a moment only (with none at all generation loses a
@@ -69,7 +70,9 @@ class Crew:
         self.buffer = self._spawn(PairBuffer, "pair_buffer", max_concurrency=200, **steering)
         self.evaluator = self._spawn(Evaluator, "evaluator", **steering)
         self.driver = self._spawn(TrainDriver, "train_driver", **steering)
-        self.generators = self._pool(Generator, "generator", cluster.generators)
+        slots = MOST_SLOTS[config.engine]
+        calls = slots + 1 if slots > 1 else 1  # with vLLM a version is loaded beside them
+        self.generators = self._pool(Generator, "generator", cluster.generators, max_concurrency=calls)
         self.scorers = self._pool(ScorerWorker, "scorer", cluster.scorers, max_concurrency=SCORER_THREADS)
 
     def _pool(self, cls: type, role: str, pool: PoolConfig, **options: Any) -> dict[str, Any]:

@@ -20,10 +20,10 @@ import torch.distributed as dist
 from ray.util import get_current_placement_group
 from safetensors.numpy import save
 
-from actors.cores import cores, give_memory_back
+from actors.cores import Cores, give_memory_back
 from actors.job import Job, event
 from actors.weight_store import ADAPTER_FILE
-from rlsf_ray.adapters import checksum
+from rlsf_ray.adapters import CANARY_FILE, canaries_to_bytes, checksum
 from rlsf_ray.engines.learner import Learner, pass_order, training_steps
 from rlsf_ray.errors import DrainedError, NonFiniteLossError, RlsfError, StorageError, WeightsError
 from rlsf_ray.loop import step_row
@@ -73,13 +73,16 @@ class Worker:
         self._config = self._store.config
         self._coordinator, self._buffer = job.actor("coordinator"), job.actor("pair_buffer")
         pool = self._config.cluster.trainers
+        self._cores = Cores(pool)
         where = str(ray.train.torch.get_device()) if pool.gpus else "cpu"
         self._learner = Learner(self._config, threads=pool.threads, device=where)
         self._versions = [0]  # published before the round in work
+        self._before: dict[str, np.ndarray] = {}  # the adapter at the beginning of the round
 
     def run(self) -> None:
         """Every round from the last checkpoint on."""
         for round in range(self._resume(), self._config.rounds):
+            self._before = self._learner.adapter()
             trained = self._lead(round) if self._rank == 0 else self._follow()
             if trained:
                 self._report(round, trained)
@@ -154,7 +157,7 @@ class Worker:
 
     def _step(self, step: Sequence[TrainingGroup], round: int, pass_index: int) -> None:
         """One optimiser step; rank 0 records it and asks whether to go on."""
-        alone = cores(self._config.cluster.trainers) if self._world == 1 else nullcontext()  # ranks wait for each other
+        alone = self._cores.turn() if self._world == 1 else nullcontext()  # ranks wait for each other
         try:
             with alone:
                 start = time.time()
@@ -179,7 +182,6 @@ class Worker:
 
     def _report(self, round: int, groups: list[TrainingGroup] | bool) -> None:
         """Save the learner, the adapter of the next version and the ids it was trained on as one checkpoint."""
-        give_memory_back()
         version = round + 1
         self._versions = [*self._versions, version]
         if self._rank != 0 or isinstance(groups, bool):
@@ -194,11 +196,15 @@ class Worker:
             "sequences": [group.sequence for group in groups],
             "ids": [group.id for group in groups],
         }
+        with self._cores.turn():
+            canaries = canaries_to_bytes(self._learner.canaries(groups, self._before))
+            give_memory_back()
         with tempfile.TemporaryDirectory() as folder:
             with room_in(folder):
                 weights = {name: np.ascontiguousarray(a) for name, a in adapter.items()}
                 Path(folder, ADAPTER_FILE).write_bytes(save(weights))
                 Path(folder, STATE_FILE).write_bytes(self._learner.state_bytes())
+                Path(folder, CANARY_FILE).write_bytes(canaries)
                 Path(folder, RECORD_FILE).write_text(json.dumps(record))
             with room_in(self._store.path("checkpoints")):
                 ray.train.report(record, checkpoint=ray.train.Checkpoint.from_directory(folder))

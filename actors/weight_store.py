@@ -8,9 +8,9 @@ from typing import Any
 import ray
 
 from actors.job import Job
-from rlsf_ray.adapters import from_peft
+from rlsf_ray.adapters import CANARY_FILE, canaries_from_bytes, from_peft
 from rlsf_ray.errors import WeightsError
-from rlsf_ray.records import Json, WeightsVersion
+from rlsf_ray.records import Canary, Json, WeightsVersion
 
 ADAPTER_FILE = "adapter_model.safetensors"  # in a checkpoint
 
@@ -32,26 +32,39 @@ class WeightStore:
         """
         with boxed[0].as_directory() as folder:
             adapter = from_peft((Path(folder) / ADAPTER_FILE).read_bytes())
+            file = Path(folder) / CANARY_FILE
+            canaries = file.read_bytes() if file.exists() else b""  # of an older run
         config = self._store.config
+        if canaries:
+            self._store.storage.write(_canary_file(record["version"]), canaries)
         weights = self._store.write_adapter(record["version"], adapter, config.model.name, config)
         if weights.checksum != record["checksum"]:
             raise WeightsError(
                 f"the checkpoint of round {record['round']} holds an adapter with checksum {weights.checksum}, expected"
                 f" {record['checksum']} as the trainer reported; the checkpoint changed on storage"
             )
-        self._hold(weights, adapter)
+        self._hold(weights, adapter, canaries_from_bytes(canaries) if canaries else [])
         return weights
 
-    def get(self, version: int) -> tuple[WeightsVersion, list[Any]]:
-        """(name and checksum, [reference of the arrays]). Raises WeightsError for an unknown version."""
+    def get(self, version: int) -> tuple[WeightsVersion, int, list[Any]]:
+        """(name and checksum, the version before it, [reference of (adapter, canaries)]).
+
+        Raises WeightsError for an unknown version.
+        """
         if version not in self._held:
             adapter, weights = self._store.read_adapter(version)
-            self._hold(weights, adapter)
+            canaries = self._store.storage.read(_canary_file(version))
+            self._hold(weights, adapter, canaries_from_bytes(canaries) if canaries else [])
         weights, reference = self._held[version]
-        return weights, [reference]
+        before = max((known for known in self._store.versions() if known < version), default=0)
+        return weights, before, [reference]
 
-    def _hold(self, weights: WeightsVersion, adapter: Any) -> None:
-        self._held[weights.version] = (weights, ray.put(adapter))
+    def _hold(self, weights: WeightsVersion, adapter: Any, canaries: list[Canary]) -> None:
+        self._held[weights.version] = (weights, ray.put((adapter, canaries)))
         for old in sorted(self._held)[: -(self._store.config.cluster.max_staleness + 2)]:
             if old != weights.version:
                 del self._held[old]
+
+
+def _canary_file(version: int) -> str:
+    return f"versions/{version:04d}/{CANARY_FILE}"

@@ -69,14 +69,14 @@ def bench_config(model: str, overrides: Sequence[str], prompts: int) -> RunConfi
 
 def measure_alone(config: RunConfig) -> Json:
     """Tokens/s of each stage by itself: {role: {"median", "low", "high", "turns"}}; None where nothing was done."""
+    from rlsf_ray.engines.build import build_engine
     from rlsf_ray.engines.learner import Learner
     from rlsf_ray.engines.scorer import Scorer
-    from rlsf_ray.engines.transformers_engine import TransformersEngine
     from rlsf_ray.rollouts.programs import write_groups
     from rlsf_ray.tasks.sources import load_sets, prompts_of_round
 
     cluster, (train, _) = config.cluster, load_sets(config)
-    engine = TransformersEngine(config.model, config.learner, threads=cluster.generators.threads)
+    engine = build_engine(config, threads=cluster.generators.threads)
     scorer, learner = Scorer(config, threads=cluster.scorers.threads), Learner(config)
     rates: dict[str, list[float]] = {role: [] for role in ROLES}
     for turn in range(1 + TURNS):
@@ -93,6 +93,7 @@ def measure_alone(config: RunConfig) -> Json:
             if turn and tokens:  # a turn without a pair has nothing to train
                 rates[role].append(tokens / seconds)
     scorer.close()
+    engine.close()
     return {role: _spread(found) for role, found in rates.items()}
 
 

@@ -1,17 +1,21 @@
-"""LoRA adapters as names and arrays: their checksum, and PEFT's own file format for them."""
+"""LoRA adapters as names and arrays: their checksum, PEFT's own file format, and the canaries that go with them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from rlsf_ray.records import Canary
+
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
+CANARY_FILE = "canaries.safetensors"
 
 
 def checksum(adapter: Mapping[str, np.ndarray]) -> str:
@@ -61,3 +65,16 @@ def from_peft(weights: bytes) -> dict[str, np.ndarray]:
         return load(weights)
     except SafetensorError as error:
         raise ValueError(f"not a safetensors file: {error}") from error
+
+
+def canaries_to_bytes(canaries: Sequence[Canary]) -> bytes:
+    """All canaries of a version as one safetensors file."""
+    return save({f"{i}/{key}": array for i, canary in enumerate(canaries) for key, array in asdict(canary).items()})
+
+
+def canaries_from_bytes(data: bytes) -> list[Canary]:
+    """What `canaries_to_bytes` was given. Raises ValueError if it is no such file."""
+    arrays = from_peft(data)
+    indices = sorted({int(name.partition("/")[0]) for name in arrays})
+    keys = ("prompt_ids", "token_ids", "before", "after")
+    return [Canary(**{key: arrays[f"{index}/{key}"] for key in keys}) for index in indices]

@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import closing
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -240,14 +241,13 @@ def _evaluate(config: RunConfig, store: RunStore | None, version: int | None, *,
     probe = load_sets(config)[1]
     if not probe:
         raise InputError("there is no probe set to measure on: data.probe is empty; give it a source with answers")
-    from rlsf_ray.engines.transformers_engine import TransformersEngine
+    from rlsf_ray.engines.build import build_engine
     from rlsf_ray.evaluate import evaluate_version
 
-    engine = TransformersEngine(config.model, config.learner)
-    if store is not None and number:
-        engine.load_version(number, store.read_adapter(number)[0])
     console = _console()
-    with console.status("measuring") as spinner:
+    with console.status("measuring") as spinner, closing(build_engine(config)) as engine:
+        if store is not None and number:
+            engine.load_version(number, store.read_adapter(number)[0])
         result = evaluate_version(
             engine, probe, config, number, lambda done: spinner.update(f"measuring: {done}/{len(probe)} questions")
         )

@@ -195,6 +195,9 @@ class RunConfig(_Section):
     rounds: PositiveInt = 2
     prompts_per_round: PositiveInt = 64
     model: ModelConfig = ModelConfig()
+    engine: Literal["transformers", "vllm"] = "transformers"  # what writes the traces
+    engine_args: dict[str, Any] = {}  # vLLM's own engine arguments, by the names of its AsyncEngineArgs
+    swap: Literal["adapter", "merged"] | None = None  # how vLLM takes a version in; None: what is faster on the device
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
     signal: Annotated[str, _one_of("signal", tuple(SIGNALS))] = "disparity"
@@ -213,6 +216,15 @@ class RunConfig(_Section):
     def _cross_checks(self) -> RunConfig:
         if self.rollout.name == "cot_decoding" and self.data.answer != "elicit" and self.rollout.max_tokens < 2:
             raise ValueError("rollout.max_tokens must be at least 2 for cot_decoding, got 1; raise it")
+        if self.engine == "vllm" and self.cluster.generators.threads:
+            raise ValueError(
+                "vLLM divides cores by its own settings, got"
+                f" cluster.generators.threads={self.cluster.generators.threads}; set it to 0, and"
+                " VLLM_CPU_OMP_THREADS_BIND in the environment if need be"
+            )
+        if self.engine != "vllm" and (self.engine_args or self.swap):
+            found = f"engine_args {sorted(self.engine_args)}" if self.engine_args else f"swap={self.swap}"
+            raise ValueError(f"{found} is for vLLM, got engine={self.engine}; set engine: vllm")
         if self.pairs.rule == "all_above" and self.pairs.min_chosen > 1.0:
             raise ValueError(
                 f"pairs.min_chosen is compared with a score of at most 1 under all_above, got {self.pairs.min_chosen};"

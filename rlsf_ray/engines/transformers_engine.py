@@ -6,19 +6,21 @@ Letters in shapes: R rows (traces in flight), V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
-from tokenizers.decoders import DecodeStream
 
 from rlsf_ray.adapters import checksum
 from rlsf_ray.config import LearnerConfig, ModelConfig
 from rlsf_ray.engines.base import Adapter, Completion, Request
 from rlsf_ray.engines.lora import adapter_arrays, add_adapter, load_adapter
 from rlsf_ray.engines.models import context_length, find_model, load_model, load_tokenizer
-from rlsf_ray.errors import EngineError, InputError, WeightsError
-from rlsf_ray.records import IntArray, Prompt
+from rlsf_ray.engines.packing import Row, trace_logprobs
+from rlsf_ray.engines.tokens import check_lengths, encode_prompt, encode_text, eos_ids, token_characters
+from rlsf_ray.errors import EngineError, WeightsError
+from rlsf_ray.records import FloatArray, IntArray, Json, Prompt
 
 TOKEN_BUDGET = 1 << 16  # cached tokens (rows x length) of one decoding batch; larger requests are split
 COMPACT_BELOW = 0.75  # drop finished rows from the batch once fewer than this share are alive
@@ -35,23 +37,18 @@ class TransformersEngine:
         self._config = model
         self._tokenizer = load_tokenizer(model)
         base = load_model(model, device=device)
-        self._eos = _eos_ids(base, self._tokenizer)
+        self._eos = eos_ids(base.generation_config, self._tokenizer)
         self._context = context_length(find_model(model.name))
         self._model = add_adapter(base, learner, seed=0, dtype=base.dtype).eval()
         self._adapters: dict[int, Adapter] = {}
         self._active = 0
 
     def encode(self, prompt: Prompt) -> IntArray:
-        messages = [{"role": role, "content": content} for role, content in prompt.messages]
-        if self._config.chat == "plain":
-            text = "\n".join(message["content"] for message in messages) + "\n"
-            return np.asarray(self._tokenizer(text)["input_ids"], dtype=np.int32)
-        encoded = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-        return np.asarray(encoded["input_ids"], dtype=np.int32)
+        return encode_prompt(self._tokenizer, self._config, prompt)
 
     def encode_text(self, text: str) -> IntArray:
         """Token ids of plain text that continues a trace (no special tokens)."""
-        return np.asarray(self._tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
+        return encode_text(self._tokenizer, text)
 
     def load_version(self, version: int, adapter: Adapter) -> str:
         """Keep `adapter` as `version` and make it active; what the model then holds is read back and compared."""
@@ -65,12 +62,14 @@ class TransformersEngine:
         self._active = version
         return checksum(adapter)
 
-    def forget_versions(self, older_than: int) -> None:
-        """Drop adapters no longer needed."""
-        self._adapters = {v: a for v, a in self._adapters.items() if v >= older_than}
+    def forget_version(self, version: int) -> None:
+        """Drop an adapter that is no longer needed."""
+        del self._adapters[version]
+        if self._active == version:
+            self._active = 0
 
     def generate(self, requests: Sequence[Request], version: int) -> list[list[Completion]]:
-        self._check(requests)
+        check_lengths(requests, self._context)
         self._activate(version)
         results: list[list[Completion]] = []
         for batch in _within_budget(requests):
@@ -81,13 +80,24 @@ class TransformersEngine:
                 results += self._decode(batch)
         return results
 
-    def _check(self, requests: Sequence[Request]) -> None:
-        longest, most = max(len(r.prompt_ids) for r in requests), max(r.sampling.max_tokens for r in requests)
-        if longest + most > self._context:
-            raise InputError(
-                f"a prompt of {longest} tokens and max_tokens={most} do not fit the model's context of {self._context};"
-                " shorten the prompts or lower rollout.max_tokens"
-            )
+    @torch.inference_mode()
+    def logprobs(self, texts: Sequence[tuple[IntArray, IntArray]], version: int) -> list[FloatArray]:
+        """For each (prompt ids, trace ids): the log-probs [T] that `version` gives to the trace's tokens."""
+        self._activate(version)
+        rows = [Row(prompt_ids, [token_ids]) for prompt_ids, token_ids in texts]
+        with self._model.disable_adapter() if version == 0 else nullcontext():
+            return [found[0].float().cpu().numpy() for found in trace_logprobs(self._model, rows)]
+
+    def usage(self) -> Json:
+        """Nothing: a batch is split where it would not fit."""
+        return {}
+
+    def alive(self) -> bool:
+        """True: it has no process of its own."""
+        return True
+
+    def close(self) -> None:
+        """Nothing outlives this object."""
 
     def _activate(self, version: int) -> None:
         if version in (0, self._active):
@@ -222,31 +232,6 @@ class _Chooser:
         cumulative = ((logits - highest) / self._temperature[alive, None]).exp_().cumsum(-1)
         target = self._uniform[alive, step, None] * cumulative[:, -1:]
         return torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[1] - 1)[:, 0]
-
-
-def token_characters(tokenizer: Any, ids: Sequence[int]) -> tuple[str, IntArray]:
-    """The text of `ids` without special tokens, and the characters [T, 2] that each token covers.
-
-    Tokens that only together make a character (byte-level BPE) share its range; a special token covers nothing.
-    """
-    stream = DecodeStream(skip_special_tokens=True)
-    text, waiting = "", []
-    spans = np.zeros((len(ids), 2), dtype=np.int32)
-    for position, token in enumerate(ids):
-        chunk = stream.step(tokenizer.backend_tokenizer, token)
-        waiting.append(position)
-        if chunk is not None:
-            spans[waiting] = (len(text), len(text) + len(chunk))
-            text += chunk
-            waiting = []
-    spans[waiting] = (len(text), len(text))
-    return text, spans
-
-
-def _eos_ids(model: Any, tokenizer: Any) -> set[int]:
-    ids = model.generation_config.eos_token_id if model.generation_config is not None else None
-    found = {ids} if isinstance(ids, int) else set(ids or ())
-    return found | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())
 
 
 def _within_budget(requests: Sequence[Request]) -> list[list[Request]]:

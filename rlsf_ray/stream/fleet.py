@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+ROOM, FULL = 0.7, 0.9  # shares of a KV cache in use
+FIRST_SLOTS = 2  # the next batch waits at the engine when one ends
+
 
 class State(StrEnum):
     STALE = "stale"
@@ -22,12 +25,16 @@ class State(StrEnum):
 
 @dataclass(slots=True)
 class Replica:
-    """One generator as the coordinator sees it. `version` is the newest it has loaded and proved."""
+    """One generator as the coordinator sees it. `version` is the newest it has loaded and proved.
+
+    It works on `in_flight` pieces at once, at most `slots`.
+    """
 
     name: str
     state: State = State.STALE
     version: int = 0
-    busy: bool = False
+    slots: int = 1
+    in_flight: int = 0
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -40,10 +47,12 @@ class Ticket:
 
 
 class Fleet:
-    """Matches waiting work to idle replicas whose weights are new enough."""
+    """Matches waiting work to replicas with a free slot whose weights are new enough."""
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self._replicas = {name: Replica(name) for name in names}
+    def __init__(self, names: Sequence[str], *, most_slots: int = 1) -> None:
+        first = min(most_slots, FIRST_SLOTS)
+        self._replicas = {name: Replica(name, slots=first) for name in names}
+        self._most_slots = most_slots
         self._waiting: list[Ticket] = []
         self._tickets = 0
 
@@ -58,12 +67,11 @@ class Fleet:
         """`name` broke or restarts: what it had loaded is lost."""
         replica = self._replicas[name]
         if replica.state is not State.DEAD:
-            replica.state, replica.busy = State.STALE, False
+            replica.state = State.STALE
 
     def died(self, name: str) -> None:
         """`name` will not come back."""
         self._replicas[name].state = State.DEAD
-        self._replicas[name].busy = False
 
     def submit(self, priority: tuple[int, ...], least_version: int) -> Ticket:
         """Queue a piece of work that needs at least `least_version`."""
@@ -78,26 +86,33 @@ class Fleet:
             self._waiting.remove(ticket)
 
     def match(self) -> list[tuple[Ticket, Replica]]:
-        """Hand out all work that can start now; the replicas are busy from here until `release`."""
+        """Hand out all work that can start now; it takes its slots from here until `release`."""
         matched = []
         for ticket in sorted(self._waiting):
-            replica = self._idle(ticket.least_version)
+            replica = self._free(ticket.least_version)
             if replica is not None:
-                replica.busy = True
+                replica.in_flight += 1
                 self._waiting.remove(ticket)
                 matched.append((ticket, replica))
         return matched
 
-    def _idle(self, least_version: int) -> Replica | None:
-        """The idle replica with the newest weights, by name among equals."""
-        fit = [
-            r for r in self._replicas.values() if r.state is State.READY and not r.busy and r.version >= least_version
-        ]
-        return min(fit, key=lambda replica: (-replica.version, replica.name), default=None)
+    def _free(self, least_version: int) -> Replica | None:
+        """The replica with the newest weights, among equals the one with the least work, then by name."""
+        ready = [r for r in self._replicas.values() if r.state is State.READY and r.in_flight < r.slots]
+        fit = [replica for replica in ready if replica.version >= least_version]
+        return min(fit, key=lambda replica: (-replica.version, replica.in_flight, replica.name), default=None)
+
+    def adapt(self, name: str, kv_usage: float) -> None:
+        """More pieces at once while the KV cache of `name` has room, fewer once it is full."""
+        replica = self._replicas[name]
+        if kv_usage > FULL:
+            replica.slots = max(1, replica.slots - 1)
+        elif kv_usage < ROOM:
+            replica.slots = min(self._most_slots, replica.slots + 1)
 
     def release(self, name: str) -> None:
-        """`name` has finished its work."""
-        self._replicas[name].busy = False
+        """`name` has finished a piece of work, or failed at it."""
+        self._replicas[name].in_flight -= 1
 
     def names(self, *states: State) -> list[str]:
         """Replicas in one of these states."""

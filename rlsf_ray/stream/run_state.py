@@ -29,6 +29,7 @@ class RunState:
         self.counts |= saved.get("counts", {})
         self.state: str = saved.get("state", "starting")
         self.message = ""
+        self.swaps: dict[str, Json] = {}  # generator -> its last swap in this life
         self.peak_memory_gb: float | None = saved.get("peak_memory_gb")  # of all processes, where the driver measures
         self.error: Json | None = None  # what ended the run in failure: {"type", "text"}
         self.prompts_per_round = config.prompts_per_round  # a small training set has fewer
@@ -63,6 +64,11 @@ class RunState:
             )
         self.ledger.trained(round, sequences)
         self._end(round, version)
+
+    def swapped(self, swap: Json) -> None:
+        """A generator has loaded a version: what it proved."""
+        keys = ("version", "verdict", "share", "expected_move", "gap")
+        self.swaps[swap["actor"]] = {key: swap[key] for key in keys}
 
     def had_no_pairs(self, round: int) -> None:
         """Every prompt of `round` was filtered or failed."""
@@ -171,5 +177,6 @@ class RunState:
             **self.shares(),
             "eta_s": self._seconds_left((done + waiting) / total),
             "accounting": accounting,
+            "swaps": self.swaps,
             "message": self.message,
         }

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from report_data import bare_run
 
+from rlsf_ray.adapters import canaries_from_bytes, canaries_to_bytes
 from rlsf_ray.errors import StorageError, WeightsError
+from rlsf_ray.records import Canary
 from rlsf_ray.run_store import RunStore, checksum
 
 
@@ -111,3 +113,20 @@ def test_plain_peft_loads_a_version_with_identical_logits(tmp_path):
         torch.testing.assert_close(loaded, trained(tokens).logits, rtol=0, atol=0)
     assert not torch.equal(loaded, plain)
     assert json.loads(Path(made.path, "version.json").read_text()) == {"version": 1, "checksum": made.checksum}
+
+
+def test_canaries_come_back_as_they_were():
+    draw = np.random.default_rng(0)
+    made = [
+        Canary(
+            prompt_ids=np.arange(size, dtype=np.int32),
+            token_ids=np.arange(4, dtype=np.int32),
+            before=draw.normal(size=4).astype(np.float32),
+            after=draw.normal(size=4).astype(np.float32),
+        )
+        for size in range(1, 13)
+    ]
+    back = canaries_from_bytes(canaries_to_bytes(made))
+    for one, other in zip(made, back, strict=True):
+        for name in ("prompt_ids", "token_ids", "before", "after"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))

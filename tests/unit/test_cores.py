@@ -8,13 +8,13 @@ import threading
 import pytest
 
 from actors import cores as module
-from actors.cores import cores
+from actors.cores import Cores
 from rlsf_ray.config import PoolConfig
 
 HOLD = (
     "import sys, tempfile; tempfile.tempdir = sys.argv[1]; from rlsf_ray.config import PoolConfig\n"
-    "from actors.cores import cores\n"
-    "with cores(PoolConfig()): print(flush=True); sys.stdin.read()"
+    "from actors.cores import Cores\n"
+    "with Cores(PoolConfig()).turn(): print(flush=True); sys.stdin.read()"
 )
 
 
@@ -47,27 +47,27 @@ def test_a_second_actor_waits_for_the_first(holder, monkeypatch):
             raise
 
     monkeypatch.setattr(module.fcntl, "flock", flock)
-    with cores(PoolConfig()):
+    with Cores(PoolConfig()).turn():
         order.append("computes")
     assert order == ["busy", "got", "computes"]
 
 
 @pytest.mark.parametrize("pool", [PoolConfig(threads=1), PoolConfig(gpus=0.5)])
 def test_whoever_has_cores_of_its_own_or_a_gpu_does_not_wait(holder, pool):
-    with cores(pool):
+    with Cores(pool).turn():
         assert holder.poll() is None  # still holds them
 
 
 def test_an_error_frees_the_cores(tmp_path):
-    with pytest.raises(ValueError, match="x"), cores(PoolConfig()):
+    with pytest.raises(ValueError, match="x"), Cores(PoolConfig()).turn():
         raise ValueError("x")
-    with cores(PoolConfig()):
+    with Cores(PoolConfig()).turn():
         pass
 
 
 def test_a_lock_that_cannot_be_had_does_not_stop_the_work(tmp_path, caplog):
     (tmp_path / f"rlsf-cores-{os.getuid()}.lock").mkdir()
-    with cores(PoolConfig()):
+    with Cores(PoolConfig()).turn():
         pass
     assert "computing beside other actors" in caplog.text
 
@@ -75,6 +75,23 @@ def test_a_lock_that_cannot_be_had_does_not_stop_the_work(tmp_path, caplog):
 def test_a_long_wait_names_who_has_the_cores(holder, monkeypatch, caplog):
     monkeypatch.setattr(module, "LATE_S", 0.05)
     threading.Timer(1.0, holder.stdin.close).start()
-    with cores(PoolConfig()):
+    with Cores(PoolConfig()).turn():
         pass
     assert f"process {holder.pid} has them" in caplog.text
+
+
+def test_the_calls_of_one_actor_share_its_turn_and_the_last_ends_it(tmp_path):
+    ours, theirs = Cores(PoolConfig()), Cores(PoolConfig())
+    got = threading.Event()
+
+    def other():
+        with theirs.turn():
+            got.set()
+
+    waiting = threading.Thread(target=other)
+    with ours.turn():
+        with ours.turn():
+            waiting.start()
+        assert not got.wait(0.3)
+    waiting.join(60)
+    assert got.is_set()

@@ -87,3 +87,42 @@ def test_withdrawn_work_is_not_handed_out() -> None:
     fleet.withdraw(ticket)
     fleet.ready("a", 0)
     assert matched(fleet) == []
+
+
+def test_an_engine_that_batches_continuously_gets_more_at_once_as_long_as_its_cache_has_room() -> None:
+    fleet = Fleet(["a"], most_slots=3)
+    fleet.ready("a", 0)
+    for _ in range(9):
+        fleet.submit((0,), 0)
+    counts = [len(matched(fleet))]
+    for kv_usage in (0.2, 0.8, 0.3, 0.1):  # room; neither; room, but no more slots
+        fleet.adapt("a", kv_usage)
+        counts.append(len(matched(fleet)))
+    assert counts == [2, 1, 0, 0, 0]
+    for _ in range(3):
+        fleet.release("a")
+    fleet.adapt("a", 0.95)
+    assert len(matched(fleet)) == 2
+
+
+def test_work_is_spread_over_equal_replicas() -> None:
+    fleet = Fleet(["a", "b"], most_slots=2)
+    for name in ("a", "b"):
+        fleet.ready(name, 1)
+    for _ in range(4):
+        fleet.submit((0,), 0)
+    assert [name for _, name in matched(fleet)] == ["a", "b", "a", "b"]
+
+
+def test_a_restarted_replica_has_its_slots_back_once_its_calls_have_failed() -> None:
+    fleet = Fleet(["a"], most_slots=2)
+    fleet.ready("a", 0)
+    for _ in range(3):
+        fleet.submit((0,), 0)
+    assert len(matched(fleet)) == 2
+    fleet.failed("a")
+    for _ in range(2):
+        fleet.release("a")
+    assert matched(fleet) == []
+    fleet.ready("a", 0)
+    assert len(matched(fleet)) == 1

@@ -48,7 +48,7 @@ def test_an_idle_generator_that_broke_while_loading_is_started_again_and_gets_wo
     async def play() -> tuple[int, str, int]:
         handle = Handle(load_version=lambda call: RayActorError())
         async with asyncio.TaskGroup() as tasks:
-            generators = GeneratorPool({"g": handle}, Watch(5.0), 2, tasks.create_task)
+            generators = GeneratorPool({"g": handle}, Watch(5.0), 2, tasks.create_task, print)
             await generators.prepare(0)
             generators.publish(1)
             generators.publish(2)  # both loads fail: still one start
@@ -68,7 +68,7 @@ def test_a_generator_that_stays_unavailable_ends_the_wait_by_name() -> None:
     async def play() -> None:
         async with asyncio.TaskGroup() as tasks:
             watch = Watch(5.0, lambda: now[0])
-            await GeneratorPool({"generator-7": Handle(prepare=away)}, watch, 2, tasks.create_task).prepare(0)
+            await GeneratorPool({"generator-7": Handle(prepare=away)}, watch, 2, tasks.create_task, print).prepare(0)
 
     with pytest.raises(ExceptionGroup) as caught:
         asyncio.run(play())
@@ -79,7 +79,7 @@ def test_a_generator_that_is_unavailable_for_a_while_is_waited_for() -> None:
     async def play() -> int:
         handle = Handle(prepare=lambda call: unavailable() if call < 5 else None)
         async with asyncio.TaskGroup() as tasks:
-            await GeneratorPool({"g": handle}, Watch(5.0), 1, tasks.create_task).prepare(0)
+            await GeneratorPool({"g": handle}, Watch(5.0), 1, tasks.create_task, print).prepare(0)
         return handle.prepare.calls
 
     assert asyncio.run(play()) == 5

