@@ -35,8 +35,8 @@ class Rounds:
         self._config = store.config
         cluster = self._config.cluster
         self._size = cluster.prompts_per_call
-        slots = MOST_SLOTS[self._config.engine]
-        wanted = (slots + 1) * cluster.generators.count + cluster.scorers.count
+        self._slots = MOST_SLOTS[self._config.engine]
+        wanted = (self._slots + 1) * cluster.generators.count + cluster.scorers.count
         self._permits = asyncio.Semaphore(min(wanted, SCORER_THREADS))  # all may meet at one scorer
         self._queued = dict.fromkeys(crew.scorers, 0)  # batches at each scorer
         self._commits: asyncio.Queue[tuple[Json | None, list[Any]]] = asyncio.Queue()
@@ -81,9 +81,8 @@ class Rounds:
         answer, crew, admission = self._watch.answer, self._crew, self._state.admission
         ended = admission.rounds_ended
         await answer(crew.weights.prepare.remote(), "weight_store")  # generators ask it for weights
-        slots = MOST_SLOTS[self._config.engine]
         attempts = self._config.cluster.attempts
-        self._pool = GeneratorPool(crew.generators, self._watch, attempts, self._start, self._swapped, slots)
+        self._pool = GeneratorPool(crew.generators, self._watch, attempts, self._start, self._swapped, self._slots)
         _, recovered, (self._train, self._probe), *_ = await asyncio.gather(
             self._pool.prepare(admission.newest),
             answer(crew.buffer.prepare.remote(ended, self._without(ended)), "pair_buffer"),

@@ -43,7 +43,7 @@ class WeightStore:
                 f"the checkpoint of round {record['round']} holds an adapter with checksum {weights.checksum}, expected"
                 f" {record['checksum']} as the trainer reported; the checkpoint changed on storage"
             )
-        self._hold(weights, adapter, canaries_from_bytes(canaries) if canaries else [])
+        self._hold(weights, adapter, canaries_from_bytes(canaries))
         return weights
 
     def get(self, version: int) -> tuple[WeightsVersion, int, list[Any]]:
@@ -53,8 +53,7 @@ class WeightStore:
         """
         if version not in self._held:
             adapter, weights = self._store.read_adapter(version)
-            canaries = self._store.storage.read(_canary_file(version))
-            self._hold(weights, adapter, canaries_from_bytes(canaries) if canaries else [])
+            self._hold(weights, adapter, canaries_from_bytes(self._store.storage.read(_canary_file(version)) or b""))
         weights, reference = self._held[version]
         before = max((known for known in self._store.versions() if known < version), default=0)
         return weights, before, [reference]

@@ -73,7 +73,9 @@ def canaries_to_bytes(canaries: Sequence[Canary]) -> bytes:
 
 
 def canaries_from_bytes(data: bytes) -> list[Canary]:
-    """What `canaries_to_bytes` was given. Raises ValueError if it is no such file."""
+    """What `canaries_to_bytes` was given; none for no bytes. Raises ValueError if it is no such file."""
+    if not data:
+        return []
     arrays = from_peft(data)
     indices = sorted({int(name.partition("/")[0]) for name in arrays})
     keys = ("prompt_ids", "token_ids", "before", "after")

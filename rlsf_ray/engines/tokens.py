@@ -9,7 +9,7 @@ import numpy as np
 from tokenizers.decoders import DecodeStream
 
 from rlsf_ray.config import ModelConfig
-from rlsf_ray.engines.base import Request
+from rlsf_ray.engines.base import Completion, Request
 from rlsf_ray.errors import InputError
 from rlsf_ray.records import IntArray, Prompt
 
@@ -56,6 +56,20 @@ def token_characters(tokenizer: Any, ids: Sequence[int]) -> tuple[str, IntArray]
             waiting = []
     spans[waiting] = (len(text), len(text))
     return text, spans
+
+
+def completion(tokenizer: Any, ids: Sequence[int], values: np.ndarray, finished: bool) -> Completion:
+    """What an engine returns for `ids`; `values` [T, 3]: log-prob, and the two largest probabilities."""
+    text, spans = token_characters(tokenizer, ids)
+    return Completion(
+        token_ids=np.asarray(ids, dtype=np.int32),
+        logprob=values[:, 0],
+        top1=values[:, 1],
+        top2=values[:, 2],
+        text=text,
+        char_spans=spans,
+        finished=finished,
+    )
 
 
 def eos_ids(generation: Any, tokenizer: Any) -> set[int]:

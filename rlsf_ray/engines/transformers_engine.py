@@ -18,7 +18,7 @@ from rlsf_ray.engines.base import Adapter, Completion, Request
 from rlsf_ray.engines.lora import adapter_arrays, add_adapter, load_adapter
 from rlsf_ray.engines.models import context_length, find_model, load_model, load_tokenizer
 from rlsf_ray.engines.packing import Row, trace_logprobs
-from rlsf_ray.engines.tokens import check_lengths, encode_prompt, encode_text, eos_ids, token_characters
+from rlsf_ray.engines.tokens import check_lengths, completion, encode_prompt, encode_text, eos_ids
 from rlsf_ray.errors import EngineError, WeightsError
 from rlsf_ray.records import FloatArray, IntArray, Json, Prompt
 
@@ -137,20 +137,10 @@ class TransformersEngine:
             state.advance(torch.from_numpy(chosen))
         results: list[list[Completion]] = [[] for _ in requests]
         for (request, _), ids, kept, finished in zip(rows, tokens, statistics, ended, strict=True):
-            results[request].append(self._completion(ids, np.asarray(kept, dtype=np.float32), bool(finished)))
+            results[request].append(
+                completion(self._tokenizer, ids, np.asarray(kept, dtype=np.float32), bool(finished))
+            )
         return results
-
-    def _completion(self, ids: list[int], values: np.ndarray, finished: bool) -> Completion:
-        text, spans = token_characters(self._tokenizer, ids)
-        return Completion(
-            token_ids=np.asarray(ids, dtype=np.int32),
-            logprob=values[:, 0],
-            top1=values[:, 1],
-            top2=values[:, 2],
-            text=text,
-            char_spans=spans,
-            finished=finished,
-        )
 
 
 class _Prefill:

@@ -28,7 +28,7 @@ from rlsf_ray.config import LearnerConfig, ModelConfig
 from rlsf_ray.engines.base import Adapter, Completion, Request
 from rlsf_ray.engines.lora import target_modules, write_merged
 from rlsf_ray.engines.models import context_length, find_model, generation_config, load_tokenizer
-from rlsf_ray.engines.tokens import check_lengths, encode_prompt, encode_text, eos_ids, token_characters
+from rlsf_ray.engines.tokens import check_lengths, completion, encode_prompt, encode_text, eos_ids
 from rlsf_ray.engines.version_turn import VersionTurn
 from rlsf_ray.errors import EngineError, InputError, WeightsError
 from rlsf_ray.records import FloatArray, IntArray, Json, Prompt
@@ -70,7 +70,7 @@ class VLLMEngine:
         self._context = int(arguments.get("max_model_len") or context_length(self._folder))
         self._files = Path(tempfile.mkdtemp(prefix="rlsf-versions-"))  # vLLM loads weights from files
         self._versions: dict[int, Any] = {}  # version -> LoRARequest, or the adapter that is folded in
-        self._salts: dict[int, str] = {}  # version -> checksum
+        self._salts: dict[int, str] = {}  # version -> one for each load
         self._ids = itertools.count()
         self._statistics = _Statistics()
         self._loop = asyncio.new_event_loop()
@@ -235,7 +235,7 @@ class VLLMEngine:
         temperature = sampling.temperature if sampling.method == "sample" else 0.0
         all_params = [_params(sampling.max_tokens, temperature=temperature, seed=seed) for seed in request.seeds]
         outputs = await asyncio.gather(*(self._run(prompt, params, version, lora) for params in all_params))
-        return [self._completion(*_read(output.outputs[0])) for output in outputs]
+        return [completion(self._tokenizer, *_read(output.outputs[0])) for output in outputs]
 
     async def _branches(self, request: Request, version: int, lora: Any) -> list[Completion]:
         """CoT-decoding: one call for the first tokens, then one greedy continuation of each (2402.10200)."""
@@ -251,7 +251,7 @@ class VLLMEngine:
                 output = await self._run([*prompt, token], _params(left), version, lora)
                 more, more_values, finished = _read(output.outputs[0])
                 ids, values = [*ids, *more], np.concatenate([values, more_values])
-            return self._completion(ids, values, finished)
+            return completion(self._tokenizer, ids, values, finished)
 
         return list(await asyncio.gather(*(continued(token, alternative.logprob) for token, alternative in ranked)))
 
@@ -265,18 +265,6 @@ class VLLMEngine:
         except Exception as error:  # a dead core process, arguments it refuses: each of vLLM's own type
             raise EngineError(f"vLLM could not write: {type(error).__name__}: {error}; its log says more") from None
         return final
-
-    def _completion(self, ids: list[int], values: np.ndarray, finished: bool) -> Completion:
-        text, spans = token_characters(self._tokenizer, ids)
-        return Completion(
-            token_ids=np.asarray(ids, dtype=np.int32),
-            logprob=values[:, 0],
-            top1=values[:, 1],
-            top2=values[:, 2],
-            text=text,
-            char_spans=spans,
-            finished=finished,
-        )
 
     # --- reading ------------------------------------------------------------------------------------------------
 

@@ -52,8 +52,8 @@ def judge(
     """
     if not before:  # nothing to read: no canaries came with the version
         return Delivery(verdict="unproven", share=0.0, expected_move=0.0, gap=0.0, noise=noise)
-    moved = np.concatenate(after).astype(np.float64) - np.concatenate(before)
-    expected = np.concatenate(trained_after).astype(np.float64) - np.concatenate(trained_before)
+    new, trained_new = (np.concatenate(part).astype(np.float64) for part in (after, trained_after))
+    moved, expected = new - np.concatenate(before), trained_new - np.concatenate(trained_before)
     seen = float(expected @ expected)
     square = max(0.0, seen - len(expected) * noise**2 / 2)
     move = math.sqrt(square / len(expected))
@@ -65,7 +65,7 @@ def judge(
         verdict: Literal["proved", "unproven", "failed"] = "failed"
     else:
         verdict = "proved" if says_something else "unproven"
-    gap = np.concatenate(after).astype(np.float64) - np.concatenate(trained_after)
+    gap = new - trained_new
     return Delivery(
         verdict=verdict, share=share, expected_move=move, gap=math.sqrt(float(gap @ gap) / len(gap)), noise=noise
     )
