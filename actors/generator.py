@@ -15,7 +15,7 @@ import ray
 
 from actors.cores import Cores, give_memory_back
 from actors.job import Job, device, event
-from rlsf_ray.engines.base import LOGPROB_NOISE, Engine
+from rlsf_ray.engines.base import Engine, logprob_noise
 from rlsf_ray.errors import EngineError, WeightsError
 from rlsf_ray.records import Canary, Group, Json, Prompt, WeightsVersion
 from rlsf_ray.rollouts.programs import write_groups, write_probe_groups
@@ -69,24 +69,37 @@ class Generator:
             return None
         start = time.time()
         weights, before, adapter, canaries = self._fetch(version)
-        with self._kept(before):
-            if before and before not in self._versions:
-                older, _, older_adapter, _ = self._fetch(before)
-                self._load(older, older_adapter)
-                self._versions = sorted([*self._versions, before])
-            for _ in range(2):
-                self._load(weights, adapter)
-                delivery = self._prove(version, before, canaries)
-                if delivery.verdict != "failed":
-                    self._versions = sorted([*self._versions, version])  # from here on calls may write with it
-                    swapped = event("generator", self._name, "swap", version - 1, start)
-                    return swapped | {"version": version, **asdict(delivery)}
-                logger.warning("version %d has not arrived: %s", version, delivery)
-                self._engine.forget_version(version)
-        raise WeightsError(
-            f"{self._name} does not write with version {version} after loading it twice: its log-probs on"
-            f" {len(canaries)} canaries {delivery}; look at the generator's log, run the same command again"
-        )
+        with self._kept(before) as held:
+            new = [(weights, adapter)] if held else [self._fetch(before)[::2], (weights, adapter)]
+            for loads in (1, 2):
+                try:
+                    delivery = self._load_and_prove(new, before, canaries)
+                    break
+                except WeightsError as error:
+                    logger.warning("version %d has not arrived: %s", version, error)
+                    for unproved, _ in new:
+                        self._engine.forget_version(unproved.version)
+                    if loads == 2:
+                        raise WeightsError(f"{self._name} took version {version} in twice, in vain: {error}") from error
+            arrived = {loaded.version for loaded, _ in new}
+            self._versions = sorted({*self._versions, *arrived})  # from here on calls may write with them
+        swapped = event("generator", self._name, "swap", version - 1, start)
+        return swapped | {"version": version, "loads": loads, **asdict(delivery)}
+
+    def _load_and_prove(
+        self, new: Sequence[tuple[WeightsVersion, Any]], before: int, canaries: Sequence[Canary]
+    ) -> Delivery:
+        """Load adapters, the last of which is to be proved. Raises WeightsError, with the numbers, if that fails."""
+        for weights, adapter in new:
+            self._load(weights, adapter)
+        version = new[-1][0].version
+        delivery = self._prove(version, before, canaries)
+        if delivery.verdict == "failed":
+            raise WeightsError(
+                f"the engine does not write with version {version}: its log-probs on {len(canaries)} canaries"
+                f" {delivery}; look at the generator's log, run the same command again"
+            )
+        return delivery
 
     def _drop_if_dead(self) -> None:
         """An engine whose process has died is built anew at the next call."""
@@ -121,26 +134,38 @@ class Generator:
 
     def _prove(self, version: int, before: int, canaries: Sequence[Canary]) -> Delivery:
         if not canaries:  # a version of an older run
-            return judge([], [], [], [], LOGPROB_NOISE[self._config.model.dtype])
+            return judge([], [], [], [], logprob_noise(self._config))
         texts = [(canary.prompt_ids, canary.token_ids) for canary in canaries]
         with self._cores.turn():
             old, new = self._engine.logprobs(texts, before), self._engine.logprobs(texts, version)
         trained_old, trained_new = [canary.before for canary in canaries], [canary.after for canary in canaries]
-        return judge(old, new, trained_old, trained_new, LOGPROB_NOISE[self._config.model.dtype])
+        return judge(old, new, trained_old, trained_new, logprob_noise(self._config))
+
+    def _newest(self, version: int) -> int:
+        """`version`; where only one can be in, the newest, even if it is still on its way: nobody swaps back for us."""
+        engine = self._engine
+        if engine is None or not engine.one_version:
+            return version
+        with self._loading:
+            return max([version, *self._versions])
 
     @contextmanager
-    def _writing(self, version: int) -> Iterator[Engine]:
-        """The engine with `version` loaded, at this actor's turn. The version stays while it is in use."""
+    def _writing(self, version: int) -> Iterator[tuple[Engine, Json]]:
+        """(engine with `version` loaded, {"swap": the event of loading it, if that was needed}), at this actor's turn.
+
+        The version stays while it is in use.
+        """
         with self._kept(version) as held:
             engine = self._engine if held else None  # another version may be on its way in: no need to wait for it
+            swap = None
             if engine is None:
-                self.load_version(version)
+                swap = self.load_version(version)
                 engine = self._engine
             if engine is None:
                 raise EngineError(f"{self._name}: the engine died while version {version} was asked for")
             try:
                 with self._cores.turn():
-                    yield engine
+                    yield engine, {"swap": swap} if swap else {}
             except EngineError:
                 with self._loading:
                     self._drop_if_dead()
@@ -161,13 +186,14 @@ class Generator:
     def write(
         self, prompts: Sequence[Prompt], round: int, first_sequence: int, version: int
     ) -> tuple[list[Group], Json]:
-        """(groups, stage event) for one batch of training prompts."""
-        with self._writing(version) as engine:
+        """(groups, stage event) for one batch of training prompts, by `version` or a newer one."""
+        version = self._newest(version)
+        with self._writing(version) as (engine, news):
             start = time.time()
             groups = write_groups(
                 engine, prompts, config=self._config, round=round, first_sequence=first_sequence, version=version
             )
-            done = event("generator", self._name, "generate", round, start, num_tokens(groups)) | engine.usage()
+            done = event("generator", self._name, "generate", round, start, num_tokens(groups)) | engine.usage() | news
             give_memory_back()
         return groups, done
 
@@ -175,13 +201,13 @@ class Generator:
         self, prompts: Sequence[Prompt], first_sequence: int, version: int
     ) -> tuple[tuple[list[Group], list[Group]], Json]:
         """((sampled, greedy), stage event) for one batch of probe prompts."""
-        with self._writing(version) as engine:
+        with self._writing(version) as (engine, news):
             start = time.time()
             groups = write_probe_groups(
                 engine, prompts, config=self._config, version=version, first_sequence=first_sequence
             )
             tokens = sum(num_tokens(part) for part in groups)
-            done = event("generator", self._name, "probe", max(0, version - 1), start, tokens) | engine.usage()
+            done = event("generator", self._name, "probe", max(0, version - 1), start, tokens) | engine.usage() | news
             give_memory_back()
         return groups, done
 

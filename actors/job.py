@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +16,7 @@ import ray
 from rlsf_ray.config import PoolConfig
 from rlsf_ray.errors import ServiceError
 from rlsf_ray.logs import setup_logging
+from rlsf_ray.placement import placed
 from rlsf_ray.records import Json
 from rlsf_ray.run_store import RunStore
 
@@ -23,11 +25,15 @@ NAMESPACE = "rlsf"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A run: its name, its absolute root, and the hash of the source that started it. The config lies at the root."""
+    """A run: its name, its absolute root, the hash of the source that started it, and each pool's share of the GPUs.
+
+    The config lies at the root.
+    """
 
     run: str
     root: str
     source: str
+    gpus: Mapping[str, float]
 
     def actor(self, role: str) -> Any:
         """The handle of another actor of this run, by name."""
@@ -44,7 +50,13 @@ class Job:
             import torch
 
             torch.set_num_threads(threads or os.cpu_count() or 1)
-        return RunStore.open(self.root)
+        return self.open()
+
+    def open(self) -> RunStore:
+        """The run's directory, with the GPUs of this life in its config."""
+        store = RunStore.open(self.root)
+        store.config = placed(store.config, self.gpus)
+        return store
 
 
 def source_hash() -> str:

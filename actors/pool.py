@@ -10,7 +10,7 @@ from typing import Any
 from ray.exceptions import ActorUnavailableError, RayActorError
 
 from actors.watch import Watch
-from rlsf_ray.errors import EngineError, ServiceError
+from rlsf_ray.errors import EngineError, ServiceError, WeightsError
 from rlsf_ray.records import Json
 from rlsf_ray.stream.fleet import Fleet, Replica, State, Ticket
 
@@ -46,6 +46,8 @@ class GeneratorPool:
         self._swapped = swapped
         self._granted: dict[Ticket, asyncio.Future[Replica]] = {}
         self._preparing: set[str] = set()
+        self._worked: set[str] = set()  # generators that have been ready once
+        self._reloaded: dict[int, set[str]] = {}  # version -> generators that did not have it after the first load
         self._newest = 0
 
     async def prepare(self, version: int) -> None:
@@ -74,6 +76,8 @@ class GeneratorPool:
             try:
                 result, done = getattr(self._handles[name], method).options(num_returns=2).remote(*args, used)
                 event: Json = await self._watch.answer(done, f"{name} ({method})")
+                if swap := event.pop("swap", None):
+                    self._heard(swap)
                 if "kv_usage" in event:
                     self._fleet.adapt(name, event["kv_usage"])
                 return result, event
@@ -84,6 +88,7 @@ class GeneratorPool:
             except EngineError as error:
                 reason = "EngineError"
                 logger.warning("%s could not write a batch: %s", name, error)
+                self._bring_back(name)  # it must show that it still works before it gets the next one
             finally:
                 self._fleet.release(name)
                 self._hand_out()
@@ -144,7 +149,9 @@ class GeneratorPool:
             except ActorUnavailableError:
                 await self._watch.pause(name)
                 continue
-            except RayActorError as error:
+            except (RayActorError, EngineError) as error:
+                if isinstance(error, EngineError) and name not in self._worked:
+                    raise  # the first start: what is wrong is wrong with the config
                 deaths += 1
                 self._watch.moved()
                 if deaths <= self._attempts:  # it may have died of this call and be on its way back
@@ -161,7 +168,23 @@ class GeneratorPool:
 
     def _ready(self, name: str, version: int, swap: Json | None) -> None:
         if swap is not None:
-            self._swapped(swap)
+            self._heard(swap)
+        self._worked.add(name)
         self._fleet.ready(name, version)
         self._watch.moved()
         self._hand_out()
+
+    def _heard(self, swap: Json) -> None:
+        """A generator has taken a version in. Raises WeightsError if half the pool needed a second load for it."""
+        self._swapped(swap)
+        if swap["loads"] == 1:
+            return
+        version, of = swap["version"], len(self._handles)
+        names = self._reloaded.setdefault(version, set())
+        names.add(swap["actor"])
+        if len(names) > 1 and 2 * len(names) >= of:
+            raise WeightsError(
+                f"version {version} reached {len(names)} of {of} generators only when it was loaded again"
+                f" ({', '.join(sorted(names))}), expected that to be rare; their logs have the log-probs: repair the"
+                " way of the weights to the engines, then run the same command to resume"
+            )

@@ -83,12 +83,13 @@ class Rounds:
         await answer(crew.weights.prepare.remote(), "weight_store")  # generators ask it for weights
         attempts = self._config.cluster.attempts
         self._pool = GeneratorPool(crew.generators, self._watch, attempts, self._start, self._swapped, self._slots)
-        _, recovered, (self._train, self._probe), *_ = await asyncio.gather(
+        _, recovered, (self._train, self._probe) = await asyncio.gather(
             self._pool.prepare(admission.newest),
             answer(crew.buffer.prepare.remote(ended, self._without(ended)), "pair_buffer"),
             answer(crew.evaluator.prepare.remote(), "evaluator"),
-            *(answer(scorer.prepare.remote(), name) for name, scorer in crew.scorers.items()),
         )
+        # Not beside the generators: vLLM takes what others load on its GPU while it starts for its own
+        await asyncio.gather(*(answer(scorer.prepare.remote(), name) for name, scorer in crew.scorers.items()))
         self._state.prompts_per_round = len(self._prompts(0))
         for round, found in recovered.items():
             self._recover(round, found)

@@ -80,13 +80,9 @@ class Crew:
         return {name: self._spawn(cls, name, pool=pool, max_restarts=RESTARTS, **options) for name in names}
 
     def _spawn(self, cls: type, name: str, *, pool: PoolConfig, **options: Any) -> Any:
-        return (
-            ray.remote(cls)
-            .options(
-                name=f"{self._job.run}/{name}", namespace=NAMESPACE, num_cpus=pool.cpus, num_gpus=pool.gpus, **options
-            )
-            .remote(self._job, name)
-        )
+        name_and_place = {"name": f"{self._job.run}/{name}", "namespace": NAMESPACE}
+        takes = {"num_cpus": pool.cpus, "num_gpus": pool.gpus or 0.0}
+        return ray.remote(cls).options(**name_and_place, **takes, **options).remote(self._job, name)
 
     def remember(self, placement_group: Any) -> None:
         """The placement group of the training workers, which must not outlive the run."""

@@ -25,7 +25,7 @@ class TrainDriver:
             train_loop_config={"job": self._job},
             scaling_config=ray.train.ScalingConfig(
                 num_workers=pool.count,
-                use_gpu=pool.gpus > 0,
+                use_gpu=bool(pool.gpus),
                 resources_per_worker={"CPU": pool.cpus, **({"GPU": pool.gpus} if pool.gpus else {})},
             ),
             run_config=ray.train.RunConfig(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -24,13 +25,17 @@ from actors.cores import Cores, give_memory_back
 from actors.job import Job, event
 from actors.weight_store import ADAPTER_FILE
 from rlsf_ray.adapters import CANARY_FILE, canaries_to_bytes, checksum
+from rlsf_ray.engines.base import logprob_noise
 from rlsf_ray.engines.learner import Learner, pass_order, training_steps
 from rlsf_ray.errors import DrainedError, NonFiniteLossError, RlsfError, StorageError, WeightsError
 from rlsf_ray.loop import step_row
 from rlsf_ray.records import Json, TrainingGroup
 
+logger = logging.getLogger(__name__)
+
 WAIT_S = 5.0  # rank 0 tells the others "nothing yet" this often, which keeps collectives far from their time-out
 TELL_S = 60.0  # for the coordinator to hear of an error
+WIDE = 3.0  # times the engine's noise: a gap of log-probs that weights which should be equal do not explain
 LEASE = 16  # groups a lease may hold
 STATE_FILE, RECORD_FILE = "learner.safetensors", "record.json"
 
@@ -78,11 +83,12 @@ class Worker:
         self._learner = Learner(self._config, threads=pool.threads, device=where)
         self._versions = [0]  # published before the round in work
         self._before: dict[str, np.ndarray] = {}  # the adapter at the beginning of the round
+        self._fresh = True  # no step of the round was made yet
 
     def run(self) -> None:
         """Every round from the last checkpoint on."""
         for round in range(self._resume(), self._config.rounds):
-            self._before = self._learner.adapter()
+            self._before, self._fresh = self._learner.adapter(), True
             trained = self._lead(round) if self._rank == 0 else self._follow()
             if trained:
                 self._report(round, trained)
@@ -174,11 +180,26 @@ class Worker:
             raise
         if self._rank == 0:
             self._store.append_metrics("train", [step_row(report)])
+            self._look_at_gap(step, report.logprob_gap)
             tokens = sum(group.num_tokens for group in step)
             done = event("trainer", "trainer-0", "train", round, start, tokens)
             go_on = self._coordinator.stepped.remote(done, report.step)
             if not ray.get(go_on, timeout=self._config.cluster.deadline_s):
                 raise DrainedError("the run is draining")
+
+    def _look_at_gap(self, step: Sequence[TrainingGroup], gap: float) -> None:
+        """Warn if the generators' log-probs are far from ours under weights that should be the same."""
+        same = all(trace.version == self._versions[-1] for group in step for trace in group.traces)
+        fresh, self._fresh = self._fresh, False
+        noise = logprob_noise(self._config)
+        if fresh and same and gap > WIDE * noise:
+            logger.warning(
+                "version %d: log-probs of the trainer are %.3g nats a token from the generators' (expected about %.3g"
+                " from rounding): look at the swaps of this version in the report, and at engine_args",
+                self._versions[-1],
+                gap,
+                noise,
+            )
 
     def _report(self, round: int, groups: list[TrainingGroup] | bool) -> None:
         """Save the learner, the adapter of the next version and the ids it was trained on as one checkpoint."""

@@ -1,6 +1,6 @@
 """Do vLLM, the transformers engine and the trainer mean the same? Greedy tokens, and log-probs of the same tokens.
 
-    python benchmarks/bench_agreement.py runs/rlsf-seed0 [--prompts 32] [--out FILE]
+    python benchmarks/bench_agreement.py runs/rlsf-seed0 [--prompts 32] [--dtype float32] [--swap adapter] [--out FILE]
 
 Compares base model and newest adapter of a finished run on its probe prompts. The standard deviation of an engine's
 log-probs around the trainer's is the noise that the proof of delivery reckons with (engines/base.py: LOGPROB_NOISE).
@@ -27,9 +27,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("run", help="run directory with at least one version")
     parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="instead of the run's own")
+    parser.add_argument("--swap", choices=("adapter", "merged"), help="how vLLM takes the version in")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args(arguments)
-    found = compare(RunStore.open(options.run), options.prompts)
+    store = RunStore.open(options.run)
+    model = store.config.model.model_copy(update={"dtype": options.dtype or store.config.model.dtype})
+    store.config = store.config.model_copy(update={"model": model, "swap": options.swap})
+    found = compare(store, options.prompts)
     options.out.write_text(json.dumps(found, indent=2) + "\n")
     print(json.dumps(found, indent=2))
     print(f"written to {options.out}")
@@ -51,7 +56,7 @@ def compare(store: RunStore, num_prompts: int) -> Json:
     adapters[newest] = store.read_adapter(newest)[0]
     greedy = Sampling(method="greedy", max_tokens=config.rollout.max_tokens)
     sampled = Sampling(max_tokens=config.rollout.max_tokens, temperature=config.rollout.temperature)
-    found: Json = {"prompts": len(prompts), "run": store.config.recipe, "dtype": config.model.dtype}
+    found: Json = {"prompts": len(prompts), "run": config.recipe, "dtype": config.model.dtype, "swap": config.swap}
     for version, adapter in adapters.items():
         trainer.set_adapter(adapter)
         written = {}

@@ -12,16 +12,15 @@ Tokens: generator, those written; scorer, those of the traces it scored; trainer
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from bench_common import machine_facts, write_result
 
 from rlsf_ray.config import RunConfig
 from rlsf_ray.config_loading import load_config
@@ -46,10 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "alone": alone,
         "together": together,
     }
-    print(as_text(result))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"written to {options.out}")
+    write_result(result, options.out, as_text(result))
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -156,18 +152,6 @@ def _share(share: RoleShare | None, counted_s: float) -> Json | None:
         "tokens_per_busy_s": share.tokens / share.busy_s,
         "tokens_per_counted_s": share.tokens / counted_s,
         "idle": share.idle,
-    }
-
-
-def machine_facts() -> Json:
-    """What the numbers depend on, without a name of the machine."""
-    import torch
-
-    return {
-        "cores": os.cpu_count(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})",
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in ("torch", "ray", "transformers")},
     }
 
 

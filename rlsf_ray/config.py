@@ -147,7 +147,7 @@ class PoolConfig(_Section):
 
     count: PositiveInt = 1
     cpus: float = Field(default=0.0, ge=0.0)
-    gpus: float = Field(default=0.0, ge=0.0)
+    gpus: float | None = Field(default=None, ge=0.0)  # None in every pool: shared out (placement.py)
     threads: int = Field(default=0, ge=0)  # torch threads of each actor; 0: all cores of its node
 
 
@@ -239,9 +239,10 @@ class RunConfig(_Section):
             raise ValueError(
                 f"ipo has no label smoothing, got loss.label_smoothing={self.loss.label_smoothing}; set it to 0"
             )
-        if not self.cluster.trainers.gpus.is_integer():
+        trainers = self.cluster.trainers
+        if trainers.count > 1 and not (trainers.gpus or 0.0).is_integer():
             raise ValueError(
-                "cluster.trainers.gpus must be 0 or a whole number (NCCL needs whole GPUs),"
-                f" got {self.cluster.trainers.gpus}; set it to 1"
+                "cluster.trainers.gpus must be 0 or a whole number where there are several (NCCL needs whole GPUs),"
+                f" got {trainers.gpus} for {trainers.count}; set it to 1"
             )
         return self

@@ -174,6 +174,7 @@ def _cache_path(config: RunConfig, probe: Sequence[ProbePrompt]) -> Path:
     key = {
         "judges": [hashlib.sha256(Path(str(part.__file__)).read_bytes()).hexdigest() for part in (answers, equality)],
         "package": __version__,
+        "engine": [config.engine, config.engine_args],
         "model": config.model.model_dump(),
         "files": _fingerprint(find_model(config.model.name)),
         "probe": [[item.prompt.id, item.prompt.messages, item.prompt.answer_format, item.gold] for item in probe],

@@ -21,6 +21,7 @@ from rlsf_ray.engines.learner import Learner, pass_order, training_steps
 from rlsf_ray.engines.scorer import Scorer, outcome
 from rlsf_ray.errors import InputError, StorageError
 from rlsf_ray.evaluate import cached_base, evaluate_version, run_summary, store_base
+from rlsf_ray.placement import ONE_GPU, placed
 from rlsf_ray.records import Json, ProbePrompt, Prompt, StepReport, TrainingGroup
 from rlsf_ray.rollouts.programs import write_groups
 from rlsf_ray.run_store import RunStore
@@ -180,7 +181,7 @@ def _state(store: RunStore) -> RunState:
 def _build(store: RunStore, state: RunState, on_status: OnStatus) -> Parts:
     """Make the parts, and bring them to the last finished round. Raises StorageError if its checkpoint is gone."""
     config = store.config
-    engine, learner = build_engine(config), Learner(config)
+    engine, learner = build_engine(placed(config, ONE_GPU)), Learner(config)
     parts = Parts(config, store, state, engine, Scorer(config), learner, on_status)
     state.state = "running"
     version = state.admission.newest
@@ -204,4 +205,5 @@ def step_row(report: StepReport) -> Json:
     """One line of metrics/train.jsonl: means over the step's pairs."""
     row: Json = {"time": time.time(), "round": report.round, "step": report.step, "pass": report.pass_index}
     row |= {"num_pairs": report.num_pairs, **report.means()}
-    return row | {"grad_norm": report.grad_norm, "learning_rate": report.learning_rate}
+    row |= {"grad_norm": report.grad_norm, "learning_rate": report.learning_rate}
+    return row | {"logprob_gap": report.logprob_gap}

@@ -6,15 +6,17 @@ import ast
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 
 from rlsf_ray.config import PoolConfig, RunConfig
 from rlsf_ray.config_loading import dump_config
+from rlsf_ray.engines.models import most_tokens
 from rlsf_ray.errors import InputError
 from rlsf_ray.model_check import ModelFacts, check_lengths, check_model, elicit_length, prompt_lengths
+from rlsf_ray.placement import gpu_shares, placed
 from rlsf_ray.tasks.sources import load_sets
 
 
@@ -30,7 +32,6 @@ class Plan:
     prompts: int  # over all rounds
     traces: int
     steps: int
-    resources: dict[str, float]
 
 
 def check_input(config: RunConfig) -> Plan:
@@ -42,6 +43,8 @@ def check_input(config: RunConfig) -> Plan:
         _check_function(key, name)
     _check_engine(config)
     model = check_model(config.model)
+    if model:
+        model = replace(model, context=most_tokens(model.context, config.engine_args))
     train, probe = load_sets(config)
     prompts = [*train, *(item.prompt for item in probe)]
     lengths = prompt_lengths(model, prompts) if model else None
@@ -59,7 +62,6 @@ def check_input(config: RunConfig) -> Plan:
         prompts=num_prompts,
         traces=num_prompts * config.rollout.traces,
         steps=_most_steps(config, per_round),
-        resources=needed_resources(config),
     )
 
 
@@ -74,7 +76,7 @@ def needed_resources(config: RunConfig) -> dict[str, float]:
     members = pools(config).values()
     return {
         "CPU": sum(pool.count * pool.cpus for pool in members),
-        "GPU": sum(pool.count * pool.gpus for pool in members),
+        "GPU": sum(pool.count * (pool.gpus or 0.0) for pool in members),
     }
 
 
@@ -109,16 +111,20 @@ def local_resources() -> dict[str, float]:
 
 
 def describe(plan: Plan, available: Mapping[str, float], where: str) -> str:
-    """The plan as text for a terminal; `where` names the cluster whose resources `available` are."""
-    config = plan.config
-    lines = [dump_config(config).rstrip(), "", f"Model    {_describe_model(plan)}"]
+    """The plan as text for a terminal; `where` names the cluster whose resources `available` are.
+
+    Raises InputError if the pools do not fit its GPUs by themselves.
+    """
+    config = placed(plan.config, gpu_shares(plan.config, available.get("GPU", 0.0)))
+    needed = needed_resources(config)
+    lines = [dump_config(plan.config).rstrip(), "", f"Model    {_describe_model(plan)}"]
     longest = "not known before the model is here" if plan.longest_prompt is None else f"{plan.longest_prompt} tokens"
     lines += [
         f"Prompts  {plan.train_prompts} to train, {plan.probe_prompts} to probe; longest: {longest}",
         f"Work     {config.rounds} rounds x {plan.prompts // config.rounds} prompts x {config.rollout.traces} traces"
         f" = {plan.traces} traces; at most {plan.steps} optimiser steps",
         "Actors   " + "; ".join(_describe_pool(role, pool) for role, pool in pools(config).items()),
-        f"Needs    {plan.resources['CPU']:g} CPU, {plan.resources['GPU']:g} GPU",
+        f"Needs    {needed['CPU']:g} CPU, {needed['GPU']:g} GPU",
         f"There    {available.get('CPU', 0):g} CPU, {available.get('GPU', 0):g} GPU ({where})",
     ]
     missing = missing_resources(config, available)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from types import TracebackType
 
@@ -61,6 +62,8 @@ def line(status: Json) -> str:
         parts.append(f"prompts {status.get('prompts_done', 0)}/{status['prompts_total']}")
     parts.append(f"traces {status.get('traces', 0)} ({float(status.get('traces_per_s') or 0.0):.1f}/s)")
     parts += [f"{name} {status.get(name, 0)}" for name in ("pairs", "steps", "version")]
+    if status.get("swaps"):
+        parts.append(_swaps(status))
     if status.get("eta_s") is not None:
         parts.append(f"ETA {duration(status['eta_s'])}")
     if status.get("message"):
@@ -81,11 +84,20 @@ def panel(status: Json) -> Panel:
         f"traces {status.get('traces', 0)} ({float(status.get('traces_per_s') or 0.0):.1f}/s)   "
         f"pairs {status.get('pairs', 0)}   steps {status.get('steps', 0)}",
     ]
+    if status.get("swaps"):
+        rows.append(_swaps(status))
     counts = {name: n for name, n in (status.get("accounting") or {}).items() if isinstance(n, int)}
     dim = ["   ".join(f"{name.replace('_', ' ')} {n}" for name, n in counts.items()), str(status.get("message") or "")]
     texts = [Text(row) for row in rows] + [Text(row, style="dim") for row in dim if row]
     title = Text(f"{status.get('run', '')}: {status.get('state', '')}")
     return Panel(Group(bar, *texts), title=title, title_align="left", width=80)
+
+
+def _swaps(status: Json) -> str:
+    """What the generators' last swaps have proved, for the newest version that any of them holds."""
+    newest = max(swap["version"] for swap in status["swaps"].values())
+    verdicts = Counter(swap["verdict"] for swap in status["swaps"].values() if swap["version"] == newest)
+    return f"version {newest} in generators: " + ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
 
 
 def _round(status: Json) -> str:

@@ -130,12 +130,14 @@ class TrainingTrace:
     score: float
     answer: str | None
     token_ids: IntArray  # [T]
+    logprob: FloatArray  # [T], by the generator that wrote them
     reference_logprob: FloatArray  # [T], of the frozen base model
 
     def __post_init__(self) -> None:
-        if len(self.token_ids) != len(self.reference_logprob):
+        if not len(self.token_ids) == len(self.logprob) == len(self.reference_logprob):
             raise ValueError(
-                f"trace {self.id}: {len(self.token_ids)} tokens but {len(self.reference_logprob)} reference log-probs"
+                f"trace {self.id}: {len(self.token_ids)} tokens, but {len(self.logprob)} log-probs and"
+                f" {len(self.reference_logprob)} reference log-probs"
             )
 
 
@@ -202,6 +204,7 @@ class StepReport:
     sums: dict[str, float] = field(default_factory=dict)  # loss, margin, accuracy, ...
     grad_norm: float = 0.0
     learning_rate: float = 0.0
+    logprob_gap: float = 0.0  # root mean square over tokens, in nats: the trainer's log-prob minus the generator's
 
     def means(self) -> dict[str, float]:
         return {name: value / max(1, self.num_pairs) for name, value in self.sums.items()}

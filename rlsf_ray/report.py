@@ -12,7 +12,7 @@ from string import Template
 from rlsf_ray import __version__, plots
 from rlsf_ray.config import RunConfig
 from rlsf_ray.records import Json
-from rlsf_ray.report_parts import examples, facts, figure, missing, number, section, signed, table, verdict
+from rlsf_ray.report_parts import examples, facts, figure, missing, number, section, signed, swaps, table, verdict
 from rlsf_ray.run_store import RunStore
 from rlsf_ray.timeline import Timeline, make_timeline, merge
 from rlsf_ray.wording import METRICS, duration
@@ -74,6 +74,7 @@ def render(run: RunData) -> str:
         section("versions", "By version", _versions(run)),
         section("training", "Training", _training(run)),
         section("time", "Where the time went", _time(run)),
+        section("swaps", "Did every version reach the generators?", swaps(run.stages)),
         section("accounting", "What became of each prompt", _accounting(run)),
         section("examples", "Examples", _examples(run)),
     )
@@ -186,13 +187,22 @@ def _versions(run: RunData) -> str:
 def _training(run: RunData) -> str:
     if not run.train:
         return missing("No training step was recorded.")
-    names = {"loss": "loss", "margin": "reward margin", "accuracy": "share of pairs ranked right"}
+    names = {
+        "loss": "loss",
+        "margin": "reward margin",
+        "accuracy": "share of pairs ranked right",
+        "logprob_gap": "log-prob gap (nats)",
+    }
     figures = (
         figure(name.capitalize(), plots.curve(run.train, key, name), f"{name} over training steps")
         for key, name in names.items()
     )
     pairs = sum(row.get("num_pairs") or 0 for row in run.train)
-    note = f"Steps: {len(run.train)}; pairs over all passes: {pairs}. Dotted lines: a new round begins."
+    note = (
+        f"Steps: {len(run.train)}; pairs over all passes: {pairs}. Dotted lines: a new round begins. Log-prob gap: of"
+        " the trainer to the generator on the tokens it wrote; with fresh weights only the engines' rounding, then it"
+        " grows within a round as the trainer moves on."
+    )
     return f'<div class="grid">{"".join(figures)}</div><p class="note">{note}</p>'
 
 

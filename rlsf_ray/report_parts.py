@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -67,6 +68,30 @@ def facts(rows: Mapping[str, Any]) -> str:
 def figure(title: str, source: str, alt: str) -> str:
     """A titled picture from a data URI."""
     return f'<figure><h3>{escape(title)}</h3><img src="{source}" alt="{escape(alt)}"></figure>'
+
+
+def swaps(stages: Sequence[Json]) -> str:
+    """What each version's swaps have proved, from the stage rows of a run."""
+    found = [row for row in stages if row["stage"] == "swap"]
+    if not found:
+        return missing("No generator had to take a version in and prove it (a run of the loop does not record this).")
+    rows = []
+    for version in sorted({row["version"] for row in found}):
+        of = [row for row in found if row["version"] == version]
+        counts = Counter(row["verdict"] for row in of)
+        verdicts = ", ".join(f"{count} {escape(verdict)}" for verdict, count in counts.items())
+        worst = max(of, key=lambda row: abs(row["share"] - 1))
+        slowest = max(row["end"] - row["start"] for row in of)
+        values = (number(worst[name]) for name in ("share", "expected_move", "gap"))
+        again = str(sum(row["loads"] - 1 for row in of))
+        rows.append((str(version), verdicts, *values, f"{slowest:.1f}", again))
+    head = ("version", "generators", "share of the move", "trainer's move", "gap", "seconds", "loaded again")
+    note = (
+        "Share: how much of the trainer's move in log-probs (nats a token) the generator has made, 1 if it holds the"
+        " new version; gap: its distance to the trainer after the swap; both of the generator that is furthest from 1."
+        " Unproven: the move was too small to be seen above the engine's rounding; checksum and loaded id agreed."
+    )
+    return table(head, rows) + f'<p class="note">{note}</p>'
 
 
 def examples(before: Json | None, after: Json | None, count: int) -> str:

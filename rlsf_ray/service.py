@@ -22,6 +22,7 @@ from actors.spawn import nodes_without, spawn_coordinator
 from rlsf_ray.config import RunConfig
 from rlsf_ray.errors import DeadlineError, DrainedError, InputError, RlsfError, ServiceError
 from rlsf_ray.memory import PeakMemory
+from rlsf_ray.placement import gpu_shares, placed
 from rlsf_ray.plan import missing_resources
 from rlsf_ray.records import Json
 from rlsf_ray.run_store import RunStore
@@ -54,10 +55,10 @@ def run(
     if summary is not None:
         return summary
     with _connected(address) as embedded, _Signals() as signals:  # Ray sets a handler of its own when it connects
-        _check_size(config)  # before the config is written: the cure may be another config
+        shares = _check_size(config)  # before the config is written: the cure may be another config
         store = RunStore.create_or_resume(root, config)
         _check_shared(store)
-        job = Job(run=run_name, root=store.root, source=source_hash())
+        job = Job(run=run_name, root=store.root, source=source_hash(), gpus=shares)
         coordinator = _join(job)
         if not embedded:
             return _follow(coordinator, run_name, signals, on_status, wait_for_drain=False)
@@ -134,11 +135,14 @@ def _knock(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
 
 
-def _check_size(config: RunConfig) -> None:
-    """Raises InputError if the cluster is too small."""
-    missing = missing_resources(config, _resources())
+def _check_size(config: RunConfig) -> dict[str, float]:
+    """Each pool's share of the GPUs. Raises InputError if the cluster is too small."""
+    resources = _resources()
+    shares = gpu_shares(config, resources.get("GPU", 0.0))
+    missing = missing_resources(placed(config, shares), resources)
     if missing:
         raise InputError("the cluster is too small for this run:\n  " + "\n  ".join(missing))
+    return shares
 
 
 def _check_shared(store: RunStore) -> None:

@@ -68,6 +68,7 @@ _TRAINING_TRACE = {
     "score": pa.float64(),
     "answer": pa.string(),
     "token_ids": _TOKENS,
+    "logprob": _FLOATS,
     "reference_logprob": _FLOATS,
 }
 _PAIR = {"chosen": pa.int32(), "rejected": pa.int32(), "weight": pa.float64(), "margin": pa.float64()}
@@ -167,6 +168,7 @@ def row_to_group(row: Json) -> TrainingGroup:
                 **trace,
                 "score": math.nan if trace["score"] is None else trace["score"],
                 "token_ids": np.asarray(trace["token_ids"], np.int32),
+                "logprob": np.asarray(trace["logprob"], np.float32),
                 "reference_logprob": np.asarray(trace["reference_logprob"], np.float32),
             }
         )

@@ -76,6 +76,7 @@ def train_rows() -> list[dict]:
         row = {"time": START + 90 + 4 * step, "round": int(step > 30), "step": step, "pass": (step - 1) % 30 // 10}
         row |= {"num_pairs": 8, "loss": 0.69 - 0.3 * progress + 0.06 * rng.normal()}
         row |= {"margin": 1.2 * progress + 0.1 * rng.normal(), "accuracy": min(1.0, 0.5 + 0.4 * progress)}
+        row |= {"logprob_gap": 0.055 + 0.004 * ((step - 1) % 30)}
         rows.append({**row, "nll": 0.4, "grad_norm": 1.1, "learning_rate": 5e-5})
     return rows
 
@@ -100,6 +101,12 @@ def stage_rows() -> list[dict]:
             row("generator", f"generator-{g}", "generate", at + 9 * i + g, at + 9 * i + 9)
             for g in (0, 1)
             for i in range(5)
+        ]
+        rows += [
+            row("generator", f"generator-{g}", "swap", at + 95, at + 96.2)
+            | {"version": round + 1, "verdict": "proved" if round else "unproven", "loads": 1 + round * g}
+            | {"share": 0.97 - 0.06 * g, "expected_move": 0.096, "gap": 0.055, "noise": 0.06}
+            for g in (0, 1)
         ]
         rows += [row("scorer", "scorer-0", "score", at + 9 * i + 9, at + 9 * i + 12, 900) for i in range(5)]
         rows += [

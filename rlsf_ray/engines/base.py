@@ -8,11 +8,19 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from rlsf_ray.config import RunConfig
 from rlsf_ray.records import FloatArray, IntArray, Json, Prompt
 
 # Standard deviation of an engine's log-prob of a token around the trainer's, by number type (benchmarks/results/log.md)
 LOGPROB_NOISE = {"bfloat16": 0.06, "float32": 1e-4}
+QUANTISED_NOISE = 0.3  # not measured: large, so that a swap is rather "unproven" than a false alarm
 Adapter = Mapping[str, np.ndarray]  # PEFT parameter name -> float32 array
+
+
+def logprob_noise(config: RunConfig) -> float:
+    """Noise of the engine that `config` asks for, in nats a token."""
+    quantised = config.engine_args.keys() & {"quantization", "kv_cache_dtype", "dtype"}
+    return QUANTISED_NOISE if quantised else LOGPROB_NOISE[config.model.dtype]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +57,8 @@ class Completion:
 class Engine(Protocol):
     """Generates with a named version of the adapter over one frozen base model."""
 
+    one_version: bool  # calls with another version wait until those before them have ended
+
     def encode_text(self, text: str) -> IntArray:
         """Token ids of plain text that continues a trace (no special tokens)."""
         ...
@@ -66,7 +76,7 @@ class Engine(Protocol):
         ...
 
     def forget_version(self, version: int) -> None:
-        """Drop an adapter that is no longer needed."""
+        """Drop an adapter that is no longer needed, if it is held."""
         ...
 
     def usage(self) -> Json:

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+
 from rlsf_ray.config import RunConfig
 from rlsf_ray.engines.base import Engine
+
+BEFORE = 0.9  # of the deadline of the engine's caller, so that the engine's own error comes first
+MOST_MEMORY = 0.9  # of a GPU's memory, for a generator that has it alone
 
 
 def build_engine(config: RunConfig, *, threads: int = 0, device: str | None = None) -> Engine:
@@ -12,12 +19,16 @@ def build_engine(config: RunConfig, *, threads: int = 0, device: str | None = No
         from rlsf_ray.engines.vllm_engine import VLLMEngine
 
         held = config.cluster.max_staleness + 2  # those that prompts may be written with, and one pinned by evaluation
+        share = config.cluster.generators.gpus or 1.0
+        beside: dict[str, Any] = {}
+        if share < 1.0 and torch.cuda.is_available():
+            beside["gpu_memory_utilization"] = round(MOST_MEMORY * share, 3)  # others are on the same device
         return VLLMEngine(
             config.model,
             config.learner,
             max_versions=held,
-            arguments=config.engine_args,
-            deadline_s=config.cluster.deadline_s,
+            arguments=beside | config.engine_args,
+            deadline_s=BEFORE * config.cluster.deadline_s,
             swap=config.swap,
         )
     from rlsf_ray.engines.transformers_engine import TransformersEngine

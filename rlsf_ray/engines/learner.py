@@ -15,11 +15,12 @@ from rlsf_ray.algorithms.losses import pair_loss
 from rlsf_ray.config import RunConfig
 from rlsf_ray.engines.lora import adapter_arrays, add_adapter, check_logits, load_adapter
 from rlsf_ray.engines.models import load_model
-from rlsf_ray.engines.packing import Row, trace_logprobs
+from rlsf_ray.engines.packing import Row, read_texts, trace_logprobs
 from rlsf_ray.errors import NonFiniteLossError
 from rlsf_ray.records import Canary, FloatArray, IntArray, StepReport, TrainingGroup
 
-CANARIES, CANARY_CANDIDATES = 8, 32  # traces that prove a version, chosen among so many
+CANARIES, CANARY_CANDIDATES = 16, 32  # traces that prove a version, chosen among so many
+GAP_SQUARES, GAP_TOKENS = "gap_squares", "gap_tokens"  # sums over tokens, unlike the others of a step
 AllReduce = Callable[[list[torch.Tensor]], None]  # sums each tensor over the workers, in place
 
 
@@ -63,28 +64,31 @@ class Learner:
 
     def _loss(self, groups: Sequence[TrainingGroup]) -> tuple[torch.Tensor, dict[str, float]]:
         """Sum of the pair losses of `groups` from one pass, and the sums to report."""
-        loss = self._config.loss
+        settings = self._config.loss
         rows = [Row(group.prompt_ids, [trace.token_ids for trace in group.traces]) for group in groups]
         policy = [trace for row in trace_logprobs(self._model, rows) for trace in row]
         first = np.cumsum([0, *(len(group.traces) for group in groups)])  # of each group among all traces
         traces = [trace for group in groups for trace in group.traces]
         pairs = [(start, pair) for start, group in zip(first, groups, strict=False) for pair in group.pairs]
         device = policy[0].device
-        return pair_loss(
-            loss.name,
+        loss, sums = pair_loss(
+            settings.name,
             torch.stack([values.sum() for values in policy]),
             torch.tensor([float(t.reference_logprob.sum(dtype=np.float64)) for t in traces], device=device),
             torch.tensor([len(trace.token_ids) for trace in traces], device=device),
             torch.tensor([start + pair.chosen for start, pair in pairs], device=device),
             torch.tensor([start + pair.rejected for start, pair in pairs], device=device),
             torch.tensor([pair.weight for _, pair in pairs], device=device),
-            beta=loss.beta,
-            label_smoothing=loss.label_smoothing,
-            nll=loss.nll,
+            beta=settings.beta,
+            label_smoothing=settings.label_smoothing,
+            nll=settings.nll,
         )
+        written = torch.from_numpy(np.concatenate([trace.logprob for trace in traces])).to(device)
+        gap = (torch.cat(policy).detach() - written).double()
+        return loss, sums | {GAP_SQUARES: float(gap @ gap), GAP_TOKENS: float(len(gap))}
 
     def _reduce(self, sums: dict[str, float], all_reduce: AllReduce) -> dict[str, float]:
-        names = ["accuracy", "chosen_reward", "loss", "margin", "nll", "rejected_reward"]
+        names = ["accuracy", "chosen_reward", "loss", "margin", "nll", "rejected_reward", GAP_SQUARES, GAP_TOKENS]
         values = torch.tensor([sums.get(name, 0.0) for name in names], dtype=torch.float64)
         for parameter in self._parameters:
             if parameter.grad is None:  # a worker whose share of the step was empty
@@ -108,6 +112,7 @@ class Learner:
             options["lr"] = rate
         self._optimizer.step()
         self._step += 1
+        gap = (sums.pop(GAP_SQUARES) / max(1.0, sums.pop(GAP_TOKENS))) ** 0.5
         return StepReport(
             round=round,
             step=self._step,
@@ -116,11 +121,16 @@ class Learner:
             sums=sums,
             grad_norm=norm,
             learning_rate=rate,
+            logprob_gap=gap,
         )
 
     def canaries(self, groups: Sequence[TrainingGroup], before: Mapping[str, np.ndarray]) -> list[Canary]:
         """The traces of `groups` whose log-probs moved most from the adapter `before` to the one held now."""
-        traces = [(group.prompt_ids, trace.token_ids) for group in groups for trace in group.traces]
+        # Without the last token: to read a text, an engine needs room for one token after it
+        traces = [(group.prompt_ids, trace.token_ids[:-1]) for group in groups for trace in group.traces]
+        traces = [text for text in traces if len(text[1])]
+        if not traces:
+            return []
         spread = np.unique(np.linspace(0, len(traces) - 1, CANARY_CANDIDATES).astype(int))  # over the whole round
         texts = [traces[index] for index in spread]
         now, new = self.adapter(), self.logprobs(texts)
@@ -134,14 +144,9 @@ class Learner:
             Canary(prompt_ids=texts[i][0], token_ids=texts[i][1], before=old[i], after=new[i]) for i in moved[:CANARIES]
         ]
 
-    @torch.no_grad()
     def logprobs(self, texts: Sequence[tuple[IntArray, IntArray]]) -> list[FloatArray]:
         """For each (prompt ids, trace ids): the log-probs [T] of the trace's tokens with the adapter held now."""
-        found: list[FloatArray] = []
-        for start in range(0, len(texts), CANARIES):
-            rows = [Row(prompt, [trace]) for prompt, trace in texts[start : start + CANARIES]]
-            found += [row[0].float().cpu().numpy() for row in trace_logprobs(self._model, rows)]
-        return found
+        return read_texts(self._model, texts, self._config.learner.max_tokens_per_pass)
 
     def set_adapter(self, adapter: Mapping[str, np.ndarray]) -> None:
         """Hold `adapter` from now on. Raises WeightsError for one of another shape."""

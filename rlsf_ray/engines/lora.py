@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from rlsf_ray.config import LearnerConfig
@@ -41,14 +42,39 @@ def add_adapter(model: Any, config: LearnerConfig, *, seed: int, dtype: torch.dt
 
 
 def target_modules(folder: Path) -> list[str]:
-    """Last names of the layers that `add_adapter` gives a LoRA: every linear one but the output layer."""
+    """Last names of the layers that `add_adapter` gives a LoRA."""
+    return sorted({name.rpartition(".")[2] for name in _linear_layers(folder)})
+
+
+def check_mergeable(folder: Path) -> None:
+    """Raise InputError where an adapter cannot be folded into the model's files by the names of its layers."""
+    there: dict[str, list[int]] = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "np") as file:
+            there |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no mapping)
+    for name, shape in _linear_layers(folder).items():
+        if there.get(f"{name}.weight") != shape:
+            raise InputError(
+                f"swap=merged folds versions into the model's safetensors files, expected {name}.weight with shape"
+                f" {shape} there, got {there.get(f'{name}.weight', 'none')} ({folder}); set swap: adapter, or convert"
+                " the model with transformers' save_pretrained"
+            )
+
+
+def _linear_layers(folder: Path) -> dict[str, list[int]]:
+    """Every layer that `add_adapter` gives a LoRA, all linear ones but the output layer, with its weight's shape."""
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     head = model.get_output_embeddings()
-    linear = [(name, one) for name, one in model.named_modules() if isinstance(one, torch.nn.Linear)]
-    return sorted({name.rpartition(".")[2] for name, one in linear if one is not head})
+    found = {}
+    for name, one in model.named_modules():
+        if isinstance(one, torch.nn.Linear | Conv1D) and one is not head:
+            shape = list(one.weight.shape)
+            found[name] = shape if isinstance(one, torch.nn.Linear) else ["transposed", *shape]
+    return found
 
 
 def write_merged(folder: Path, adapter: Mapping[str, np.ndarray], lora_alpha: float, target: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,12 @@ def context_length(folder: Path) -> int:
     """Tokens the model can hold: `max_position_embeddings` of its config.json."""
     config = json.loads((folder / "config.json").read_text())
     return int(config.get("max_position_embeddings") or config.get("n_positions") or 2048)
+
+
+def most_tokens(context: int, engine_args: Mapping[str, Any]) -> int:
+    """Tokens of a prompt with its trace: the model's context, or what vLLM is told (-1 there means "find out")."""
+    asked = int(engine_args.get("max_model_len") or -1)
+    return asked if asked > 0 else context
 
 
 def generation_config(folder: Path) -> Any:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from rlsf_ray.engines.lora import body_and_head
-from rlsf_ray.records import IntArray
+from rlsf_ray.records import FloatArray, IntArray
 
 _STATEFUL = {"mamba", "mamba2", "rwkv", "jamba", "zamba2", "recurrent_gemma", "bamba"}  # state flows past any mask
 _PADDING = -1
@@ -49,6 +49,24 @@ def trace_logprobs(model: Any, rows: Sequence[Row]) -> list[list[torch.Tensor]]:
     logprob = -torch.nn.functional.cross_entropy(head(hidden).float(), targets, reduction="none")
     pieces = iter(logprob.split([len(trace) for row in rows for trace in row.traces]))
     return [[next(pieces) for _ in row.traces] for row in rows]
+
+
+@torch.no_grad()
+def read_texts(model: Any, texts: Sequence[tuple[IntArray, IntArray]], max_tokens: int) -> list[FloatArray]:
+    """For each (prompt ids, trace ids): the log-probs [T] of the trace's tokens.
+
+    Passes hold at most `max_tokens` tokens with padding (one text at least).
+    """
+    rows = [Row(prompt_ids, [token_ids]) for prompt_ids, token_ids in texts]
+    passes: list[list[Row]] = []
+    longest = 0
+    for row in rows:
+        longest = max(longest, row.num_tokens)
+        if not passes or (len(passes[-1]) + 1) * longest > max_tokens:
+            passes.append([])
+            longest = row.num_tokens
+        passes[-1].append(row)
+    return [found[0].float().cpu().numpy() for part in passes for found in trace_logprobs(model, part)]
 
 
 def _read_shared(model: Any, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:

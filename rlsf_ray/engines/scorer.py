@@ -152,6 +152,7 @@ def _training_trace(scored: ScoredGroup, index: int, reference: np.ndarray) -> T
         score=scored.scores[index],
         answer=trace.answer.text if trace.answer else None,
         token_ids=trace.token_ids,
+        logprob=trace.logprob,
         reference_logprob=reference.astype(np.float32),
     )
 

@@ -17,7 +17,7 @@ from rlsf_ray.config import LearnerConfig, ModelConfig
 from rlsf_ray.engines.base import Adapter, Completion, Request
 from rlsf_ray.engines.lora import adapter_arrays, add_adapter, load_adapter
 from rlsf_ray.engines.models import context_length, find_model, load_model, load_tokenizer
-from rlsf_ray.engines.packing import Row, trace_logprobs
+from rlsf_ray.engines.packing import read_texts
 from rlsf_ray.engines.tokens import check_lengths, completion, encode_prompt, encode_text, eos_ids
 from rlsf_ray.errors import EngineError, WeightsError
 from rlsf_ray.records import FloatArray, IntArray, Json, Prompt
@@ -29,12 +29,14 @@ COMPACT_BELOW = 0.75  # drop finished rows from the batch once fewer than this s
 class TransformersEngine:
     """An `Engine` in this process. Keeps every loaded version as arrays and writes the asked one in place."""
 
+    one_version = False
+
     def __init__(
         self, model: ModelConfig, learner: LearnerConfig, *, threads: int = 0, device: str | None = None
     ) -> None:
         if threads:
             torch.set_num_threads(threads)
-        self._config = model
+        self._config, self._most_tokens = model, learner.max_tokens_per_pass
         self._tokenizer = load_tokenizer(model)
         base = load_model(model, device=device)
         self._eos = eos_ids(base.generation_config, self._tokenizer)
@@ -63,8 +65,8 @@ class TransformersEngine:
         return checksum(adapter)
 
     def forget_version(self, version: int) -> None:
-        """Drop an adapter that is no longer needed."""
-        del self._adapters[version]
+        """Drop an adapter that is no longer needed, if it is held."""
+        self._adapters.pop(version, None)
         if self._active == version:
             self._active = 0
 
@@ -84,9 +86,8 @@ class TransformersEngine:
     def logprobs(self, texts: Sequence[tuple[IntArray, IntArray]], version: int) -> list[FloatArray]:
         """For each (prompt ids, trace ids): the log-probs [T] that `version` gives to the trace's tokens."""
         self._activate(version)
-        rows = [Row(prompt_ids, [token_ids]) for prompt_ids, token_ids in texts]
         with self._model.disable_adapter() if version == 0 else nullcontext():
-            return [found[0].float().cpu().numpy() for found in trace_logprobs(self._model, rows)]
+            return read_texts(self._model, texts, self._most_tokens)
 
     def usage(self) -> Json:
         """Nothing: a batch is split where it would not fit."""

@@ -67,7 +67,7 @@ class RunState:
 
     def swapped(self, swap: Json) -> None:
         """A generator has loaded a version: what it proved."""
-        keys = ("version", "verdict", "share", "expected_move", "gap")
+        keys = ("version", "verdict", "share", "expected_move", "gap", "loads")
         self.swaps[swap["actor"]] = {key: swap[key] for key in keys}
 
     def had_no_pairs(self, round: int) -> None:

@@ -20,6 +20,7 @@ from actors.spawn import spawn_coordinator
 from rlsf_ray import loop, service
 from rlsf_ray.config import RunConfig
 from rlsf_ray.errors import DrainedError, InputError, NoPairsError, ServiceError, StorageError
+from rlsf_ray.placement import NO_GPUS
 from rlsf_ray.records import Json
 from rlsf_ray.run_store import RunStore
 
@@ -73,9 +74,13 @@ def test_a_scorer_that_dies_while_it_waits_for_room_loses_nothing(
 
 def _training_worker() -> int:
     """The process of the only training worker of this Ray."""
-    ours = psutil.Process().children(recursive=True)
-    (found,) = [process.pid for process in ours if "RayTrainWorker" in " ".join(process.cmdline())]
-    return int(found)
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # ended meanwhile
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process.pid)
+    (worker,) = found
+    return int(worker)
 
 
 def _equals_the_loop(summary: Json, config: RunConfig, root: Path, loop_root: Path) -> None:
@@ -151,7 +156,7 @@ def test_a_model_that_does_not_load_ends_the_run_with_the_engine_s_own_error(lau
 
 def test_a_driver_of_other_source_is_refused(small: Callable[..., RunConfig], cluster: int, tmp_path: Path) -> None:
     RunStore.create_or_resume(str(tmp_path / "mixed"), small())
-    job = Job(run="mixed", root=str(tmp_path / "mixed"), source=source_hash())
+    job = Job(run="mixed", root=str(tmp_path / "mixed"), source=source_hash(), gpus=NO_GPUS)
     coordinator = spawn_coordinator(job, {"PYTHONPATH": os.getcwd()})
     with pytest.raises(ServiceError, match="other source than the driver: expected 0000"):
         ray.get(coordinator.start.remote("0" * 64))

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import bench_stages
 import pytest
-
-from benchmarks import bench_stages
 
 SMALL = [
     "model.dtype=float32",

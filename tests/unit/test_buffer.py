@@ -14,6 +14,7 @@ def group(sequence: int, round: int = 0) -> TrainingGroup:
         score=0.5,
         answer="1",
         token_ids=np.zeros(1, np.int32),
+        logprob=np.zeros(1, np.float32),
         reference_logprob=np.zeros(1, np.float32),
     )
     return TrainingGroup(

@@ -99,7 +99,7 @@ def test_relative_data_paths_become_absolute_and_urls_stay(tmp_path, monkeypatch
         ("rounds.x=1", r"rounds is a single value and has no key 'x'"),
         ("rounds", r"expected key=value such as .*got 'rounds'"),
         ("loss.beta=[1", r"not valid YAML"),
-        ("cluster.trainers.gpus=0.5", r"whole number .*got 0.5; set it to 1"),
+        ("cluster.trainers={count: 2, gpus: 0.5}", r"whole number .*got 0.5 for 2; set it to 1"),
     ],
 )
 def test_a_wrong_override_is_an_input_error_that_names_key_and_cure(override, expected) -> None:

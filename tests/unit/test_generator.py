@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from rlsf_ray.records import Canary, FloatArray, WeightsVersion
 class Engine:
     """Its log-probs are the number of the version; `deaf` loads of a version change nothing."""
 
+    one_version = False
+
     def __init__(self, deaf: dict[int, int] | None = None) -> None:
         self.deaf, self.held, self.loads = deaf or {}, dict[int, float](), list[int]()
         self.living = True
@@ -31,7 +34,7 @@ class Engine:
         return f"sum {version}"
 
     def forget_version(self, version: int) -> None:
-        del self.held[version]
+        self.held.pop(version, None)
 
     def logprobs(self, texts: Any, version: int) -> list[FloatArray]:
         if not self.living:
@@ -72,12 +75,20 @@ def test_a_version_that_arrives_is_proved_and_the_oldest_is_dropped() -> None:
 def test_a_version_that_does_not_arrive_is_loaded_once_more() -> None:
     generator = Small(Engine({2: 1}))
     assert (generator.load_version(2) or {})["verdict"] == "proved"
-    assert generator._engine.loads == [1, 2, 2]  # the one before it is the yardstick
+    assert generator._engine.loads == [1, 2, 1, 2]  # with the one before it, the yardstick
+
+
+def test_a_version_that_a_batch_had_to_bring_in_is_told_with_the_batch() -> None:
+    generator = Small(Engine({2: 1}))
+    with generator._writing(2) as (_, news):
+        assert (news["swap"]["version"], news["swap"]["verdict"], news["swap"]["loads"]) == (2, "proved", 2)
+    with generator._writing(2) as (_, news):
+        assert news == {}
 
 
 def test_a_version_that_does_not_arrive_twice_ends_the_run_with_both_numbers() -> None:
     generator = Small(Engine({1: 2}))
-    with pytest.raises(WeightsError, match=r"version 1 .* twice: .* moved by 0.00 of the trainer's move of 1 nats"):
+    with pytest.raises(WeightsError, match=r"version 1 in twice, .* moved by 0.00 of the trainer's move of 1 nats"):
         generator.load_version(1)
     assert generator._engine.held == {}
     assert generator._versions == []
@@ -117,10 +128,28 @@ def test_a_dead_engine_is_built_anew_with_the_version_that_is_asked_for() -> Non
     first.living = False
 
     def write() -> None:
-        with generator._writing(1) as engine:
+        with generator._writing(1) as (engine, _):
             engine.logprobs([0], 1)
 
     with pytest.raises(EngineError, match="dead"):
         write()
     write()
     assert second.loads == [1]
+
+
+def test_a_batch_takes_a_newer_version_only_where_one_can_be_in_at_a_time() -> None:
+    """So that a batch that waited for a version to come in does not have the old one brought back."""
+    engine = Engine()
+    generator = Small(engine)
+    for version in (1, 2):
+        generator.load_version(version)
+    assert generator._newest(1) == 1
+    engine.one_version = True
+    assert generator._newest(1) == 2
+    with ThreadPoolExecutor(1) as threads:
+        with generator._loading:  # version 3 is on its way in
+            waiting = threads.submit(generator._newest, 2)
+            with pytest.raises(TimeoutError):
+                waiting.result(0.2)
+            generator._take_in(3)
+        assert waiting.result(30) == 3

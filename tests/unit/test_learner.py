@@ -28,6 +28,7 @@ def group(index: int, *, num_pairs: int = 2, reference: float = -3.0) -> Trainin
             score=0.5,
             answer=None,
             token_ids=draw.integers(4, 300, 3 + k).astype(np.int32),
+            logprob=np.full(3 + k, reference, dtype=np.float32),
             reference_logprob=np.full(3 + k, reference, dtype=np.float32),
         )
         for k in range(4)
@@ -119,6 +120,37 @@ def test_a_worker_without_groups_takes_part(tiny: Path) -> None:
     made = learner(tiny)
     report = made.train_step([], total_pairs=1, round=0, pass_index=0, all_reduce=lambda tensors: None)
     assert report.grad_norm == 0.0
+
+
+def test_the_gap_to_the_generator_is_a_root_mean_square_over_tokens_and_ranks(tiny: Path) -> None:
+    """Log-probs of the trainer itself, shifted by 0.3 in one group and by 0.1 in the other."""
+    made = learner(tiny)
+
+    def shifted(one: TrainingGroup, by: float) -> TrainingGroup:
+        own = made.logprobs([(one.prompt_ids, trace.token_ids) for trace in one.traces])
+        return replace(
+            one, traces=tuple(replace(t, logprob=values + by) for t, values in zip(one.traces, own, strict=True))
+        )
+
+    groups = [shifted(GROUPS[0], 0.3), shifted(GROUPS[1], -0.1)]
+    tokens = [sum(len(trace.token_ids) for trace in one.traces) for one in groups]
+    expected = ((tokens[0] * 0.09 + tokens[1] * 0.01) / sum(tokens)) ** 0.5
+    calls: list[list[torch.Tensor]] = []
+
+    def add(tensors: list[torch.Tensor]) -> None:
+        if len(calls) < 2:
+            calls.append([t.clone() for t in tensors])
+        else:
+            for tensor, other in zip(tensors, calls[len(calls) - 2], strict=True):
+                tensor += other
+            calls.append([])
+
+    alone = learner(tiny).train_step(groups, total_pairs=5, round=0, pass_index=0)
+    assert alone.logprob_gap == pytest.approx(expected, rel=1e-3)
+    learner(tiny).train_step(groups[:1], total_pairs=5, round=0, pass_index=0, all_reduce=add)
+    both = learner(tiny).train_step(groups[1:], total_pairs=5, round=0, pass_index=0, all_reduce=add)
+    assert both.logprob_gap == pytest.approx(expected, rel=1e-3)
+    assert "gap" not in " ".join(both.means())
 
 
 def test_training_prefers_the_chosen_traces(tiny: Path) -> None:

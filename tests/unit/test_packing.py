@@ -103,3 +103,10 @@ def test_an_unknown_last_step_on_the_logits_is_refused(model: Any) -> None:
             check_logits(model)
     finally:
         model.forward = head
+
+
+@pytest.mark.parametrize("max_tokens", [1, 20, 10_000])
+def test_texts_read_in_small_passes_give_the_same(model: Any, max_tokens: int) -> None:
+    texts = [(row.prompt_ids, trace) for row in ROWS for trace in row.traces]
+    for ours, expected in zip(packing.read_texts(model, texts, max_tokens), one_by_one(model), strict=True):
+        np.testing.assert_allclose(ours, expected.detach().numpy(), atol=2e-5)

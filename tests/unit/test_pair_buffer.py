@@ -9,6 +9,7 @@ from tiny import tiny_config
 
 from actors.job import Job, source_hash
 from actors.pair_buffer import PairBuffer
+from rlsf_ray.placement import NO_GPUS
 from rlsf_ray.records import Json, Pair, TrainingGroup, TrainingTrace
 from rlsf_ray.run_store import RunStore
 
@@ -21,6 +22,7 @@ def group(sequence: int) -> TrainingGroup:
         score=0.5,
         answer="1",
         token_ids=np.array([1, 2], np.int32),
+        logprob=np.array([-0.5, -1.0], np.float32),
         reference_logprob=np.array([-0.5, -1.0], np.float32),
     )
     return TrainingGroup(
@@ -43,7 +45,7 @@ def trace_row(sequence: int, reason: str | None) -> Json:
 def job(tmp_path: Path) -> Job:
     """A run whose buffer holds two groups."""
     RunStore.create_or_resume(str(tmp_path / "run"), tiny_config(Path("model"), cluster={"buffer_groups": 2}))
-    return Job(run="run", root=str(tmp_path / "run"), source=source_hash())
+    return Job(run="run", root=str(tmp_path / "run"), source=source_hash(), gpus=NO_GPUS)
 
 
 def test_a_put_waits_while_the_buffer_is_full_and_goes_on_after_a_lease(job: Job) -> None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from timing import processor_seconds
 from tiny import tiny_config
 
 from rlsf_ray.config import RunConfig
@@ -227,7 +228,7 @@ def test_a_name_that_a_users_module_does_not_define_is_refused(config: RunConfig
 
 
 def test_planning_imports_no_torch_and_is_quick(tiny: Path, tmp_path: Path) -> None:
-    """In under 2 s of processor time: the clock on the wall also counts what else the machine does."""
+    """In under 2 s of processor time, or little more than importing reasoning-gym takes where the machine is slow."""
     code = (
         "import sys; from rlsf_ray.cli import main\n"
         "try: main(sys.argv[1:])\n"
@@ -245,11 +246,10 @@ def test_planning_imports_no_torch_and_is_quick(tiny: Path, tmp_path: Path) -> N
         "--set",
         "rollout.max_tokens=20",
     ]
-    before = os.times()
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    after = os.times()
+    done, seconds = processor_seconds(command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("heavy: []\n")
     assert "200 to train, 150 to probe; longest: " in done.stdout
-    assert after.children_user + after.children_system - before.children_user - before.children_system < 2.0
+    _, floor = processor_seconds([sys.executable, "-c", "import reasoning_gym"])
+    assert seconds < max(2.0, 1.5 * floor + 0.5)
     assert list(tmp_path.iterdir()) == []  # it has started and written nothing

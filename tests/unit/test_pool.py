@@ -10,27 +10,28 @@ from ray.exceptions import ActorUnavailableError, RayActorError
 from actors import watch
 from actors.pool import GeneratorPool
 from actors.watch import Watch
-from rlsf_ray.errors import DeadlineError
+from rlsf_ray.errors import DeadlineError, WeightsError
 
 
 class Method:
     """Stands for `handle.method`: counts its calls, and answers or raises what `reply` says of the n-th."""
 
-    def __init__(self, reply: Callable[[int], BaseException | None]) -> None:
+    def __init__(self, reply: Callable[[int], Any]) -> None:
         self._reply, self.calls = reply, 0
 
-    def remote(self, *args: Any) -> Coroutine[Any, Any, None]:
+    def remote(self, *args: Any) -> Coroutine[Any, Any, Any]:
         self.calls += 1
         return self._answer(self._reply(self.calls))
 
-    async def _answer(self, error: BaseException | None) -> None:
+    async def _answer(self, reply: Any) -> Any:
         await asyncio.sleep(0.01)
-        if error is not None:
-            raise error
+        if isinstance(reply, BaseException):
+            raise reply
+        return reply
 
 
 class Handle:
-    def __init__(self, **methods: Callable[[int], BaseException | None]) -> None:
+    def __init__(self, **methods: Callable[[int], Any]) -> None:
         self.prepare = Method(methods.get("prepare", lambda call: None))
         self.load_version = Method(methods.get("load_version", lambda call: None))
 
@@ -83,3 +84,31 @@ def test_a_generator_that_is_unavailable_for_a_while_is_waited_for() -> None:
         return handle.prepare.calls
 
     assert asyncio.run(play()) == 5
+
+
+def _swap_on_four(loads: dict[str, int]) -> list[str]:
+    """Publish version 1 to four generators; who has told of it."""
+    told: list[str] = []
+
+    def swap(name: str) -> Callable[[int], Any]:
+        return lambda call: {"actor": name, "version": 1, "loads": loads.get(name, 1)}
+
+    async def play() -> None:
+        handles = {name: Handle(load_version=swap(name)) for name in "abcd"}
+        async with asyncio.TaskGroup() as tasks:
+            pool = GeneratorPool(handles, Watch(5.0), 2, tasks.create_task, lambda swap: told.append(swap["actor"]))
+            await pool.prepare(0)
+            pool.publish(1)
+
+    asyncio.run(play())
+    return told
+
+
+def test_one_generator_that_needs_a_second_load_is_no_reason_to_stop() -> None:
+    assert sorted(_swap_on_four({"b": 2})) == ["a", "b", "c", "d"]
+
+
+def test_half_the_pool_needing_a_second_load_ends_the_run() -> None:
+    with pytest.raises(ExceptionGroup) as caught:
+        _swap_on_four({"b": 2, "d": 2})
+    assert caught.group_contains(WeightsError, match=r"version 1 reached 2 of 4 generators only .*\(b, d\)")

@@ -68,6 +68,15 @@ def test_the_line_holds_all_numbers_and_leaves_out_what_is_unknown() -> None:
     assert line({"state": "starting", "eta_s": None}) == "starting | traces 0 (0.0/s) | pairs 0 | steps 0 | version 0"
 
 
+def test_the_newest_version_in_the_generators_is_shown_with_what_they_proved() -> None:
+    swaps = [("g0", 2, "proved"), ("g1", 2, "unproven"), ("g2", 1, "proved"), ("g3", 2, "proved")]
+    status = STATUS | {"swaps": {name: {"version": v, "verdict": verdict} for name, v, verdict in swaps}}
+    assert "| version 2 in generators: 2 proved, 1 unproven |" in line(status)
+    console, out = written()
+    console.print(panel(status))
+    assert "version 2 in generators: 2 proved, 1 unproven" in out.getvalue()
+
+
 def test_the_panel_is_compact_and_counts_rounds_from_one() -> None:
     console, out = written()
     console.print(panel(STATUS))

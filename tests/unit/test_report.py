@@ -11,7 +11,7 @@ from rlsf_ray.report import read_run, render, write_report
 from rlsf_ray.report_parts import marked, verdict
 from rlsf_ray.timeline import make_timeline, merge
 
-SECTIONS = ["results", "reliability", "versions", "training", "time", "accounting", "examples"]
+SECTIONS = ["results", "reliability", "versions", "training", "time", "swaps", "accounting", "examples"]
 VOID = {"meta", "img", "br"}
 
 
@@ -55,7 +55,7 @@ def page(html) -> Page:
 
 def test_all_sections_are_there_in_order_with_pictures(page):
     assert list(page.text)[1:] == SECTIONS
-    assert page.tags.count("img") == 2 + 2 + 3  # two reliability diagrams, two by version, three curves
+    assert page.tags.count("img") == 2 + 2 + 4  # two reliability diagrams, two by version, four curves
 
 
 def test_nothing_comes_from_elsewhere_and_nothing_runs(html, page):
@@ -135,7 +135,7 @@ def test_a_drained_run_shows_the_before_without_an_after(tmp_path):
     assert "A version after training was not measured" in page.text["results"]
     assert "0.137" in page.text["results"]
     assert "Steps: 1; pairs over all passes: 8" in page.text["training"]
-    assert page.tags.count("img") == 7
+    assert page.tags.count("img") == 8
 
 
 def test_a_step_that_was_run_again_after_a_resume_counts_once(tmp_path):

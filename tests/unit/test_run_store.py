@@ -78,6 +78,7 @@ def make_training_group(*, score: float = math.nan) -> TrainingGroup:
             score=value,
             answer=answer,
             token_ids=rng.integers(0, 50_000, 5 + i).astype(np.int32),
+            logprob=rng.normal(size=5 + i).astype(np.float32),
             reference_logprob=rng.normal(size=5 + i).astype(np.float32),
         )
         for i, (value, answer) in enumerate([(0.5, "12"), (score, None)])

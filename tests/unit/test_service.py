@@ -13,7 +13,7 @@ from rlsf_ray.service import check_root
 
 
 def test_a_run_of_the_same_name_in_another_folder_is_refused_with_both_folders() -> None:
-    job = Job(run="demo", root="/home/ann/runs/demo", source="")
+    job = Job(run="demo", root="/home/ann/runs/demo", source="", gpus={})
     check_root({"root": "/home/ann/runs/demo"}, job)
     with pytest.raises(InputError, match=r"/home/bob/runs/demo; expected /home/ann/runs/demo; .*--run"):
         check_root({"root": "/home/bob/runs/demo"}, job)

@@ -1,0 +1,52 @@
+"""Which pool takes how much of the cluster's GPUs, where the config leaves that open."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rlsf_ray.config import RunConfig
+from rlsf_ray.errors import InputError
+
+POOLS = ("generators", "scorers", "trainers")
+# Shares of one GPU for one actor of each role. vLLM takes its share when it starts; the trainer's peak comes next.
+ONE_GPU = {"generators": 0.5, "scorers": 0.1, "trainers": 0.4}
+NO_GPUS = dict.fromkeys(POOLS, 0.0)
+BESIDE = 0.1  # of a generator's GPU for a scorer, where the trainers have GPUs of their own
+
+
+def gpu_shares(config: RunConfig, num_gpus: float) -> dict[str, float]:
+    """Logical GPUs of each actor, by pool: as the config says, or shared out if it sets none at all.
+
+    Raises InputError if the pools do not fit the GPUs by themselves, or if vLLM would take a GPU that Ray counts free.
+    """
+    pools = {name: getattr(config.cluster, name) for name in POOLS}
+    if num_gpus < 1 or any(pool.gpus is not None for pool in pools.values()):
+        shares = {name: pool.gpus or 0.0 for name, pool in pools.items()}
+        if num_gpus >= 1 and config.engine == "vllm" and not shares["generators"]:
+            raise InputError(
+                "vLLM writes on a GPU where there is one, got cluster.generators.gpus=0; set it (0.5 to share one GPU)"
+            )
+        return shares
+    counts = {name: pool.count for name, pool in pools.items()}
+    wide = int(config.engine_args.get("tensor_parallel_size", 1))
+    if wide > 1:
+        raise InputError(
+            f"an engine over {wide} GPUs (tensor_parallel_size) is not placed by itself; set cluster.generators.gpus to"
+            f" {wide}, and cluster.scorers.gpus and cluster.trainers.gpus"
+        )
+    if num_gpus >= counts["generators"] + counts["trainers"] and counts["scorers"] <= counts["generators"]:
+        return {"generators": 1.0 - BESIDE, "scorers": BESIDE, "trainers": 1.0}
+    if set(counts.values()) == {1}:
+        return dict(ONE_GPU)
+    sizes = ", ".join(f"{count} {name}" for name, count in counts.items())
+    raise InputError(
+        f"{sizes} do not fit {num_gpus:g} GPUs by themselves: expected one for each generator and trainer, and no more"
+        " scorers than generators; set cluster.<pool>.gpus for each pool"
+    )
+
+
+def placed(config: RunConfig, shares: Mapping[str, float]) -> RunConfig:
+    """`config` with these GPUs in its pools."""
+    cluster = config.cluster
+    pools = {name: getattr(cluster, name).model_copy(update={"gpus": shares[name]}) for name in POOLS}
+    return config.model_copy(update={"cluster": cluster.model_copy(update=pools)})

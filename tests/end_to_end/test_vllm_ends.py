@@ -1,0 +1,76 @@
+"""However a run with vLLM ends, its engines' processes end too: listed in a process namespace of their own."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from needs import VLLM
+from private_cluster import Sandbox, unavailable
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.timeout(600),
+    VLLM,
+    pytest.mark.skipif(bool(unavailable()), reason=unavailable()),
+]
+UP_S, GONE_S = 150.0, 45.0
+SETTINGS = ("engine=vllm", "engine_args={max_model_len: 1024}", "prompts_per_round=64", "data.probe=[]")
+
+
+@pytest.fixture
+def box(tmp_path: Path) -> Iterator[tuple[Sandbox, str, str]]:
+    """(sandbox, address, dashboard) of a Ray that stands by itself."""
+    port, dashboard, agent = _free_ports(3)
+    with Sandbox(tmp_path / "box") as sandbox:
+        ports = [f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
+        code, output = sandbox.run("ray", "start", "--head", "--num-cpus=4", *ports, seconds=120)
+        assert code == 0, output
+        yield sandbox, f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}"
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def _until(ready: Callable[[], Any], seconds: float, what: Callable[[], Any]) -> None:
+    end = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < end, f"nothing within {seconds:g} s: {what()}"
+        time.sleep(0.2)
+
+
+def test_no_process_of_an_engine_outlives_a_stop_from_the_shell_or_of_the_job(
+    box: tuple[Sandbox, str, str], tmp_path: Path
+) -> None:
+    """`rlsf stop` while it writes; the same job again, ended by `ray job stop`."""
+    sandbox, address, dashboard = box
+    settings = [part for setting in SETTINGS for part in ("--set", setting)]
+    entry = ["python", "-m", "rlsf_ray", "run", "rlsf", "--run", "ends", "--root", str(tmp_path), *settings]
+
+    def engines() -> list[str]:
+        return [line for line in sandbox.processes() if "VLLM" in line or "ray::Generator" in line]
+
+    def works() -> bool:
+        return any("VLLM" in line for line in engines()) and (tmp_path / "ends/traces").exists()
+
+    ways = (
+        ("first", ("rlsf", "stop", "ends", "--address", address)),
+        ("second", ("ray", "job", "stop", "--address", dashboard, "second")),
+    )
+    for name, end in ways:
+        submit = ["ray", "job", "submit", "--address", dashboard, f"--submission-id={name}", "--no-wait"]
+        code, output = sandbox.run(*submit, "--", *entry)
+        assert code == 0, output
+        _until(works, UP_S, sandbox.processes)
+        code, output = sandbox.run(*end)
+        assert code == 0, output
+        _until(lambda: not engines(), GONE_S, engines)
