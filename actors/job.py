@@ -50,12 +50,8 @@ class Job:
             import torch
 
             torch.set_num_threads(threads or os.cpu_count() or 1)
-        return self.open()
-
-    def open(self) -> RunStore:
-        """The run's directory, with the GPUs of this life in its config."""
         store = RunStore.open(self.root)
-        store.config = placed(store.config, self.gpus)
+        store.config = placed(store.config, self.gpus)  # the GPUs of this life
         return store
 
 

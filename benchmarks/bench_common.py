@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import os
@@ -33,22 +34,43 @@ LEAVE_S = 20.0
 ROOT = Path(__file__).parents[1]
 
 
-def with_environment() -> None:
+def base_parser(doc: str | None, out: Path) -> argparse.ArgumentParser:
+    """The options that every benchmark has; `doc` is the module's, `out` where its result is kept."""
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser.add_argument("--model", default="smollm2", help="smollm2, a folder or a hub id")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key")
+    parser.add_argument("--out", type=Path, default=out, help="JSON file [default: benchmarks/results]")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options, with `--json`; as a program (`arguments` None) in the actors' environment from here on."""
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    options = parser.parse_args(arguments)
+    if arguments is None:
+        _with_environment()
+    return options
+
+
+def _with_environment() -> None:
     """Begin this program again with the actors' environment, unless it has it: both sides of a comparison need it."""
     wanted = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     if os.environ.get("RLSF_BENCH") is None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | wanted | {"RLSF_BENCH": "1"})
 
 
-def machine_facts() -> Json:
-    """What the numbers depend on, without a name of the machine."""
+def machine_facts(*modules: str) -> Json:
+    """What the numbers depend on, without a name of the machine; `modules` are said by the packages that bring them."""
     import torch
 
     return {
         "cores": os.cpu_count(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})",
         "python": platform.python_version(),
-        **{name: metadata.version(name) for name in ("torch", "ray", "transformers", *_that_bring("vllm"))},
+        **{
+            name: metadata.version(name)
+            for name in ("torch", "ray", "transformers", *(name for module in modules for name in _that_bring(module)))
+        },
     }
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_common import machine_facts, prompts_of, small_config, with_environment, write_result
+from bench_common import base_parser, machine_facts, parse, prompts_of, small_config, write_result
 
 from actors.cores import Cores
 from actors.generator import Generator
@@ -46,8 +46,6 @@ Version = tuple[Adapter, list[Canary]]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
-    if arguments is None:
-        with_environment()
     config = small_config(options.model, ["engine=vllm", *ANY_PAIRS, *options.set], 16, "bench_false_alarms")
     engine = build_engine(config)
     try:
@@ -55,18 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     finally:
         engine.close()
     settings = {"model": Path(config.model.name).name, "engine": config.engine, "swaps": options.swaps}
-    result = {"machine": machine_facts(), "settings": settings | {"set": options.set}, "kinds": kinds}
+    result = {"machine": machine_facts("vllm"), "settings": settings | {"set": options.set}, "kinds": kinds}
     write_result(result, options.out, None if options.json else as_text(result))
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="smollm2", help="smollm2, a folder or a hub id")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key")
+    parser = base_parser(__doc__, OUT)
     parser.add_argument("--swaps", type=int, default=50, metavar="N", help="swaps of each kind [default: 50]")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--out", type=Path, default=OUT, help="JSON file [default: benchmarks/results]")
-    return parser.parse_args(arguments)
+    return parse(parser, arguments)
 
 
 def measure(config: RunConfig, engine: Any, swaps: int) -> Json:

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench_common import machine_facts, write_result
+from bench_common import base_parser, machine_facts, write_result
 
 from rlsf_ray.config import RunConfig
 from rlsf_ray.config_loading import load_config
@@ -49,11 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="smollm2", help="smollm2, a folder or a hub id")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key")
+    parser = base_parser(__doc__, OUT)
     parser.add_argument("--prompts", type=int, default=32, metavar="N", help="prompts in each round [default: 32]")
-    parser.add_argument("--out", type=Path, default=OUT, help="JSON file [default: benchmarks/results]")
     return parser.parse_args(arguments)
 
 

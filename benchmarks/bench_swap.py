@@ -23,13 +23,14 @@ import numpy as np
 import ray
 from bench_common import (
     BenchPool,
+    base_parser,
     bench_pool,
     drawn_adapter,
     machine_facts,
     own_ray,
+    parse,
     prompts_of,
     small_config,
-    with_environment,
     write_result,
 )
 from safetensors.numpy import save
@@ -48,8 +49,6 @@ OUT = Path(__file__).parent / "results" / "bench_swap.json"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
-    if arguments is None:
-        with_environment()
     config = small_config(
         options.model, ["engine=vllm", "cluster.prompts_per_call=4", *options.set], options.prompts, "bench_swap"
     )
@@ -57,19 +56,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         measured = asyncio.run(measure(config, options.swaps, Path(folder)))
     settings = {"model": Path(config.model.name).name, "prompts": options.prompts, "swaps": options.swaps}
     settings["swap"] = "merged" if merges(config.swap) else "adapter"
-    result = {"machine": machine_facts(), "settings": settings | {"set": options.set}, **measured}
+    result = {"machine": machine_facts("vllm"), "settings": settings | {"set": options.set}, **measured}
     write_result(result, options.out, None if options.json else as_text(result))
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="smollm2", help="smollm2, a folder or a hub id")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key")
+    parser = base_parser(__doc__, OUT)
     parser.add_argument("--prompts", type=int, default=32, metavar="N", help="prompts in each block [default: 32]")
     parser.add_argument("--swaps", type=int, default=20, metavar="N", help="swaps [default: 20]")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--out", type=Path, default=OUT, help="JSON file [default: benchmarks/results]")
-    return parser.parse_args(arguments)
+    return parse(parser, arguments)
 
 
 async def measure(config: RunConfig, swaps: int, folder: Path) -> Json:

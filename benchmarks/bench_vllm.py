@@ -22,13 +22,14 @@ from typing import Any
 
 from bench_common import (
     BenchPool,
+    base_parser,
     bench_pool,
     drawn_adapter,
     machine_facts,
     own_ray,
+    parse,
     prompts_of,
     small_config,
-    with_environment,
     write_result,
 )
 
@@ -45,13 +46,11 @@ OUT = Path(__file__).parent / "results" / "bench_vllm.json"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
-    if arguments is None:
-        with_environment()
     overrides = ["engine=vllm", *(SIDE_BY_SIDE if local_resources()["GPU"] else []), *options.set]
     config = small_config(options.model, overrides, options.prompts, "bench_vllm")
     writers = measure(config, options.turns)
     result = {
-        "machine": machine_facts(),
+        "machine": machine_facts("vllm"),
         "settings": _settings(config, options),
         "writers": writers,
         "pool_over_bare": ratio(writers, "pool, vllm", "bare vllm"),
@@ -61,14 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="smollm2", help="smollm2, a folder or a hub id")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key")
+    parser = base_parser(__doc__, OUT)
     parser.add_argument("--prompts", type=int, default=48, metavar="N", help="prompts in each turn [default: 48]")
     parser.add_argument("--turns", type=int, default=3, metavar="N", help="counted turns [default: 3]")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--out", type=Path, default=OUT, help="JSON file [default: benchmarks/results]")
-    return parser.parse_args(arguments)
+    return parse(parser, arguments)
 
 
 def _settings(config: RunConfig, options: argparse.Namespace) -> Json:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,15 @@ def unavailable() -> str:
         return "unshare and nsenter (util-linux) are needed for a private PID namespace"
     tried = subprocess.run(["unshare", "-pf", "--mount-proc", "true"], capture_output=True, text=True, check=False)
     return "" if tried.returncode == 0 else f"a private PID namespace is not permitted here: {tried.stderr.strip()}"
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports on which nothing listens."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
 
 
 class Shell:

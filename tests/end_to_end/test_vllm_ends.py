@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 from needs import VLLM
-from private_cluster import Sandbox, unavailable
+from private_cluster import Sandbox, free_ports, unavailable
 
 pytestmark = [
     pytest.mark.cluster,
@@ -25,20 +24,12 @@ SETTINGS = ("engine=vllm", "engine_args={max_model_len: 1024}", "prompts_per_rou
 @pytest.fixture
 def box(tmp_path: Path) -> Iterator[tuple[Sandbox, str, str]]:
     """(sandbox, address, dashboard) of a Ray that stands by itself."""
-    port, dashboard, agent = _free_ports(3)
+    port, dashboard, agent = free_ports(3)
     with Sandbox(tmp_path / "box") as sandbox:
         ports = [f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
         code, output = sandbox.run("ray", "start", "--head", "--num-cpus=4", *ports, seconds=120)
         assert code == 0, output
         yield sandbox, f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}"
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 def _until(ready: Callable[[], Any], seconds: float, what: Callable[[], Any]) -> None:

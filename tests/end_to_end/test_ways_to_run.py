@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from typing import Any
 
 import private_cluster
 import pytest
-from private_cluster import Sandbox
+from private_cluster import Sandbox, free_ports
 from tiny import tiny_config
 
 from rlsf_ray.config import RunConfig
@@ -85,7 +84,7 @@ def _adapter_loads(tiny: Path, run: Path) -> None:
 def test_an_address_where_no_ray_answers_is_refused(config: RunConfig, tmp_path: Path) -> None:
     file = write_config(tmp_path, config)
     with Sandbox(tmp_path / "box") as sandbox:
-        code, output = sandbox.run("rlsf", "run", file, "--address", f"127.0.0.1:{_free_ports(1)[0]}", seconds=60)
+        code, output = sandbox.run("rlsf", "run", file, "--address", f"127.0.0.1:{free_ports(1)[0]}", seconds=60)
         assert code == 2, output
         assert "no Ray answers at 127.0.0.1:" in output
         assert sandbox.processes() == []
@@ -93,7 +92,7 @@ def test_an_address_where_no_ray_answers_is_refused(config: RunConfig, tmp_path:
 
 def test_a_folder_that_a_node_does_not_see_is_refused(config: RunConfig, tmp_path: Path) -> None:
     """The second node has an empty file system of its own where the run root lies."""
-    file, root, port = write_config(tmp_path, config), tmp_path / "runs", _free_ports(1)[0]
+    file, root, port = write_config(tmp_path, config), tmp_path / "runs", free_ports(1)[0]
     root.mkdir()
     head = f"ray start --head --num-cpus=8 --include-dashboard=false --node-ip-address=127.0.0.1 --port={port}"
     node = f"mount -t tmpfs none {root} && ray start --address=127.0.0.1:{port} --node-ip-address=127.0.0.1"
@@ -163,21 +162,13 @@ def wheel_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cluster(wheel_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    port, dashboard, agent = _free_ports(3)
+    port, dashboard, agent = free_ports(3)
     with Sandbox(tmp_path_factory.mktemp("cluster"), python=str(wheel_python)) as sandbox:
         sandbox.env.pop("PYTHONPATH", None)
         ports = [f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
         code, output = sandbox.run("ray", "start", "--head", "--num-cpus=8", *ports, seconds=120)
         assert code == 0, output
         yield Cluster(sandbox, f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}")
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 def run_command(config: RunConfig, folder: Path, name: str) -> list[str]:
