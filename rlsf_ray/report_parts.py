@@ -56,7 +56,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, wide_last: bool
     body = "".join(
         "<tr>" + "".join(f"<td{kind(i)}>{cell}</td>" for i, cell in enumerate(row)) + "</tr>" for row in rows
     )
-    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def facts(rows: Mapping[str, Any]) -> str:

@@ -13,11 +13,11 @@ from private_cluster import Sandbox, free_ports, unavailable
 
 pytestmark = [
     pytest.mark.cluster,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(700),
     VLLM,
     pytest.mark.skipif(bool(unavailable()), reason=unavailable()),
 ]
-UP_S, GONE_S = 150.0, 45.0
+UP_S, GONE_S = 240.0, 45.0
 SETTINGS = ("engine=vllm", "engine_args={max_model_len: 1024}", "prompts_per_round=64", "data.probe=[]")
 
 
