@@ -7,7 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -34,6 +34,7 @@ class Generator:
         self._versions: list[int] = []
         self._using = Counter[int]()  # version -> calls that write with it
         self._counting, self._loading = threading.Lock(), threading.Lock()
+        self._changing = threading.RLock()  # held from when a version goes in until calls may write with it
 
     def prepare(self, version: int) -> Json | None:
         """Build the engine and load `version`."""
@@ -69,11 +70,11 @@ class Generator:
             return None
         start = time.time()
         weights, before, adapter, canaries = self._fetch(version)
-        with self._kept(before) as held:
+        with self._kept(before) as held, ExitStack() as changing:
             new = [(weights, adapter)] if held else [self._fetch(before)[::2], (weights, adapter)]
             for loads in (1, 2):
                 try:
-                    delivery = self._load_and_prove(new, before, canaries)
+                    delivery = self._load_and_prove(new, before, canaries, changing)
                     break
                 except WeightsError as error:
                     logger.warning("version %d has not arrived: %s", version, error)
@@ -87,13 +88,16 @@ class Generator:
         return swapped | {"version": version, "loads": loads, **asdict(delivery)}
 
     def _load_and_prove(
-        self, new: Sequence[tuple[WeightsVersion, Any]], before: int, canaries: Sequence[Canary]
+        self, new: Sequence[tuple[WeightsVersion, Any]], before: int, canaries: Sequence[Canary], changing: ExitStack
     ) -> Delivery:
-        """Load adapters, the last of which is to be proved. Raises WeightsError, with the numbers, if that fails."""
+        """Load adapters, the last of which is to be proved; `changing` keeps new batches waiting while it goes in.
+
+        Raises WeightsError, with the numbers, if the proof fails.
+        """
         for weights, adapter in new:
             self._load(weights, adapter)
         version = new[-1][0].version
-        delivery = self._prove(version, before, canaries)
+        delivery = self._prove(version, before, canaries, changing)
         if delivery.verdict == "failed":
             raise WeightsError(
                 f"the engine does not write with version {version}: its log-probs on {len(canaries)} canaries"
@@ -132,12 +136,14 @@ class Generator:
             self._versions.remove(version)
         self._engine.forget_version(version)
 
-    def _prove(self, version: int, before: int, canaries: Sequence[Canary]) -> Delivery:
+    def _prove(self, version: int, before: int, canaries: Sequence[Canary], changing: ExitStack) -> Delivery:
         if not canaries:  # a version of an older run
             return judge([], [], [], [], logprob_noise(self._config))
         texts = [(canary.prompt_ids, canary.token_ids) for canary in canaries]
         with self._cores.turn():
-            old, new = self._engine.logprobs(texts, before), self._engine.logprobs(texts, version)
+            old = self._engine.logprobs(texts, before)  # among what is being written
+            changing.enter_context(self._changing)
+            new = self._engine.logprobs(texts, version)
         trained_old, trained_new = [canary.before for canary in canaries], [canary.after for canary in canaries]
         return judge(old, new, trained_old, trained_new, logprob_noise(self._config))
 
@@ -146,7 +152,7 @@ class Generator:
         engine = self._engine
         if engine is None or not engine.one_version:
             return version
-        with self._loading:
+        with self._changing:
             return max([version, *self._versions])
 
     @contextmanager

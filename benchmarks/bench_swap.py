@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = base_parser(__doc__, OUT)
-    parser.add_argument("--prompts", type=int, default=32, metavar="N", help="prompts in each block [default: 32]")
+    parser.add_argument("--prompts", type=int, default=48, metavar="N", help="prompts in each block [default: 48]")
     parser.add_argument("--swaps", type=int, default=20, metavar="N", help="swaps [default: 20]")
     return parse(parser, arguments)
 
@@ -141,14 +141,14 @@ class Swaps:
 
 
 class TwoVersions:
-    """Odd versions are a drawn adapter, even ones twice that: every swap moves log-probs far more than noise does."""
+    """Odd versions are a drawn adapter, even ones four times that: a swap moves log-probs far more than noise does."""
 
     def __init__(self, config: RunConfig) -> None:
         from rlsf_ray.engines.learner import Learner
 
         self._learner, drawn = Learner(config), drawn_adapter(config)
-        twice = {name: array * 2 if ".lora_B." in name else array for name, array in drawn.items()}
-        self._adapters: dict[int, Adapter] = {1: drawn, 0: twice}
+        larger = {name: array * 4 if ".lora_B." in name else array for name, array in drawn.items()}
+        self._adapters: dict[int, Adapter] = {1: drawn, 0: larger}
 
     def adapter(self, version: int) -> Adapter:
         """The weights of `version`."""

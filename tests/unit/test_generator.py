@@ -147,9 +147,32 @@ def test_a_batch_takes_a_newer_version_only_where_one_can_be_in_at_a_time() -> N
     engine.one_version = True
     assert generator._newest(1) == 2
     with ThreadPoolExecutor(1) as threads:
-        with generator._loading:  # version 3 is on its way in
+        with generator._changing:  # version 3 is going in
             waiting = threads.submit(generator._newest, 2)
             with pytest.raises(TimeoutError):
                 waiting.result(0.2)
             generator._take_in(3)
         assert waiting.result(30) == 3
+
+
+def test_batches_go_on_with_the_old_version_until_the_new_one_goes_in() -> None:
+    engine, reading, go_on = Engine(), threading.Event(), threading.Event()
+    engine.one_version = True
+    generator = Small(engine)
+    generator.load_version(1)
+    read = engine.logprobs
+
+    def slow(texts: Any, version: int) -> list[FloatArray]:
+        if version == 1:  # the yardstick, before version 2 goes in
+            reading.set()
+            assert go_on.wait(30)
+        return read(texts, version)
+
+    engine.logprobs = slow  # type: ignore[method-assign]
+    with ThreadPoolExecutor(2) as threads:
+        loading = threads.submit(generator.load_version, 2)
+        assert reading.wait(30)
+        assert threads.submit(generator._newest, 1).result(30) == 1
+        go_on.set()
+        assert (loading.result(30) or {})["verdict"] == "proved"
+    assert generator._newest(1) == 2
