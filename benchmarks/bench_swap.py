@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import ray
+import torch
 from bench_common import (
     BenchPool,
     base_parser,
@@ -189,7 +190,8 @@ def moved(config: RunConfig, adapter: Adapter, folder: Path) -> Json:
     place = folder / "moved"
     place.mkdir()
     if merges(config.swap):
-        write_merged(find_model(config.model.name), adapter, config.learner.lora_alpha, place)
+        dtype = getattr(torch, config.model.dtype)
+        write_merged(find_model(config.model.name), adapter, config.learner.lora_alpha, dtype, place)
     else:
         for name, data in to_peft(adapter, base_model="", lora_alpha=config.learner.lora_alpha).items():
             (place / name).write_bytes(data)

@@ -20,6 +20,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from bench_common import (
     BenchPool,
     base_parser,
@@ -134,7 +135,8 @@ class BareVLLM:
         chosen = engine_arguments(config.model, config.learner, model, context=context, max_versions=held)
         self._llm: Any = LLM(**(chosen | config.engine_args))
         if merged:
-            write_merged(model, adapter, config.learner.lora_alpha, folder)
+            dtype = getattr(torch, config.model.dtype)
+            write_merged(model, adapter, config.learner.lora_alpha, dtype, folder)
             self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
         else:
             files = to_peft(adapter, base_model=config.model.name, lora_alpha=config.learner.lora_alpha)

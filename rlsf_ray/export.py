@@ -29,21 +29,25 @@ def export_adapter(store: RunStore, version: int, to: Path) -> Path:
 def export_merged(store: RunStore, version: int, to: Path) -> Path:
     """Save the base model with the adapter added into its weights, and the tokenizer, as an ordinary model folder.
 
-    The sum is made in float32 and then cast to the run's dtype, so that it is rounded once.
+    The sum is made in float32 and rounded once to the run's dtype, so that small changes are not lost.
     """
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
+    from rlsf_ray.engines.lora import rounded
     from rlsf_ray.engines.models import find_model, load_tokenizer
 
     _new_folder(to)
     config = store.config.model
-    base = AutoModelForCausalLM.from_pretrained(find_model(config.name), dtype=torch.float32)
+    dtype = getattr(torch, config.dtype)
+    base = AutoModelForCausalLM.from_pretrained(find_model(config.name), dtype=dtype).float()
     with tempfile.TemporaryDirectory() as folder:
         adapter = export_adapter(store, version, Path(folder))
         merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
-    merged.to(getattr(torch, config.dtype)).save_pretrained(to)
+    for name, parameter in merged.named_parameters():
+        parameter.data = rounded(parameter.data, dtype, name)
+    merged.save_pretrained(to)
     load_tokenizer(config).save_pretrained(to)
     return to
 

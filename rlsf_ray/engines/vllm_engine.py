@@ -142,7 +142,8 @@ class VLLMEngine:
 
     def _write_merged(self, version: int) -> None:
         try:
-            write_merged(self._folder, self._versions[version], self._learner.lora_alpha, self._merged(version))
+            dtype = getattr(torch, self._config.dtype)
+            write_merged(self._folder, self._versions[version], self._learner.lora_alpha, dtype, self._merged(version))
         except OSError as error:
             raise self._failed(f"write version {version} to {self._merged(version)}", error) from error
 

@@ -295,8 +295,8 @@ def _write_half(path: Path, data: bytes) -> int:
         return file.write(data[: len(data) // 2])
 
 
-def _write_merged_half(folder: Path, content: Adapter, alpha: float, target: Path) -> None:
-    write_merged(folder, content, alpha, target)
+def _write_merged_half(folder: Path, content: Adapter, alpha: float, dtype: Any, target: Path) -> None:
+    write_merged(folder, content, alpha, dtype, target)
     (file,) = target.glob("*.safetensors")
     if target.name.endswith("2"):  # version 1 comes in once more between the two loads
         os.truncate(file, file.stat().st_size // 2)
