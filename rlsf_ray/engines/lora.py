@@ -103,7 +103,7 @@ def write_merged(
 
 
 def rounded(values: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
-    """Finite float32 values in `dtype`; in bfloat16 up or down by chance, the nearer more often, so that the mean stays.
+    """Finite float32 values in `dtype`; in bfloat16 up or down by chance, the nearer more often: the mean stays.
 
     What an adapter adds to a weight is often less than half a step of bfloat16. Rounded to the nearest it would be
     gone: a third of what SmolLM2 had learned (benchmarks/results/log.md). Chance depends on `name` alone, so that a
