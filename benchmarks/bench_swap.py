@@ -40,7 +40,7 @@ from actors.weight_store import ADAPTER_FILE
 from rlsf_ray.adapters import CANARY_FILE, canaries_to_bytes, checksum
 from rlsf_ray.config import RunConfig
 from rlsf_ray.engines.base import Adapter
-from rlsf_ray.engines.vllm_engine import merges
+from rlsf_ray.engines.lora import merges
 from rlsf_ray.records import Canary, Group, Json
 
 CANARIES = 16
@@ -162,7 +162,7 @@ class TwoVersions:
         self._read = {}
         for parity, adapter in self._adapters.items():
             self._learner.set_adapter(adapter)
-            self._read[parity] = self._learner.logprobs(self._texts)
+            self._read[parity] = self._learner.logprobs(self._texts, like_generators=True)
 
     def checkpoint(self, version: int, folder: Path) -> tuple[Json, Any]:
         """(record, checkpoint) as a training worker reports them."""

@@ -36,7 +36,7 @@ from bench_common import (
 
 from rlsf_ray.config import RunConfig
 from rlsf_ray.engines.base import Adapter
-from rlsf_ray.engines.vllm_engine import merges
+from rlsf_ray.engines.lora import merges
 from rlsf_ray.plan import local_resources
 from rlsf_ray.records import Json, Prompt
 

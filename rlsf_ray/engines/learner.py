@@ -13,7 +13,14 @@ from safetensors.torch import load, save
 
 from rlsf_ray.algorithms.losses import pair_loss
 from rlsf_ray.config import RunConfig
-from rlsf_ray.engines.lora import adapter_arrays, add_adapter, check_logits, load_adapter
+from rlsf_ray.engines.lora import (
+    adapter_arrays,
+    add_adapter,
+    check_logits,
+    load_adapter,
+    sum_at_once,
+    sums_at_once,
+)
 from rlsf_ray.engines.models import load_model
 from rlsf_ray.engines.packing import Row, read_texts, trace_logprobs
 from rlsf_ray.errors import NonFiniteLossError
@@ -133,10 +140,10 @@ class Learner:
             return []
         spread = np.unique(np.linspace(0, len(traces) - 1, CANARY_CANDIDATES).astype(int))  # over the whole round
         texts = [traces[index] for index in spread]
-        now, new = self.adapter(), self.logprobs(texts)
+        now, new = self.adapter(), self.logprobs(texts, like_generators=True)
         self.set_adapter(before)
         try:
-            old = self.logprobs(texts)
+            old = self.logprobs(texts, like_generators=True)
         finally:
             self.set_adapter(now)
         moved = sorted(range(len(texts)), key=lambda i: -float(np.square(new[i] - old[i]).mean()))
@@ -144,9 +151,18 @@ class Learner:
             Canary(prompt_ids=texts[i][0], token_ids=texts[i][1], before=old[i], after=new[i]) for i in moved[:CANARIES]
         ]
 
-    def logprobs(self, texts: Sequence[tuple[IntArray, IntArray]]) -> list[FloatArray]:
-        """For each (prompt ids, trace ids): the log-probs [T] of the trace's tokens with the adapter held now."""
-        return read_texts(self._model, texts, self._config.learner.max_tokens_per_pass)
+    def logprobs(
+        self, texts: Sequence[tuple[IntArray, IntArray]], *, like_generators: bool = False
+    ) -> list[FloatArray]:
+        """For each (prompt ids, trace ids): the log-probs [T] of the trace's tokens with the adapter held now.
+
+        `like_generators`: base and adapter are rounded as the generators do it, which may be worse than we do.
+        """
+        sum_at_once(self._model, at_once=not like_generators or sums_at_once(self._config))
+        try:
+            return read_texts(self._model, texts, self._config.learner.max_tokens_per_pass)
+        finally:
+            sum_at_once(self._model, at_once=True)
 
     def set_adapter(self, adapter: Mapping[str, np.ndarray]) -> None:
         """Hold `adapter` from now on. Raises WeightsError for one of another shape."""

@@ -6,15 +6,19 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import numpy as np
 import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from rlsf_ray.config import LearnerConfig
+from rlsf_ray.config import LearnerConfig, RunConfig
 from rlsf_ray.errors import InputError, WeightsError
+
+DEFAULT_SWAP = {"cuda": "adapter", "cpu": "merged"}  # measured on CPUs: benchmarks/results/log.md
 
 
 def add_adapter(model: Any, config: LearnerConfig, *, seed: int, dtype: torch.dtype) -> Any:
@@ -38,7 +42,44 @@ def add_adapter(model: Any, config: LearnerConfig, *, seed: int, dtype: torch.dt
             bound = 1 / math.sqrt(parameter.shape[1])  # PEFT's own: kaiming uniform with a = sqrt(5)
             values = torch.rand(parameter.shape, generator=generator) * (2 * bound) - bound
             parameter.data.copy_(values.to(dtype))
+    sum_at_once(wrapped, at_once=True)
     return wrapped
+
+
+def sum_at_once(wrapped: Any, *, at_once: bool) -> None:
+    """Whether each layer rounds base and adapter as one sum, or (as PEFT, and vLLM's LoRA kernels) the base first.
+
+    In bfloat16 an adapter's share is often less than half a step of the base's output. Added once that is rounded, it
+    is lost: of a first round's change 40 % (benchmarks/results/log.md).
+    """
+    for layer in wrapped.modules():
+        if isinstance(layer, LoraLinear) and type(layer.base_layer) is torch.nn.Linear:
+            if at_once:
+                layer.forward = MethodType(_one_sum, layer)
+            else:
+                layer.__dict__.pop("forward", None)
+
+
+def sums_at_once(config: RunConfig) -> bool:
+    """Whether the generators of `config` round base and adapter as one sum: all but vLLM with `swap: adapter`."""
+    return config.engine != "vllm" or merges(config.swap)
+
+
+def merges(swap: str | None) -> bool:
+    """Whether vLLM has a version folded into its weights; `swap` None: what is faster on the device."""
+    return (swap or DEFAULT_SWAP["cuda" if torch.cuda.is_available() else "cpu"]) == "merged"
+
+
+def _one_sum(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """W x + scaling * B A x, summed in float32 within the product and rounded once; then the bias, if there is one."""
+    base = layer.base_layer
+    if layer.disable_adapters:
+        return base(x)
+    (name,) = layer.active_adapters
+    down, up = layer.lora_A[name], layer.lora_B[name]
+    delta = (up(down(x.to(down.weight.dtype))) * layer.scaling[name]).to(x.dtype)
+    total = torch.addmm(delta.flatten(0, -2), x.flatten(0, -2), base.weight.t()).view(delta.shape)
+    return total if base.bias is None else total + base.bias
 
 
 def target_modules(folder: Path) -> list[str]:

@@ -24,7 +24,7 @@ import torch
 from rlsf_ray.adapters import checksum, to_peft
 from rlsf_ray.config import LearnerConfig, ModelConfig
 from rlsf_ray.engines.base import Adapter, Completion, Request
-from rlsf_ray.engines.lora import check_mergeable, write_merged
+from rlsf_ray.engines.lora import check_mergeable, merges, write_merged
 from rlsf_ray.engines.models import context_length, find_model, generation_config, load_tokenizer, most_tokens
 from rlsf_ray.engines.scratch import Scratch
 from rlsf_ray.engines.tokens import check_lengths, completion, encode_prompt, encode_text, eos_ids
@@ -36,7 +36,6 @@ from rlsf_ray.records import FloatArray, IntArray, Json, Prompt
 
 LOOK_S = 1.0  # how often a waiting call asks whether the engine lives
 CLOSE_S = 10.0  # for what is being written to be given up
-DEFAULT_SWAP = {"cuda": "adapter", "cpu": "merged"}  # measured on CPUs: benchmarks/results/log.md
 
 
 class VLLMEngine:
@@ -296,8 +295,3 @@ class VLLMEngine:
 def _with_size(folder: Path, expected: int) -> str:
     """`folder` as an error names it: what is there and what should be."""
     return f"{folder} ({sum(file.stat().st_size for file in folder.iterdir())} bytes, expected about {expected})"
-
-
-def merges(swap: str | None) -> bool:
-    """Whether a version is folded into the weights; `swap` None: what is faster on the device."""
-    return (swap or DEFAULT_SWAP["cuda" if torch.cuda.is_available() else "cpu"]) == "merged"

@@ -185,6 +185,7 @@ class Direct(Generator):
         groups = engine.generate(asked, 0)
         texts = [(r.prompt_ids, t.token_ids) for r, group in zip(asked, groups, strict=True) for t in group]
         base = {name: np.zeros_like(array) for name, array in first.items()}
+        trainer._config = CONFIG.model_copy(update={"swap": "merged" if engine.one_version else "adapter"})
         read = [_trained(trainer, made, texts) for made in (base, *self.adapters.values())]
         self.canaries = {
             version: [
@@ -204,7 +205,7 @@ class Direct(Generator):
 
 def _trained(trainer: Learner, made: Adapter, texts: list[tuple[IntArray, IntArray]]) -> list[FloatArray]:
     trainer.set_adapter(made)
-    return trainer.logprobs(texts)
+    return trainer.logprobs(texts, like_generators=True)
 
 
 @pytest.fixture(scope="module")
