@@ -109,7 +109,7 @@ class Coordinator:
             self._state.counts["steps"] = step
             self._watch.moved()
             self._journal.record(done)
-        return not self._stop.done()
+        return not self._stop.done() and (self._rounds is None or self._rounds.may_train)
 
     def _end(self, error: RlsfError) -> None:
         if self._work is not None and not self._stop.done():

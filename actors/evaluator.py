@@ -8,8 +8,15 @@ from typing import Any
 import ray
 
 from actors.job import Job, event
-from rlsf_ray.evaluate import cached_base, judge_groups, run_summary, store_base, summarise
-from rlsf_ray.records import Json, Prompt
+from rlsf_ray.evaluate import (
+    cached_base,
+    judge_groups,
+    look_at,
+    run_summary,
+    store_base,
+    summarise,
+)
+from rlsf_ray.records import Group, Json, Prompt
 from rlsf_ray.tasks.equality import AnswerChecker
 from rlsf_ray.tasks.sources import load_sets
 
@@ -20,42 +27,53 @@ class Evaluator:
     def __init__(self, job: Job, name: str) -> None:
         self._job, self._name = job, name
         self._rows: dict[int, dict[int, list[Json]]] = {}  # version -> first sequence -> rows
+        self._groups: dict[int, dict[int, list[Group]]] = {}  # the same, of calibration prompts
 
-    def prepare(self) -> tuple[list[Prompt], list[Prompt]]:
-        """(training prompts, probe prompts)."""
+    def prepare(self) -> tuple[list[Prompt], list[Prompt], list[Prompt]]:
+        """(training prompts, probe prompts, calibration prompts)."""
         self._store = self._job.enter(self._name)
-        train, self._probe = load_sets(self._store.config)
+        self._sets = load_sets(self._store.config)
         self._checker = AnswerChecker()
-        return train, [item.prompt for item in self._probe]
+        return self._sets.train, [item.prompt for item in self._sets.probe], self._sets.calibration
 
-    def known(self, version: int, questions: int) -> bool:
-        """Was this version measured on so many questions already? For the base model another run's word counts."""
-        path = f"eval/version-{version:04d}.json"
-        found = self._store.read_json(path)
+    def known(self, version: int, questions: int) -> tuple[bool, Json | None]:
+        """(was this version measured on so many questions already?, the vitals it had then).
+
+        For the base model another run's word counts.
+        """
+        found = self._store.measured(version, questions)
         if found is None and version == 0:
-            found = cached_base(self._store.config, self._probe)
+            found = cached_base(self._store.config, self._sets)
             if found is not None:
-                self._store.write_json(path, found)
-        return found is not None and found["num_questions"] >= questions
+                self._store.write_evaluation(found)
+        return found is not None, found and found["vitals"]
 
     def judge(self, boxed: list[Any], version: int, first_sequence: int) -> Json:
         """Judge one batch of `Generator.probe`; returns a stage event."""
         start = time.time()
-        sampled, greedy = ray.get(boxed[0], timeout=self._store.config.cluster.deadline_s)
-        chunk = self._probe[first_sequence : first_sequence + len(sampled)]
-        self._rows.setdefault(version, {})[first_sequence] = judge_groups(sampled, greedy, chunk, self._checker)
+        written = ray.get(boxed[0], timeout=self._store.config.cluster.deadline_s)
+        chunk = self._sets.probe[first_sequence : first_sequence + len(written["greedy"])]
+        self._rows.setdefault(version, {})[first_sequence] = judge_groups(written, chunk, self._checker)
         return event("evaluator", self._name, "judge", max(0, version - 1), start)
 
-    def finish(self, version: int) -> Json:
-        """Every batch of this version is judged: write its evaluation, return the metrics."""
-        parts = self._rows.pop(version)
+    def collect(self, boxed: list[Any], version: int, first_sequence: int) -> Json:
+        """Take in one batch of `Generator.calibrate`; returns a stage event."""
+        start = time.time()
+        groups = ray.get(boxed[0], timeout=self._store.config.cluster.deadline_s)
+        self._groups.setdefault(version, {})[first_sequence] = groups
+        return event("evaluator", self._name, "collect", max(0, version - 1), start)
+
+    def finish(self, version: int) -> Json | None:
+        """Every batch of this version is there: write its evaluation, return the guard's vitals."""
+        parts, groups = self._rows.pop(version, {}), self._groups.pop(version, {})
         rows = [row for first in sorted(parts) for row in parts[first]]
-        evaluation = summarise(rows, version, self._store.config)
-        if version == 0 and len(rows) == len(self._probe):
-            store_base(self._store.config, self._probe, evaluation)
-        self._store.write_json(f"eval/version-{version:04d}.json", evaluation)
-        metrics: Json = evaluation["metrics"]
-        return metrics
+        unlabelled = look_at([group for first in sorted(groups) for group in groups[first]], self._checker)
+        evaluation = summarise(rows, version, self._store.config, unlabelled)
+        if version == 0 and len(rows) == len(self._sets.probe):
+            store_base(self._store.config, self._sets, evaluation)
+        self._store.write_evaluation(evaluation)
+        vitals: Json | None = evaluation["vitals"]
+        return vitals
 
     def summary(self, measured: Json) -> Json:
         """Write summary.json and the report of the finished run; returns the summary."""

@@ -18,7 +18,7 @@ from actors.job import Job, device, event
 from rlsf_ray.engines.base import Engine, logprob_noise
 from rlsf_ray.errors import EngineError, WeightsError
 from rlsf_ray.records import Canary, Group, Json, Prompt, WeightsVersion
-from rlsf_ray.rollouts.programs import write_groups, write_probe_groups
+from rlsf_ray.rollouts.programs import write_calibration_groups, write_groups, write_probe_groups
 from rlsf_ray.stream.delivery import Delivery, judge
 
 logger = logging.getLogger(__name__)
@@ -205,17 +205,24 @@ class Generator:
 
     def probe(
         self, prompts: Sequence[Prompt], first_sequence: int, version: int
-    ) -> tuple[tuple[list[Group], list[Group]], Json]:
-        """((sampled, greedy), stage event) for one batch of probe prompts."""
+    ) -> tuple[dict[str, list[Group]], Json]:
+        """(groups of each kind, stage event) for one batch of probe prompts."""
+        groups, done = self._measure(write_probe_groups, prompts, first_sequence, version)
+        tokens = sum(num_tokens(part) for part in groups.values())
+        return groups, done | {"tokens": tokens}
+
+    def calibrate(self, prompts: Sequence[Prompt], first_sequence: int, version: int) -> tuple[list[Group], Json]:
+        """(groups, stage event) for one batch of calibration prompts."""
+        groups, done = self._measure(write_calibration_groups, prompts, first_sequence, version)
+        return groups, done | {"tokens": num_tokens(groups)}
+
+    def _measure(self, write: Any, prompts: Sequence[Prompt], first_sequence: int, version: int) -> tuple[Any, Json]:
         with self._writing(version) as (engine, news):
             start = time.time()
-            groups = write_probe_groups(
-                engine, prompts, config=self._config, version=version, first_sequence=first_sequence
-            )
-            tokens = sum(num_tokens(part) for part in groups)
-            done = event("generator", self._name, "probe", max(0, version - 1), start, tokens) | engine.usage() | news
+            written = write(engine, prompts, config=self._config, version=version, first_sequence=first_sequence)
+            done = event("generator", self._name, "probe", max(0, version - 1), start) | engine.usage() | news
             give_memory_back()
-        return groups, done
+        return written, done
 
 
 def num_tokens(groups: Sequence[Group]) -> int:

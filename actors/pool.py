@@ -41,7 +41,7 @@ class GeneratorPool:
         swapped: Callable[[Json], None],
         most_slots: int = 1,
     ) -> None:
-        self._handles, self._watch, self._attempts, self._start_task = handles, watch, attempts, start_task
+        self._handles, self._watch, self._attempts, self.start_task = handles, watch, attempts, start_task
         self._fleet = Fleet(list(handles), most_slots=most_slots)
         self._swapped = swapped
         self._granted: dict[Ticket, asyncio.Future[Replica]] = {}
@@ -59,7 +59,7 @@ class GeneratorPool:
         """Let every generator load `version` after the batch it is writing. Nothing waits for this."""
         self._newest = version
         for name in self._fleet.names(State.READY):
-            self._start_task(self._load(name, version))
+            self.start_task(self._load(name, version))
 
     async def call(
         self, method: str, *args: Any, priority: tuple[int, ...], least_version: int, version: int | None = None
@@ -124,7 +124,7 @@ class GeneratorPool:
     def _bring_back(self, name: str) -> None:
         """No more work for a broken generator until it has started again."""
         self._fleet.failed(name)
-        self._start_task(self._prepare(name))
+        self.start_task(self._prepare(name))
 
     async def _prepare(self, name: str) -> None:
         """Bring a new or restarted generator to the newest version, unless that is under way.

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 from ray.exceptions import ActorUnavailableError, ObjectLostError, RayActorError
 
 from actors.journal import Journal
+from actors.measuring import TRAINING, Collapse, Measuring
 from actors.pool import GeneratorPool, GivenUp
 from actors.spawn import MOST_SLOTS, SCORER_THREADS, Crew
 from actors.watch import Watch
@@ -24,7 +26,6 @@ from rlsf_ray.tasks.sources import prompts_of_round
 logger = logging.getLogger(__name__)
 
 LAST_COMMIT_S = 30.0
-TRAINING, EVALUATION = 0, 1  # lanes of the generator pool, most urgent first
 
 
 class Rounds:
@@ -40,36 +41,68 @@ class Rounds:
         self._permits = asyncio.Semaphore(min(wanted, SCORER_THREADS))  # all may meet at one scorer
         self._queued = dict.fromkeys(crew.scorers, 0)  # batches at each scorer
         self._commits: asyncio.Queue[tuple[Json | None, list[Any]]] = asyncio.Queue()
-        self._measuring: dict[int, asyncio.Task[None]] = {}  # version -> its evaluation beside the rounds
         self._trainer_at: int | None = None  # the round that the trainer goes on with
         self.fit: Any = None
+        self.may_train = True
 
     async def run(self, stop: asyncio.Future[None]) -> None:
-        """Every round that is left. `stop` ends it at any moment by its exception.
+        """Every round that is left, then the last version's measure. `stop` ends it at any moment by its exception.
 
-        Raises NoPairsError, counting the reasons, if no round gave a pair, ServiceError if that is because all failed.
+        Raises NoPairsError, counting the reasons, if no round gave a pair, ServiceError if that is because all failed,
+        GuardError if the guard is to stop the run.
         """
-        async with asyncio.TaskGroup() as tasks:
-            self._tasks = tasks
-            stopping = tasks.create_task(_forward(stop))
-            resumed = bool(self._state.ledger.size(0))
-            await self._prepare()
-            self.fit = self._crew.driver.fit.remote()  # takes long to start: the base model is measured meanwhile
-            fitting = tasks.create_task(self._fit())
-            beside = [tasks.create_task(self._take_commits()), tasks.create_task(self._journal.keep_saving())]
-            if resumed:
-                self._say("waiting for the trainer")
-                await self._watch.until(lambda: self._trainer_at is not None, "the trainer")
-            await self._evaluate(0)
-            await self._all_rounds()
-            self._say("waiting for the trainer to end")
-            await fitting
-            if self._state.admission.newest == 0:
-                raise self._state.nothing_trained()
-            await asyncio.gather(*self._measuring.values())  # the evaluator keeps the rows of a version in one place
-            await self._evaluate(self._state.admission.newest)
-            for task in (stopping, *beside):
+        resumed = bool(self._state.ledger.size(0))
+        if not self._state.ends_early:
+            try:
+                async with self._working(stop):
+                    await self._prepare()
+                    await self._learn(resumed)
+                    await self._measuring.evaluate(self._state.admission.newest)
+                return
+            except ExceptionGroup as errors:
+                if errors.split(Collapse)[1] is not None:
+                    raise
+        async with self._working(stop):
+            await self._roll_back()
+            await self._measuring.evaluate(self._state.admission.newest)
+
+    @asynccontextmanager
+    async def _working(self, stop: asyncio.Future[None]) -> AsyncIterator[None]:
+        """Time in which tasks may run beside; one that fails ends them all."""
+        async with asyncio.TaskGroup() as self._tasks:
+            beside = [self._start(work) for work in (_forward(stop), self._journal.keep_saving(), self._take_commits())]
+            yield
+            for task in beside:
                 task.cancel()
+
+    async def _learn(self, resumed: bool) -> None:
+        """All rounds, with a training job beside them."""
+        self.fit = self._crew.driver.fit.remote()  # takes long to start: the base model is measured meanwhile
+        fitting = self._start(self._fit())
+        if resumed:
+            self._say("waiting for the trainer")
+            await self._watch.until(lambda: self._trainer_at is not None, "the trainer")
+        await self._measuring.evaluate(0)
+        await self._all_rounds()
+        self._say("waiting for the trainer to end")
+        await fitting
+        if self._state.admission.newest == 0:
+            raise self._state.nothing_trained()
+        await self._measuring.ended()
+
+    async def _roll_back(self) -> None:
+        """Stop training, and make the last good version's weights the run's last version."""
+        self.may_train = False
+        if self.fit is None:  # an earlier life of the run has come so far
+            await self._prepare()
+        else:
+            self._crew.buffer.close.remote()
+            await asyncio.wait({asyncio.ensure_future(self.fit)}, timeout=self._config.cluster.deadline_s)
+        way = self._state.roll_back()
+        self._say(f"going back to version {way['to']}")
+        await self._watch.answer(self._crew.weights.roll_back.remote(way["to"], way["version"]), "weight_store")
+        await self._journal.save()
+        await self._pool.prepare(way["version"])
 
     def committed(self, record: Json | None, boxed: list[Any]) -> None:
         """A checkpoint is saved, or (with `record` None) the trainer begins without one."""
@@ -83,10 +116,13 @@ class Rounds:
         await answer(crew.weights.prepare.remote(), "weight_store")  # generators ask it for weights
         attempts = self._config.cluster.attempts
         self._pool = GeneratorPool(crew.generators, self._watch, attempts, self._start, self._swapped, self._slots)
-        _, recovered, (self._train, self._probe) = await asyncio.gather(
+        _, recovered, (self._train, probe, calibration) = await asyncio.gather(
             self._pool.prepare(admission.newest),
             answer(crew.buffer.prepare.remote(ended, self._without(ended)), "pair_buffer"),
             answer(crew.evaluator.prepare.remote(), "evaluator"),
+        )
+        self._measuring = Measuring(
+            self._state, self._journal, crew.evaluator, self._pool, self._watch, self._config, probe, calibration
         )
         # Not beside the generators: vLLM takes what others load on its GPU while it starts for its own
         await asyncio.gather(*(answer(scorer.prepare.remote(), name) for name, scorer in crew.scorers.items()))
@@ -137,13 +173,13 @@ class Rounds:
 
     async def _all_rounds(self) -> None:
         admission = self._state.admission
-        self._measure_beside()  # an earlier life may have ended before it could
+        self._measuring.beside()  # an earlier life may have ended before it could
         for round in range(admission.rounds_ended, self._config.rounds):
             await self._watch.until(lambda round=round: admission.may_admit(round), "the trainer")  # type: ignore[misc]
             self._state.round = round
             self._say(f"round {round + 1}: generating and scoring")
             await self._admit(round)
-        await self._watch.until(lambda: admission.rounds_ended == self._config.rounds, "the trainer")
+        await self._watch.until(lambda: admission.rounds_ended >= self._config.rounds, "the trainer")
 
     async def _admit(self, round: int) -> None:
         """Send the batches of a round on their way, in order, as permits come free.
@@ -254,47 +290,8 @@ class Rounds:
         await self._journal.save()
         await self._watch.answer(self._crew.buffer.end_rounds.remote(round + 1), "pair_buffer")
         self._pool.publish(version)
-        self._measure_beside()
-
-    # --- evaluation ---------------------------------------------------------------------------------------------
-
-    async def _evaluate(self, version: int, questions: int | None = None) -> None:
-        """Measure a version on the first `questions` of the probe set (None: all), unless that is known."""
-        prompts = self._probe[:questions]
-        if not prompts:
-            return
-        known = self._crew.evaluator.known.remote(version, len(prompts))
-        if await self._watch.answer(known, "evaluator"):
-            return
-        if questions is None:  # else it goes on beside the next round, whose message stays
-            self._say(f"evaluating version {version}")
-        size = self._config.probe_prompts_per_call
-        firsts = range(0, len(prompts), size)
-        await asyncio.gather(*(self._probe_batch(version, first, prompts[first : first + size]) for first in firsts))
-        await self._watch.answer(self._crew.evaluator.finish.remote(version), "evaluator")
-        await self._journal.save()
-
-    def _measure_beside(self) -> None:
-        """Measure the newest version while the next round goes on, on `eval.during` questions; each version once."""
-        admission, questions = self._state.admission, self._config.eval.during
-        if admission.newest in (0, *self._measuring) or admission.rounds_ended == self._config.rounds:
-            return
-        self._measuring[admission.newest] = self._start(self._evaluate(admission.newest, questions))
-
-    async def _probe_batch(self, version: int, first: int, prompts: Sequence[Prompt]) -> None:
-        try:
-            groups, event = await self._pool.call(
-                "probe", prompts, first, priority=(EVALUATION, version, first), least_version=0, version=version
-            )
-        except GivenUp as error:
-            raise ServiceError(
-                f"version {version} cannot be evaluated: {error.reason} too often; see the log"
-            ) from error
-        self._journal.record(event)
-        self._watch.moved()
-        judged = self._crew.evaluator.judge.remote([groups], version, first)
-        self._journal.record(await self._watch.answer(judged, "evaluator"))
-        self._watch.moved()
+        if self.may_train:
+            self._measuring.beside()
 
     def _say(self, message: str) -> None:
         self._state.message = message

@@ -8,7 +8,7 @@ from typing import Any
 import ray
 
 from actors.job import Job
-from rlsf_ray.adapters import CANARY_FILE, canaries_from_bytes, from_peft
+from rlsf_ray.adapters import CANARY_FILE, canaries_from_bytes, from_peft, scaled
 from rlsf_ray.errors import WeightsError
 from rlsf_ray.records import Canary, Json, WeightsVersion
 
@@ -44,6 +44,15 @@ class WeightStore:
                 f" {record['checksum']} as the trainer reported; the checkpoint changed on storage"
             )
         self._hold(weights, adapter, canaries_from_bytes(canaries))
+        return weights
+
+    def roll_back(self, good: int, version: int) -> WeightsVersion:
+        """Make a new version with the content of `good` (0: the base model). Doing it again changes nothing."""
+        config = self._store.config
+        adapter, _ = self._store.read_adapter(good or self._store.versions()[0])
+        adapter = adapter if good else scaled(adapter, 0.0)
+        weights = self._store.write_adapter(version, adapter, config.model.name, config)
+        self._hold(weights, adapter, [])
         return weights
 
     def get(self, version: int) -> tuple[WeightsVersion, int, list[Any]]:

@@ -47,7 +47,7 @@ def compare(store: RunStore, num_prompts: int) -> Json:
     from rlsf_ray.tasks.sources import load_sets
 
     config = store.config
-    prompts = [item.prompt for item in load_sets(config)[1][:num_prompts]]
+    prompts = [item.prompt for item in load_sets(config).probe[:num_prompts]]
     engines: dict[str, Engine] = {
         name: build_engine(config.model_copy(update={"engine": name})) for name in ("transformers", "vllm")
     }

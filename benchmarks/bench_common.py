@@ -100,13 +100,19 @@ def own_ray() -> Iterator[None]:
 
 def small_config(model: str, overrides: Sequence[str], prompts: int, recipe: str) -> RunConfig:
     """The recipe `rlsf` with `prompts` in a round, one version ahead and without a probe set."""
-    own = [f"model.name={model}", f"prompts_per_round={prompts}", "data.probe=[]", f"recipe={recipe}"]
+    own = [
+        f"model.name={model}",
+        f"prompts_per_round={prompts}",
+        "data.probe=[]",
+        "data.calibration=0",
+        f"recipe={recipe}",
+    ]
     return load_config("rlsf", [*own, "cluster.max_staleness=1", *overrides])
 
 
 def prompts_of(config: RunConfig, round: int) -> list[Prompt]:
     """What the run would write in that round."""
-    return prompts_of_round(load_sets(config)[0], round, config.prompts_per_round, config.seed)
+    return prompts_of_round(load_sets(config).train, round, config.prompts_per_round, config.seed)
 
 
 def drawn_adapter(config: RunConfig) -> dict[str, np.ndarray]:

@@ -56,7 +56,14 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def bench_config(model: str, overrides: Sequence[str], prompts: int) -> RunConfig:
     """The recipe `rlsf` with three rounds and without a probe set, so that only the three stages run."""
-    own = [f"model.name={model}", "rounds=3", f"prompts_per_round={prompts}", "data.probe=[]", "recipe=bench_stages"]
+    own = [
+        f"model.name={model}",
+        "rounds=3",
+        f"prompts_per_round={prompts}",
+        "data.probe=[]",
+        "data.calibration=0",
+        "recipe=bench_stages",
+    ]
     return load_config("rlsf", [*own, *overrides])
 
 
@@ -68,7 +75,7 @@ def measure_alone(config: RunConfig) -> Json:
     from rlsf_ray.rollouts.programs import write_groups
     from rlsf_ray.tasks.sources import load_sets, prompts_of_round
 
-    cluster, (train, _) = config.cluster, load_sets(config)
+    cluster, train = config.cluster, load_sets(config).train
     engine = build_engine(config, threads=cluster.generators.threads)
     scorer, learner = Scorer(config, threads=cluster.scorers.threads), Learner(config)
     rates: dict[str, list[float]] = {role: [] for role in ROLES}

@@ -5,11 +5,13 @@ Exit codes: 0 done, 2 input, 3 guard or no pairs, 4 service, 5 drained.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -126,6 +128,55 @@ def evaluate(
 
 
 @app.command()
+def mix(
+    run: Run,
+    alphas: Annotated[str, typer.Option(help="Multiples of the adapter, between commas.")] = "0,0.25,0.5,0.75,1,1.25",
+    version: Version = None,
+    root: Root = "runs",
+) -> None:
+    """Measure base + alpha x adapter on the probe set: does the adapter help all the way?"""
+    from rlsf_ray.export import latest_version
+    from rlsf_ray.mix import mix as measure
+    from rlsf_ray.progress import print_mix
+
+    store, console = _open(run, root), _console()
+    try:
+        wanted = [float(alpha) for alpha in alphas.split(",")]
+    except ValueError as error:
+        raise InputError(f"--alphas: expected numbers between commas, such as 0,0.5,1, got {alphas!r}") from error
+    with console.status("measuring") as spinner:
+        show = lambda alpha: spinner.update(f"measuring alpha {alpha:g}")  # noqa: E731
+        print_mix(console, measure(store, latest_version(store, version), wanted, show))
+
+
+@app.command()
+def answer(
+    run: Run,
+    questions: Annotated[list[str] | None, typer.Argument(help="Questions; without any, a line of input each.")] = None,
+    file: Annotated[Path | None, typer.Option(help="A file with a question in each line.")] = None,
+    sure: Annotated[float, typer.Option(help="Confidence at which one needs no further trace.")] = 0.8,
+    least: Annotated[float, typer.Option(help="Abstain below this confidence.")] = 0.0,
+    most: Annotated[int, typer.Option(min=1, help="Traces a question may take.")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON object a line instead of a table.")] = False,
+    version: Version = None,
+    root: Root = "runs",
+) -> None:
+    """Answer questions with a run's model, each with a calibrated confidence."""
+    from rlsf_ray.answer import Answerer, open_engine, read_questions
+    from rlsf_ray.export import latest_version
+    from rlsf_ray.progress import print_replies
+
+    store, asked = _open(run, root), read_questions(questions or [], file)
+    number = latest_version(store, version)
+    with closing(open_engine(store, number)) as engine:
+        replies = Answerer(store, number, engine)(asked, sure=sure, least=least, most=most)
+    if as_json:
+        print("\n".join(json.dumps(asdict(reply), ensure_ascii=False) for reply in replies))
+    else:
+        print_replies(_console(), replies)
+
+
+@app.command()
 def status(run: RunName, address: Address = None) -> None:
     """Show how far a running run is."""
     from rlsf_ray import service
@@ -150,11 +201,17 @@ def stop(run: RunName, address: Address = None) -> None:
 
 
 @app.command()
-def report(run: Run, root: Root = "runs") -> None:
+def report(
+    run: Run,
+    beside: Annotated[
+        list[str] | None, typer.Option(metavar="RUN", help="Compare with another run, such as a control; repeatable.")
+    ] = None,
+    root: Root = "runs",
+) -> None:
     """Write a run's report.html."""
     from rlsf_ray.report import write_report
 
-    print(write_report(_open(run, root)))
+    print(write_report(_open(run, root), [_open(other, root) for other in beside or ()]))
 
 
 @app.command()
@@ -163,6 +220,7 @@ def export(
     what: Annotated[What, typer.Option(help="PEFT folder, whole model folder, or preference data as TRL reads it.")],
     to: Annotated[Path, typer.Option(help="New folder; for pairs a file that ends in .jsonl or .parquet.")],
     version: Version = None,
+    alpha: Annotated[float, typer.Option(help="Scale of what the adapter changes: 0 is the base model.")] = 1.0,
     root: Root = "runs",
 ) -> None:
     """Take an adapter, the merged model or the preference pairs out of a run."""
@@ -173,7 +231,7 @@ def export(
         print(export_pairs(store, to))
     else:
         write = export_adapter if what is What.adapter else export_merged
-        print(write(store, latest_version(store, version), to))
+        print(write(store, latest_version(store, version), to, alpha))
 
 
 @app.command()
@@ -238,8 +296,8 @@ def _evaluate(config: RunConfig, store: RunStore | None, version: int | None, *,
 
     number = latest_version(store, version) if store is not None and version != 0 else 0
     check_input(config)
-    probe = load_sets(config)[1]
-    if not probe:
+    sets = load_sets(config)
+    if not sets.probe:
         raise InputError("there is no probe set to measure on: data.probe is empty; give it a source with answers")
     from rlsf_ray.engines.build import build_engine
     from rlsf_ray.evaluate import evaluate_version
@@ -249,12 +307,12 @@ def _evaluate(config: RunConfig, store: RunStore | None, version: int | None, *,
         if store is not None and number:
             engine.load_version(number, store.read_adapter(number)[0])
         result = evaluate_version(
-            engine, probe, config, number, lambda done: spinner.update(f"measuring: {done}/{len(probe)} questions")
+            engine, sets, config, number, lambda done: spinner.update(f"measuring: {done}/{len(sets.probe)} questions")
         )
     if store is not None and keep:
-        store.write_json(f"eval/version-{number:04d}.json", result)
+        store.write_evaluation(result)
     what = (config.model.name if store is None else store.root).rstrip("/").rpartition("/")[2]
-    print_metrics(console, f"{what}, version {number}, {len(probe)} questions", result["metrics"])
+    print_metrics(console, f"{what}, version {number}, {len(sets.probe)} questions", result["metrics"])
 
 
 def _load(recipe: str, overrides: list[str] | None, seed: int | None) -> RunConfig:

@@ -95,6 +95,7 @@ class DataConfig(_Section):
 
     train: tuple[SourceConfig, ...] = Field(min_length=1)
     probe: tuple[SourceConfig, ...] = ()
+    calibration: int = Field(default=0, ge=0)  # prompts set aside: each version's confidence is fitted on them
     suffix: str = ""  # put after each question
     answer: Annotated[str, AfterValidator(_answer_format)] = "number"
 
@@ -184,6 +185,7 @@ class EvalConfig(_Section):
     """Measuring on the probe set."""
 
     samples: PositiveInt = 4
+    branches: int = Field(default=0, ge=0, le=64)  # first tokens for CoT-decoding (its paper: 10); 0: not measured
     during: int = Field(default=0, ge=0)  # probe questions for versions between the first and the last; 0: none
 
 
@@ -206,6 +208,7 @@ class RunConfig(_Section):
     learner: LearnerConfig = LearnerConfig()
     cluster: ClusterConfig = ClusterConfig()
     eval: EvalConfig = EvalConfig()
+    guard: Literal["off", "warn", "stop", "roll_back"] = "roll_back"  # what a sign of collapse does to the run
 
     @property
     def probe_prompts_per_call(self) -> int:

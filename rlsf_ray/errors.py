@@ -3,6 +3,7 @@
     RlsfError                     exit code
       InputError                  2   a bad config, model, data file or address; raised before anything heavy starts
       NoPairsError                3   every prompt was filtered; counts the reasons
+      GuardError                  3   the guard has stopped the run; names the signs with their numbers
       ServiceError                4   something that ran has failed
         NonFiniteLossError            the loss became nan or inf; the batch's ids are in the message
         EngineError                   generation or weight loading failed
@@ -31,6 +32,12 @@ class InputError(RlsfError, ValueError):
 
 class NoPairsError(RlsfError):
     """No prompt gave a preference pair, so nothing can be learned."""
+
+    exit_code = 3
+
+
+class GuardError(RlsfError):
+    """A version shows signs of collapse, and the run was told to stop there."""
 
     exit_code = 3
 

@@ -6,161 +6,173 @@ import hashlib
 import json
 import logging
 import uuid
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from rlsf_ray import __version__
-from rlsf_ray.algorithms import answers, calibration
+from rlsf_ray.algorithms import agreement, answers
+from rlsf_ray.algorithms.agreement import AgreementMap
 from rlsf_ray.algorithms.answers import label_answers
 from rlsf_ray.config import RunConfig
 from rlsf_ray.engines.models import cache_root, find_model
+from rlsf_ray.measures import difference, measure, reliability
 from rlsf_ray.records import Group, Json, ProbePrompt, Trace
-from rlsf_ray.rollouts.programs import write_probe_groups
+from rlsf_ray.rollouts.programs import write_calibration_groups, write_probe_groups
+from rlsf_ray.stream.guard import Vitals
 from rlsf_ray.tasks import equality
 from rlsf_ray.tasks.equality import AnswerChecker
+from rlsf_ray.tasks.sources import PromptSets
+from rlsf_ray.vitals import take_vitals
 
 logger = logging.getLogger(__name__)
 
-CONFIDENCES = ("answer_prob", "agreement")
+Item = TypeVar("Item")
+JUDGES = (agreement, answers, equality)
+LEAST_TRACES = 50  # answered traces that a map of four features needs
 
 
 def evaluate_version(
     engine: Any,
-    probe: Sequence[ProbePrompt],
+    sets: PromptSets,
     config: RunConfig,
     version: int,
     on_chunk: Callable[[int], None] = lambda done: None,
 ) -> Json:
-    """Write, judge and summarise the whole probe set in this process."""
-    checker, rows, size = AnswerChecker(), [], config.probe_prompts_per_call
-    for start in range(0, len(probe), size):
-        chunk = probe[start : start + size]
-        prompts = [item.prompt for item in chunk]
-        sampled, greedy = write_probe_groups(engine, prompts, config=config, version=version, first_sequence=start)
-        rows += judge_groups(sampled, greedy, chunk, checker)
-        on_chunk(start + len(chunk))
-    checker.close()
-    return summarise(rows, version, config)
+    """Write and judge the whole probe set in this process; the calibration prompts first."""
+    with AnswerChecker() as checker:
+        groups, rows = list[Group](), list[Json]()
+        for start, prompts in _chunks(sets.calibration, config.cluster.prompts_per_call):
+            groups += write_calibration_groups(engine, prompts, config=config, version=version, first_sequence=start)
+        unlabelled = look_at(groups, checker)
+        for start, chunk in _chunks(sets.probe, config.probe_prompts_per_call):
+            prompts = [item.prompt for item in chunk]
+            written = write_probe_groups(engine, prompts, config=config, version=version, first_sequence=start)
+            rows += judge_groups(written, chunk, checker)
+            on_chunk(start + len(chunk))
+    return summarise(rows, version, config, unlabelled)
+
+
+def _chunks(items: Sequence[Item], size: int) -> Iterator[tuple[int, Sequence[Item]]]:
+    for start in range(0, len(items), size):
+        yield start, items[start : start + size]
+
+
+@dataclass(frozen=True, slots=True)
+class Unlabelled:
+    """What the calibration prompts tell of a version. No gold answer comes near."""
+
+    map: AgreementMap | None  # None: too few answered traces
+    vitals: Vitals | None  # None: there are no calibration prompts
+
+
+def look_at(groups: Sequence[Group], checker: AnswerChecker) -> Unlabelled:
+    """Fit the map from one trace's features to its agreement with the others, and take the guard's vitals."""
+    if not groups:
+        return Unlabelled(None, None)
+    rows, shares = list[list[float]](), list[float]()
+    for group in groups:
+        labels = label_answers([trace.answer.text if trace.answer else None for trace in group.traces], checker.equal)
+        for trace, share in zip(group.traces, agreement.leave_one_out(labels), strict=True):
+            if trace.answer:
+                rows.append(_features(trace))
+                shares.append(float(share))
+    fitted = agreement.fit(np.array(rows), np.array(shares)) if len(rows) >= LEAST_TRACES else None
+    return Unlabelled(fitted, take_vitals(groups, checker))
 
 
 def judge_groups(
-    sampled: Sequence[Group], greedy: Sequence[Group], probe: Sequence[ProbePrompt], checker: AnswerChecker
+    written: Mapping[str, Sequence[Group]], probe: Sequence[ProbePrompt], checker: AnswerChecker
 ) -> list[Json]:
-    """One row for each question: every sampled trace and the greedy one, judged against the gold answer."""
-    gold = {item.prompt.id: item.gold for item in probe}
+    """One row for each question: all its traces, as `write_probe_groups` gives them, judged against the gold answer."""
     rows = []
-    for many, one in zip(sampled, greedy, strict=True):
-        right = gold[many.prompt.id]
-        texts = [trace.answer.text if trace.answer else None for trace in many.traces]
-        labels = label_answers(texts, checker.equal)
-        samples = [
-            _judged(trace, right, checker) | {"agreement": _agreement(labels, k), "label": labels[k]}
-            for k, trace in enumerate(many.traces)
-        ]
+    for index, item in enumerate(probe):
+        groups = {kind: found[index] for kind, found in written.items()}
         rows.append(
             {
-                "id": many.prompt.id,
-                "question": many.prompt.messages[-1][1],
-                "task": many.prompt.task,
-                "gold": right,
-                "samples": samples,
-                "greedy": _judged(one.traces[0], right, checker),
+                "id": item.prompt.id,
+                "question": item.prompt.messages[-1][1],
+                "task": item.prompt.task,
+                "gold": item.gold,
+                "samples": _judge_all(groups["sampled"], item.gold, checker),
+                "greedy": _judged(groups["greedy"].traces[0], item.gold, checker),
+                "branches": _judge_all(groups["branches"], item.gold, checker) if "branches" in groups else [],
             }
         )
     return rows
 
 
+def _judge_all(group: Group, gold: str, checker: AnswerChecker) -> list[Json]:
+    labels = label_answers([trace.answer.text if trace.answer else None for trace in group.traces], checker.equal)
+    shares = agreement.leave_one_out(labels)
+    return [
+        _judged(trace, gold, checker) | {"agreement": float(shares[k]), "label": labels[k]}
+        for k, trace in enumerate(group.traces)
+    ]
+
+
 def _judged(trace: Trace, gold: str, checker: AnswerChecker) -> Json:
     answer = trace.answer
+    span = slice(*answer.tokens) if answer else slice(0)
     return {
         "text": trace.text,
         "answer": answer.text if answer else None,
         "answer_chars": list(answer.chars) if answer else None,
         "correct": bool(answer and checker.equal(answer.text, gold)),
-        "answer_prob": float(np.exp(trace.logprob[slice(*answer.tokens)].sum())) if answer else 0.0,
+        "answer_prob": float(np.exp(trace.logprob[span].sum())) if answer else 0.0,
+        "disparity": float((trace.top1 - trace.top2)[span].mean()) if answer else 0.0,
+        "features": _features(trace) if answer else None,
         "length": len(trace.token_ids),
         "finished": trace.finished,
     }
 
 
-def _agreement(labels: Sequence[int], index: int) -> float:
-    """Share of the OTHER traces of the prompt with the same answer; 0 without an answer."""
-    if labels[index] < 0 or len(labels) < 2:
-        return 0.0
-    return (labels.count(labels[index]) - 1) / (len(labels) - 1)
+def _features(trace: Trace) -> list[float]:
+    assert trace.answer is not None, "features are those of an answered trace"
+    found = agreement.features(trace.logprob, trace.top1, trace.top2, slice(*trace.answer.tokens))
+    return [float(value) for value in found]
 
 
-def summarise(rows: Sequence[Json], version: int, config: RunConfig) -> Json:
-    """Metrics with intervals over questions. Unparsed traces count as wrong with confidence 0."""
-    samples = [sample for row in rows for sample in row["samples"]]
-    correct = np.array([sample["correct"] for sample in samples], dtype=float)
-    by_question = [[float(sample["correct"]) for sample in row["samples"]] for row in rows]
-    _, low, high = calibration.bootstrap_interval(by_question)
-    metrics = {
-        "greedy_accuracy": float(np.mean([row["greedy"]["correct"] for row in rows])),
-        "sampled_accuracy": float(correct.mean()),
-        "sampled_accuracy_low": low,
-        "sampled_accuracy_high": high,
-        "majority_accuracy": float(np.mean([_majority_correct(row["samples"]) for row in rows])),
-        "parsed": float(np.mean([sample["answer"] is not None for sample in samples])),
-        "cut_off": float(np.mean([not sample["finished"] for sample in samples])),
-        "mean_length": float(np.mean([sample["length"] for sample in samples])),
-    }
-    reliability = {}
-    for name in CONFIDENCES:
-        confidence = np.array([sample[name] for sample in samples])
-        metrics[f"ece_{name}"] = calibration.ece(confidence, correct)
-        metrics[f"brier_{name}"] = calibration.brier(confidence, correct)
-        metrics[f"auroc_{name}"] = calibration.auroc(confidence, correct)
-        reliability[name] = [list(bin_) for bin_ in calibration.reliability(confidence, correct)]
+def summarise(rows: Sequence[Json], version: int, config: RunConfig, unlabelled: Unlabelled) -> Json:
+    """What one evaluation file holds: metrics, reliability bins, every answer, calibration.json and the vitals."""
+    fitted = unlabelled.map
+    if fitted is not None:
+        rows = [
+            row | {kind: [_with_confidence(s, fitted) for s in row[kind]] for kind in ("samples", "branches")}
+            for row in rows
+        ]
     return {
         "version": version,
         "num_questions": len(rows),
         "num_samples": config.eval.samples,
-        "metrics": metrics,
-        "reliability": reliability,
+        "calibration": fitted.to_json() if fitted else None,
+        "vitals": asdict(unlabelled.vitals) if unlabelled.vitals else None,
+        "metrics": measure(rows) if rows else {},
+        "reliability": reliability(rows) if rows else {},
         "questions": list(rows),
     }
 
 
-def _majority_correct(samples: Sequence[Json]) -> bool:
-    """Is the commonest answer right? Ties go to the answer written first."""
-    votes = Counter(sample["label"] for sample in samples if sample["label"] >= 0)
-    if not votes:
-        return False
-    winner = votes.most_common(1)[0][0]
-    return next(bool(sample["correct"]) for sample in samples if sample["label"] == winner)
+def _with_confidence(sample: Json, fitted: AgreementMap) -> Json:
+    found = sample["features"]
+    return sample | {"calibrated": float(fitted(np.array([found]))[0]) if found else 0.0}
 
 
-def difference(before: Json, after: Json) -> Json:
-    """Paired rise of sampled accuracy over the questions both evaluations hold: [mean, low, high]."""
-    first, last = _correct_by_question(before), _correct_by_question(after)
-    shared = sorted(first.keys() & last.keys())
-    old, new = [first[i] for i in shared], [last[i] for i in shared]
-    rise, low, high = calibration.paired_interval(old, new)
-    return {"sampled_accuracy": [rise, low, high]}
-
-
-def _correct_by_question(evaluation: Json) -> dict[str, list[float]]:
-    return {row["id"]: [float(sample["correct"]) for sample in row["samples"]] for row in evaluation["questions"]}
-
-
-def cached_base(config: RunConfig, probe: Sequence[ProbePrompt]) -> Json | None:
+def cached_base(config: RunConfig, sets: PromptSets) -> Json | None:
     """An earlier evaluation of the same base model on the same probe set with the same settings."""
-    path = _cache_path(config, probe)
+    path = _cache_path(config, sets)
     try:
         return json.loads(path.read_text())
     except (OSError, json.JSONDecodeError):
         return None
 
 
-def store_base(config: RunConfig, probe: Sequence[ProbePrompt], evaluation: Json) -> None:
+def store_base(config: RunConfig, sets: PromptSets, evaluation: Json) -> None:
     """Keep the base model's evaluation for later runs."""
-    path = _cache_path(config, probe)
+    path = _cache_path(config, sets)
     half_made = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -170,15 +182,16 @@ def store_base(config: RunConfig, probe: Sequence[ProbePrompt], evaluation: Json
         logger.warning("the base model's evaluation is not kept for other runs: %s", error)
 
 
-def _cache_path(config: RunConfig, probe: Sequence[ProbePrompt]) -> Path:
+def _cache_path(config: RunConfig, sets: PromptSets) -> Path:
     key = {
-        "judges": [hashlib.sha256(Path(str(part.__file__)).read_bytes()).hexdigest() for part in (answers, equality)],
+        "judges": [hashlib.sha256(Path(str(part.__file__)).read_bytes()).hexdigest() for part in JUDGES],
         "package": __version__,
         "engine": [config.engine, config.engine_args],
         "model": config.model.model_dump(),
         "files": _fingerprint(find_model(config.model.name)),
-        "probe": [[item.prompt.id, item.prompt.messages, item.prompt.answer_format, item.gold] for item in probe],
-        "sampling": [config.rollout.temperature, config.rollout.max_tokens, config.eval.samples],
+        "probe": [[item.prompt.id, item.prompt.messages, item.prompt.answer_format, item.gold] for item in sets.probe],
+        "calibration": [[p.id, p.messages, p.answer_format] for p in sets.calibration] + [config.rollout.traces],
+        "sampling": [config.rollout.temperature, config.rollout.max_tokens, config.eval.samples, config.eval.branches],
         "batch": config.probe_prompts_per_call,
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
@@ -201,6 +214,7 @@ def run_summary(store: Any, *, accounting: Json, seconds: float, **more: Any) ->
     """Gather what a run has measured into summary.json, and return it. `more`: further keys of the summary."""
     config = store.config
     found = [store.read_json(f"eval/{name}") for name in sorted(store.names("eval"))]
+    found = [one for one in found if one["num_questions"]]  # without a probe set there are calibrations only
     versions = [{"version": one["version"], "metrics": one["metrics"]} for one in found]
     summary: Json = {
         "run": store.root,

@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from rlsf_ray.adapters import CONFIG_FILE, WEIGHTS_FILE
+from rlsf_ray.adapters import scaled, to_peft
 from rlsf_ray.errors import InputError
 from rlsf_ray.records import Json
-from rlsf_ray.run_store import RunStore
+from rlsf_ray.run_store import CALIBRATION_FILE, RunStore
 
 
-def export_adapter(store: RunStore, version: int, to: Path) -> Path:
-    """Copy a version's PEFT folder; `PeftModel.from_pretrained` reads it."""
-    store.read_adapter(version)  # proves the checksum
+def export_adapter(store: RunStore, version: int, to: Path, alpha: float = 1.0) -> Path:
+    """Write a version as a PEFT folder that `PeftModel.from_pretrained` reads, with its calibration.
+
+    `alpha` scales what the adapter changes; at another one than 1 the calibration does not hold and stays behind.
+    """
+    adapter, _ = store.read_adapter(version)
+    config = store.config
     _new_folder(to)
-    for name in (WEIGHTS_FILE, CONFIG_FILE):
-        content = store.storage.read(f"versions/{version:04d}/{name}")
-        if content is None:
-            raise InputError(f"{store.root}: version {version} has no {name}; export another version")
+    files = to_peft(scaled(adapter, alpha), base_model=config.model.name, lora_alpha=config.learner.lora_alpha)
+    for name, content in files.items():
         (to / name).write_bytes(content)
+    calibration = store.storage.read(f"versions/{version:04d}/{CALIBRATION_FILE}")
+    if calibration is not None and alpha == 1.0:
+        (to / CALIBRATION_FILE).write_bytes(calibration)
     return to
 
 
-def export_merged(store: RunStore, version: int, to: Path) -> Path:
+def export_merged(store: RunStore, version: int, to: Path, alpha: float = 1.0) -> Path:
     """Save the base model with the adapter added into its weights, and the tokenizer, as an ordinary model folder.
 
     The sum is made in float32 and rounded once to the run's dtype, so that small changes are not lost.
@@ -43,8 +49,10 @@ def export_merged(store: RunStore, version: int, to: Path) -> Path:
     dtype = getattr(torch, config.dtype)
     base = AutoModelForCausalLM.from_pretrained(find_model(config.name), dtype=dtype).float()
     with tempfile.TemporaryDirectory() as folder:
-        adapter = export_adapter(store, version, Path(folder))
+        adapter = export_adapter(store, version, Path(folder), alpha)
         merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
+        if (adapter / CALIBRATION_FILE).exists():
+            shutil.copy(adapter / CALIBRATION_FILE, to)
     for name, parameter in merged.named_parameters():
         parameter.data = rounded(parameter.data, dtype, name)
     merged.save_pretrained(to)
@@ -72,7 +80,7 @@ def pair_messages(store: RunStore) -> list[Json]:
     """One row for each pair of the run, in the order of rounds."""
     from rlsf_ray.tasks.sources import load_sets
 
-    train, _ = load_sets(store.config)
+    train = load_sets(store.config).train
     messages = {
         prompt.id: [{"role": role, "content": content} for role, content in prompt.messages] for prompt in train
     }

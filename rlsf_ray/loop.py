@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
+from rlsf_ray.adapters import scaled
 from rlsf_ray.config import RunConfig
 from rlsf_ray.engines.base import Engine
 from rlsf_ray.engines.build import build_engine
@@ -22,11 +23,12 @@ from rlsf_ray.engines.scorer import Scorer, outcome
 from rlsf_ray.errors import InputError, StorageError
 from rlsf_ray.evaluate import cached_base, evaluate_version, run_summary, store_base
 from rlsf_ray.placement import ONE_GPU, placed
-from rlsf_ray.records import Json, ProbePrompt, Prompt, StepReport, TrainingGroup
+from rlsf_ray.records import Json, Prompt, StepReport, TrainingGroup
 from rlsf_ray.rollouts.programs import write_groups
 from rlsf_ray.run_store import RunStore
+from rlsf_ray.stream.guard import Action
 from rlsf_ray.stream.run_state import RunState
-from rlsf_ray.tasks.sources import load_sets, prompts_of_round
+from rlsf_ray.tasks.sources import PromptSets, load_sets, prompts_of_round
 
 OnStatus = Callable[[Json], None]
 
@@ -38,6 +40,7 @@ class Parts:
     config: RunConfig
     store: RunStore
     state: RunState
+    sets: PromptSets
     engine: Engine
     scorer: Scorer
     learner: Learner
@@ -66,24 +69,32 @@ def run(config: RunConfig, root: str, on_status: OnStatus = lambda status: None)
         summary: Json | None = store.read_json("summary.json")
         if summary is not None and state.state == "done":
             return summary
-        train, probe = load_sets(config)
-        state.prompts_per_round = len(prompts_of_round(train, 0, config.prompts_per_round, config.seed))
         parts = _build(store, state, on_status)
+        state.prompts_per_round = len(round_prompts(parts, 0))
         with closing(parts.scorer), closing(parts.engine):
-            for round in range(state.admission.rounds_ended, config.rounds):
-                few = probe[: config.eval.during]  # of a version in between; the base is measured on all, like the last
-                evaluate(parts, few if state.admission.newest else probe)
-                one_round(parts, round, prompts_of_round(train, round, config.prompts_per_round, config.seed))
+            while (round := state.admission.rounds_ended) < config.rounds:
+                # Of a version in between a few questions; the base is measured on all, like the last
+                if evaluate(parts, config.eval.during if state.admission.newest else None) == "stop":
+                    roll_back(parts)
+                else:
+                    one_round(parts, round, round_prompts(parts, round))
             if state.admission.newest == 0:
                 error = state.nothing_trained()
                 state.stopped(error)
                 parts.save()
                 raise error
-            evaluate(parts, probe)
+            if evaluate(parts) == "stop":
+                roll_back(parts)
+                evaluate(parts)
         state.state = "done"
         parts.save()
         parts.tell("")
         return run_summary(store, **state.measured())
+
+
+def round_prompts(parts: Parts, round: int) -> list[Prompt]:
+    """What a round trains on."""
+    return prompts_of_round(parts.sets.train, round, parts.config.prompts_per_round, parts.config.seed)
 
 
 def one_round(parts: Parts, round: int, prompts: Sequence[Prompt]) -> None:
@@ -98,20 +109,35 @@ def one_round(parts: Parts, round: int, prompts: Sequence[Prompt]) -> None:
         parts.save()
 
 
-def evaluate(parts: Parts, probe: Sequence[ProbePrompt]) -> None:
-    """Measure the newest version on `probe`, unless that is known. The base model's measure is shared between runs."""
-    config, version = parts.config, parts.state.admission.newest
-    path = f"eval/version-{version:04d}.json"
-    known = parts.store.read_json(path)
-    if not probe or (known is not None and known["num_questions"] >= len(probe)):
-        return
-    parts.tell(f"evaluating version {version}")
-    evaluation = cached_base(config, probe) if version == 0 else None
+def evaluate(parts: Parts, questions: int | None = None) -> Action:
+    """Measure the newest version on the first `questions` of the probe set (None: all), unless that is known.
+
+    The base model's measure is shared between runs. Returns what the guard says of this version.
+    """
+    config, version, sets = parts.config, parts.state.admission.newest, parts.sets
+    sets = sets._replace(probe=sets.probe[:questions])
+    if not sets.probe and not sets.calibration:
+        return "go_on"
+    evaluation = parts.store.measured(version, len(sets.probe))
+    if evaluation is None and version == 0:
+        evaluation = cached_base(config, sets)
     if evaluation is None:
-        evaluation = evaluate_version(parts.engine, probe, config, version)
+        parts.tell(f"evaluating version {version}")
+        evaluation = evaluate_version(parts.engine, sets, config, version)
         if version == 0:
-            store_base(config, probe, evaluation)
-    parts.store.write_json(path, evaluation)
+            store_base(config, sets, evaluation)
+    parts.store.write_evaluation(evaluation)
+    return parts.state.judged(version, evaluation["vitals"])
+
+
+def roll_back(parts: Parts) -> None:
+    """The last good version's weights become a new version, which is the run's last."""
+    way = parts.state.roll_back()
+    adapter = parts.store.read_adapter(way["to"])[0] if way["to"] else scaled(parts.learner.adapter(), 0.0)
+    parts.learner.set_adapter(adapter)
+    parts.store.storage.write(_checkpoint(way["version"]), parts.learner.state_bytes())
+    parts.save()
+    _deliver(parts)
 
 
 def generate_and_score(parts: Parts, round: int, prompts: Sequence[Prompt]) -> list[TrainingGroup]:
@@ -180,9 +206,9 @@ def _state(store: RunStore) -> RunState:
 
 def _build(store: RunStore, state: RunState, on_status: OnStatus) -> Parts:
     """Make the parts, and bring them to the last finished round. Raises StorageError if its checkpoint is gone."""
-    config = store.config
+    config, sets = store.config, load_sets(store.config)
     engine, learner = build_engine(placed(config, ONE_GPU)), Learner(config)
-    parts = Parts(config, store, state, engine, Scorer(config), learner, on_status)
+    parts = Parts(config, store, state, sets, engine, Scorer(config), learner, on_status)
     state.state = "running"
     version = state.admission.newest
     if version:

@@ -28,6 +28,7 @@ class Plan:
     model: ModelFacts | None  # None: not on this machine yet
     train_prompts: int  # distinct
     probe_prompts: int
+    calibration_prompts: int
     longest_prompt: int | None  # tokens; None: not known before the model is here
     prompts: int  # over all rounds
     traces: int
@@ -45,8 +46,8 @@ def check_input(config: RunConfig) -> Plan:
     model = check_model(config.model)
     if model:
         model = replace(model, context=most_tokens(model.context, config.engine_args))
-    train, probe = load_sets(config)
-    prompts = [*train, *(item.prompt for item in probe)]
+    train, probe, calibration = load_sets(config)
+    prompts = [*train, *calibration, *(item.prompt for item in probe)]
     lengths = prompt_lengths(model, prompts) if model else None
     if model and lengths:
         elicit = elicit_length(model) if config.data.answer == "elicit" else 0
@@ -58,6 +59,7 @@ def check_input(config: RunConfig) -> Plan:
         model=model,
         train_prompts=len(train),
         probe_prompts=len(probe),
+        calibration_prompts=len(calibration),
         longest_prompt=max(lengths) if lengths else None,
         prompts=num_prompts,
         traces=num_prompts * config.rollout.traces,
@@ -120,7 +122,8 @@ def describe(plan: Plan, available: Mapping[str, float], where: str) -> str:
     lines = [dump_config(plan.config).rstrip(), "", f"Model    {_describe_model(plan)}"]
     longest = "not known before the model is here" if plan.longest_prompt is None else f"{plan.longest_prompt} tokens"
     lines += [
-        f"Prompts  {plan.train_prompts} to train, {plan.probe_prompts} to probe; longest: {longest}",
+        f"Prompts  {plan.train_prompts} to train, {plan.calibration_prompts} to calibrate, {plan.probe_prompts} to"
+        f" probe; longest: {longest}",
         f"Work     {config.rounds} rounds x {plan.prompts // config.rounds} prompts x {config.rollout.traces} traces"
         f" = {plan.traces} traces; at most {plan.steps} optimiser steps",
         "Actors   " + "; ".join(_describe_pool(role, pool) for role, pool in pools(config).items()),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from rich.console import Console, Group
@@ -15,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from rlsf_ray.records import Json
+from rlsf_ray.records import Json, Reply
 from rlsf_ray.wording import METRICS, duration
 
 
@@ -117,6 +117,8 @@ def print_before_after(console: Console, summary: Json) -> None:
     for heading in ("before", "after", "change"):
         table.add_column(heading, justify="right", no_wrap=True)
     for key, name, direction, digits in METRICS:
+        if before.get(key) is None and after.get(key) is None:
+            continue
         values = [_value(metrics, key, digits) for metrics in (before, after)]
         table.add_row(name, *values, _change(before, after, key, direction, digits))
     console.print(table)
@@ -133,8 +135,42 @@ def print_metrics(console: Console, title: str, metrics: Json) -> None:
     table.add_column("")
     table.add_column("value", justify="right", no_wrap=True)
     for key, name, _, digits in METRICS:
+        if metrics.get(key) is None:
+            continue
         table.add_row(name, _value(metrics, key, digits))
     console.print(table)
+
+
+MIXED = (
+    ("greedy_accuracy", "greedy"),
+    ("sampled_accuracy", "sampled"),
+    ("majority_accuracy", "majority"),
+    ("ece_answer_prob", "ECE, answer prob."),
+    ("ece_calibrated", "ECE, calibrated"),
+    ("mean_length", "length"),
+)
+
+
+def print_mix(console: Console, result: Json) -> None:
+    """The points of `rlsf mix`, an alpha a line."""
+    table = Table(title=f"base + alpha x version {result['version']}, {result['num_questions']} questions")
+    for name in ("alpha", *(title for _, title in MIXED), "surprisal"):
+        table.add_column(name, justify="right")
+    for point in result["points"]:
+        values = [point["metrics"].get(key) for key, _ in MIXED] + [(point["vitals"] or {}).get("surprisal")]
+        table.add_row(f"{point['alpha']:g}", *("-" if value is None else f"{value:.3f}" for value in values))
+    console.print(table)
+
+
+def print_replies(console: Console, replies: Sequence[Reply]) -> None:
+    """A question a line; an abstention is a dash."""
+    table = Table()
+    for name, side in (("question", "left"), ("answer", "right"), ("confidence", "right"), ("traces", "right")):
+        table.add_column(name, justify=side)  # type: ignore[arg-type]
+    for reply in replies:
+        table.add_row(Text(reply.question), Text(reply.answer or "-"), f"{reply.confidence:.2f}", str(reply.traces))
+    console.print(table)
+    console.print(f"answered by version {replies[0].version}", highlight=False)
 
 
 def _value(metrics: Json, key: str, digits: int) -> Text:

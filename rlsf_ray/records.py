@@ -210,4 +210,15 @@ class StepReport:
         return {name: value / max(1, self.num_pairs) for name, value in self.sums.items()}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """To a user's question: the voted answer (None: abstained, or no trace had one) and what it took."""
+
+    question: str
+    answer: str | None
+    confidence: float  # calibrated, in [0, 1]
+    traces: int
+    version: int
+
+
 Json = dict[str, Any]

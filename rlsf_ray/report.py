@@ -13,14 +13,13 @@ from rlsf_ray import __version__, plots
 from rlsf_ray.config import RunConfig
 from rlsf_ray.records import Json
 from rlsf_ray.report_parts import examples, facts, figure, missing, number, section, signed, swaps, table, verdict
+from rlsf_ray.report_signs import DRAWN, beside, guard, mix
 from rlsf_ray.run_store import RunStore
 from rlsf_ray.timeline import Timeline, make_timeline, merge
-from rlsf_ray.wording import METRICS, duration
+from rlsf_ray.wording import CONFIDENCES, METRICS, STATISTICS, duration
 
 NUM_EXAMPLES = 10
 MAX_LANES = 32
-
-CONFIDENCES = {"answer_prob": "Answer probability", "agreement": "Agreement"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +29,9 @@ class RunData:
     root: str
     config: RunConfig
     summary: Json
-    evals: list[Json]  # by version
+    evals: list[Json]  # by version, of those measured on the probe set
+    vitals: list[Json]  # {"version", **vitals}, of those that wrote for the calibration prompts
+    mix: Json | None
     train: list[Json]  # by step
     stages: list[Json]
 
@@ -44,34 +45,41 @@ class RunData:
         return before, after
 
 
-def write_report(store: RunStore) -> str:
-    """Write `report.html` from what the run directory holds now; returns its path.
+def write_report(store: RunStore, others: Sequence[RunStore] = ()) -> str:
+    """Write `report.html` from what the run directory holds now, compared with `others`; returns its path.
 
     A part whose data is missing says so. Raises `StorageError` for files that are damaged or cannot be written.
     """
-    return store.write_text("report.html", render(read_run(store)))
+    return store.write_text("report.html", render(read_run(store), [read_run(other) for other in others]))
 
 
 def read_run(store: RunStore) -> RunData:
     """All that the report shows. After a resume a step can be there twice: the later one is the run's."""
     evals = [store.read_json(f"eval/{name}") for name in store.names("eval") if name.startswith("version-")]
     train = {row["step"]: row for row in store.read_metrics("train")}
+    evals.sort(key=lambda e: e["version"])
     return RunData(
         root=store.root,
         config=store.config,
         summary=store.read_json("summary.json") or {},
-        evals=sorted(evals, key=lambda e: e["version"]),
+        evals=[e for e in evals if e["num_questions"]],
+        vitals=[{"version": e["version"], **e["vitals"]} for e in evals if e.get("vitals")],
+        mix=store.read_json("mix.json"),
         train=[train[step] for step in sorted(train)],
         stages=store.read_metrics("stages"),
     )
 
 
-def render(run: RunData) -> str:
+def render(run: RunData, others: Sequence[RunData] = ()) -> str:
     """The page as text."""
+    lasts = [(f"{r.config.recipe}, seed {r.config.seed}", r.ends[1]) for r in (run, *others)]
     parts = (
         section("results", "Before and after", _results(run)),
         section("reliability", "Does confidence mean what it says?", _reliability(run)),
         section("versions", "By version", _versions(run)),
+        section("others", "Beside other runs", beside(lasts)),
+        section("guard", "Signs of collapse", guard(run.vitals, run.summary.get("guard") or {})),
+        section("mix", "Between the base model and the adapter", mix(run.mix)),
         section("training", "Training", _training(run)),
         section("time", "Where the time went", _time(run)),
         section("swaps", "Did every version reach the generators?", swaps(run.stages)),
@@ -134,6 +142,8 @@ def _results(run: RunData) -> str:
     old, new = (e["metrics"] if e else {} for e in (before, after))
     rows = []
     for key, name, direction, digits in METRICS:
+        if old.get(key) is None and new.get(key) is None:
+            continue  # not asked for
         change = verdict(old.get(key), new.get(key), direction)
         if key == "sampled_accuracy" and (interval := _interval(run)):
             covers = " (includes 0)" if interval[1] <= 0 <= interval[2] else ""
@@ -158,19 +168,38 @@ def _reliability(run: RunData) -> str:
     if before is None and after is None:
         return missing("No evaluation, so no confidences to compare with the truth.")
     figures = []
-    for key, name in CONFIDENCES.items():
+    for key in DRAWN:
         old, new = ((e or {}).get("reliability", {}).get(key) for e in (before, after))
-        alt = f"Reliability diagram of the {name.lower()}, before and after training"
-        figures.append(figure(name, plots.reliability(old, new), alt))
-    note = "On the dashed line confidence equals accuracy; below it the model is over-confident."
-    return f'<div class="grid">{"".join(figures)}</div><p class="note">{note}</p>'
+        if old is None and new is None:
+            continue
+        alt = f"Reliability diagram of the {CONFIDENCES[key].lower()}, before and after training"
+        figures.append(figure(CONFIDENCES[key], plots.reliability(old, new), alt))
+    note = (
+        "On the dashed line confidence equals accuracy; below it the model is over-confident. Calibrated: told from one"
+        " trace by a map that was fitted on unlabelled prompts to the agreement of their traces. Brier skill: above 0"
+        " the confidence says more than the accuracy alone. Risk-coverage: share of wrong answers among the surest,"
+        " mean over all shares that one may keep."
+    )
+    old, new = (e["metrics"] if e else {} for e in (before, after))
+    return f'<div class="grid">{"".join(figures)}</div>{_confidences(old, new)}<p class="note">{note}</p>'
+
+
+def _confidences(old: Json, new: Json) -> str:
+    """Every statistic of every confidence, before and after."""
+    rows = []
+    for key, name in CONFIDENCES.items():
+        for when, metrics in (("before", old), ("after", new)):
+            if metrics.get(f"ece_{key}") is not None:
+                values = (number(metrics.get(f"{kind}_{key}")) for kind, _, _ in STATISTICS)
+                rows.append((f"{escape(name)}, {when}", *values))
+    return table(("", *(name for _, name, _ in STATISTICS)), rows)
 
 
 def _versions(run: RunData) -> str:
     if not run.evals:
         return missing("No version was evaluated.")
     accuracy = {f"{kind}_accuracy": kind for kind in ("sampled", "greedy", "majority")}
-    ece = {f"ece_{key}": name.lower() for key, name in CONFIDENCES.items()}
+    ece = {f"ece_{key}": CONFIDENCES[key].lower() for key in DRAWN}
     figures = (
         figure(
             "Accuracy", plots.by_version(run.evals, accuracy, interval="sampled_accuracy"), "Accuracy of each version"
@@ -244,8 +273,7 @@ def _accounting(run: RunData) -> str:
     if not counts:
         return missing("The run has not written its summary, so its prompts are not counted yet.")
     ends = {name: counts.get(name, 0) for name in ("trained", "filtered", "failed")}
-    if counts.get("in_flight"):
-        ends["in flight"] = counts["in_flight"]
+    ends |= {name.replace("_", " "): counts[name] for name in ("rolled_back", "in_flight") if counts.get(name)}
     equation = " + ".join(f"<b>{count}</b> {name}" for name, count in ends.items())
     text = f'<p class="equation"><b>{counts["admitted"]}</b> admitted = {equation}</p>'
     if sum(ends.values()) != counts["admitted"]:

@@ -123,7 +123,12 @@ def _sample(name: str, sample: Json) -> str:
     colour = "better" if sample["correct"] else "worse"
     confidence = ", ".join(
         f"{label} {number(sample.get(key), 2)}"
-        for key, label in (("answer_prob", "answer probability"), ("agreement", "agreement"))
+        for key, label in (
+            ("answer_prob", "answer probability"),
+            ("calibrated", "calibrated"),
+            ("agreement", "agreement"),
+        )
+        if sample.get(key) is not None
     )
     text = marked(sample["text"], sample["answer"], sample.get("answer_chars"))
     return (

@@ -2,7 +2,8 @@
 
 config.yaml packages.json state.json summary.json report.html
 traces/ groups/ pairs/            round-0003/part-00007.parquet
-versions/0001/                    one adapter in PEFT format; version.json is written last and makes it count
+versions/0001/                    one adapter in PEFT format; version.json is written last and makes it count;
+                                  calibration.json: its map from one trace to a confidence
 metrics/*.jsonl  tensorboard/  eval/version-0001.json  checkpoints/ (Ray Train's own)
 """
 
@@ -31,6 +32,8 @@ from rlsf_ray.storage import Storage, damaged
 from rlsf_ray.tables import group_to_row, pair_rows, row_to_group, rows_to_outcome, trace_rows
 
 __all__ = ["RunStore", "checksum", "group_to_row", "pair_rows", "row_to_group", "rows_to_outcome", "trace_rows"]
+
+CALIBRATION_FILE = "calibration.json"
 
 
 class RunStore:
@@ -203,10 +206,26 @@ class RunStore:
             )
         return adapter, WeightsVersion(version=version, checksum=found, path=self.path(folder))
 
+    def write_evaluation(self, evaluation: Json) -> None:
+        """Keep what was measured of a version; the map of its confidence also lies beside the adapter."""
+        version = evaluation["version"]
+        if evaluation["calibration"] is not None:
+            self.write_json(f"versions/{version:04d}/{CALIBRATION_FILE}", evaluation["calibration"])
+        self.write_json(_evaluation_path(version), evaluation)
+
+    def measured(self, version: int, questions: int) -> Json | None:
+        """The evaluation of a version on so many questions or more, None where there is none."""
+        found: Json | None = self.read_json(_evaluation_path(version))
+        return found if found is not None and found["num_questions"] >= questions else None
+
     def versions(self) -> list[int]:
         """Published versions, oldest first."""
         folders = [name for name in self.names("versions") if name.isdigit()]
         return [int(name) for name in folders if "version.json" in self.names(f"versions/{name}")]
+
+
+def _evaluation_path(version: int) -> str:
+    return f"eval/version-{version:04d}.json"
 
 
 def _read_config(storage: Storage) -> Json | None:

@@ -5,17 +5,40 @@ from __future__ import annotations
 # metric of eval/version-NNNN.json, its name, +1 where more is better and -1 where less is, digits
 METRICS = (
     ("greedy_accuracy", "Greedy accuracy", 1, 3),
-    ("sampled_accuracy", "Sampled accuracy [95 %]", 1, 3),
+    ("sampled_accuracy", "Sampled accuracy", 1, 3),
     ("majority_accuracy", "Majority accuracy", 1, 3),
-    ("ece_answer_prob", "ECE, answer probability", -1, 3),
+    ("borda_accuracy", "Borda accuracy", 1, 3),
+    ("cot_max_accuracy", "CoT-decoding, max", 1, 3),
+    ("cot_aggregated_accuracy", "CoT-decoding, sum", 1, 3),
+    ("accuracy_given_parsed", "Right if parsed", 1, 3),
+    ("ece_answer_prob", "ECE, answer prob.", -1, 3),
+    ("ece_calibrated", "ECE, calibrated", -1, 3),
     ("ece_agreement", "ECE, agreement", -1, 3),
-    ("brier_answer_prob", "Brier, answer probability", -1, 3),
-    ("brier_agreement", "Brier, agreement", -1, 3),
-    ("auroc_answer_prob", "AUROC, answer probability", 1, 3),
-    ("auroc_agreement", "AUROC, agreement", 1, 3),
+    ("brier_skill_answer_prob", "Skill, answer prob.", 1, 3),
+    ("brier_skill_calibrated", "Skill, calibrated", 1, 3),
+    ("auroc_answer_prob", "AUROC, answer prob.", 1, 3),
+    ("auroc_calibrated", "AUROC, calibrated", 1, 3),
     ("parsed", "Share parsed", 1, 3),
     ("cut_off", "Share cut off", -1, 3),
     ("mean_length", "Mean length (tokens)", 0, 1),
+)
+CONFIDENCES = {
+    "answer_prob": "Answer probability",
+    "disparity": "Disparity",
+    "calibrated": "Calibrated, from one trace",
+    "agreement": "Agreement with the other traces",
+    "vote_share": "Share of the commonest answer",
+}
+# statistic of each confidence, its name, +1 where more is better, -1 where less is, 0 where nearer to 0 is
+STATISTICS = (
+    ("ece", "ECE", -1),
+    ("ece_mass", "ECE, equal counts", -1),
+    ("brier", "Brier", -1),
+    ("brier_skill", "Brier skill", 1),
+    ("nll", "NLL", -1),
+    ("auroc", "AUROC", 1),
+    ("aurc", "risk-coverage", -1),
+    ("overconfidence", "over-confidence", 0),
 )
 
 

@@ -13,6 +13,10 @@ METRICS = {
     2: {"greedy_accuracy": 0.36, "sampled_accuracy": 0.326, "majority_accuracy": 0.512, "ece_answer_prob": 0.326},
 }
 
+VITALS = {"agreement": 0.2, "answer_prob": 0.6, "commonest": 0.1, "distinct": 4.0, "surprisal": 0.5, "length": 40.0}
+VITALS |= {"repetition": 0.1, "parsed": 0.9, "votes": {}}
+REASON = "length is 99, base model 40, expected at most 64"
+
 
 def make_run(root: str, *, num_questions: int = 20) -> RunStore:
     """A finished run of two rounds with three evaluated versions."""
@@ -21,6 +25,8 @@ def make_run(root: str, *, num_questions: int = 20) -> RunStore:
         store.write_json(f"eval/version-{version:04d}.json", evaluation(version, questions))
     store.append_metrics("train", train_rows())
     store.append_metrics("stages", stage_rows())
+    points = [{"alpha": a, "metrics": METRICS[2], "vitals": VITALS} for a in (0, 0.5, 1)]
+    store.write_json("mix.json", {"version": 2, "num_questions": num_questions, "points": points})
     store.write_json("summary.json", summary())
     return store
 
@@ -37,7 +43,12 @@ def evaluation(version: int, num_questions: int) -> dict:
     metrics["sampled_accuracy_low"] = metrics["sampled_accuracy"] - 0.06
     metrics["sampled_accuracy_high"] = metrics["sampled_accuracy"] + 0.07
     metrics |= {"ece_agreement": 0.073 + 0.03 * version, "brier_answer_prob": 0.228, "brier_agreement": 0.088}
-    metrics |= {"auroc_answer_prob": 0.71, "auroc_agreement": None, "parsed": 0.9, "cut_off": 0.12 - 0.02 * version}
+    metrics |= {
+        "ece_mass_answer_prob": 0.24,
+        "auroc_answer_prob": 0.71 if version == 0 else None,
+        "parsed": 0.9,
+        "cut_off": 0.12 - 0.02 * version,
+    }
     metrics["mean_length"] = 41.25 + version
     bins = [
         [None, None, 0] if i == 1 else [0.05 + 0.1 * i, 0.04 + (0.05 + 0.01 * version) * i, int(rng.integers(1, 90))]
@@ -49,6 +60,8 @@ def evaluation(version: int, num_questions: int) -> dict:
         "num_samples": 4,
         "metrics": metrics,
         "reliability": {"answer_prob": bins, "agreement": [*bins[:7], *[[None, None, 0]] * 2, [0.95, 0.7, 12]]},
+        "calibration": None,
+        "vitals": VITALS | {"length": 40.0 - version},
         "questions": [question(i, version) for i in range(num_questions)],
     }
 
@@ -58,9 +71,16 @@ def question(index: int, version: int) -> dict:
     answer = str(product if right else product + 3)
     text = f"To multiply 7 by {index + 2}, I add 7 that many times. So the answer is {answer}."
     sample = {"text": text, "answer": answer, "correct": right, "answer_prob": 0.52, "agreement": 1 / 3}
-    sample |= {"length": 31, "finished": True}
+    sample |= {"length": 31, "finished": True, "label": 0, "disparity": 0.5}
     if index == 4:
-        sample |= {"text": "First " * 60, "answer": None, "correct": False, "finished": False, "answer_prob": 0.0}
+        sample |= {
+            "text": "First " * 60,
+            "answer": None,
+            "correct": False,
+            "finished": False,
+            "answer_prob": 0.0,
+            "label": -1,
+        }
     if index == 2:
         sample["text"] = f"{HOSTILE} {answer}"
     name = f"What is 7 times {index + 2}? Show your reasoning in one or two short sentences."
@@ -129,6 +149,10 @@ def summary() -> dict:
             "filtered": 37,
             "failed": 1,
             "reasons": {"one_answer": 20, "all_cut_off": 12, "tie": 5},
+        },
+        "guard": {
+            "verdicts": [{"version": 1, "action": "stop", "reasons": [REASON]}],
+            "rolled_back": {"from": 1, "to": 0, "version": 2},
         },
         "seconds": {"total": 431.0, "by_stage": {"generate": 90.0}},
         "peak_memory_gb": 4.27,

@@ -124,6 +124,12 @@ def tiny_config(model: Path, **changes: Any) -> RunConfig:
     return RunConfig.model_validate(_merge(settings, changes))
 
 
+def collapsing(model: Path, **changes: Any) -> RunConfig:
+    """A run whose first version writes noise, with calibration prompts for the guard to see it by."""
+    settings: dict[str, Any] = {"data": {"calibration": 4}, "learner": {"learning_rate": 3.0}}
+    return tiny_config(model, **_merge(settings, changes))
+
+
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in changes.items():

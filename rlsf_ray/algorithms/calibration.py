@@ -25,8 +25,7 @@ def ece(confidence: ArrayLike, correct: ArrayLike, bins: int = 10) -> float:
 def ece_equal_mass(confidence: ArrayLike, correct: ArrayLike, bins: int = 10) -> float:
     """Expected calibration error over bins of equal counts (within one). Equal confidences share their accuracy."""
     c, y = _checked(confidence, correct)
-    _, inverse, counts = np.unique(c, return_inverse=True, return_counts=True)
-    y = (np.bincount(inverse, weights=y) / counts)[inverse]  # a cut through a tie must not depend on the order
+    y = _shared_in_ties(c, y)  # a cut through a tie must not depend on the order
     order = np.argsort(c, kind="stable")
     return float(sum(abs(y[part].sum() - c[part].sum()) for part in np.array_split(order, bins)) / len(c))
 
@@ -35,6 +34,16 @@ def brier(confidence: ArrayLike, correct: ArrayLike) -> float:
     """Mean squared distance of confidence and correctness."""
     c, y = _checked(confidence, correct)
     return float(np.mean((c - y) ** 2))
+
+
+def brier_skill(confidence: ArrayLike, correct: ArrayLike) -> float:
+    """1 - Brier / (p (1 - p)), p the accuracy: above 0 the confidence says more than the accuracy alone.
+
+    nan if all are right or all wrong.
+    """
+    c, y = _checked(confidence, correct)
+    p = float(y.mean())
+    return 1.0 - float(np.mean((c - y) ** 2)) / (p * (1.0 - p)) if 0.0 < p < 1.0 else float("nan")
 
 
 def nll(confidence: ArrayLike, correct: ArrayLike, clip: float = 1e-6) -> float:
@@ -54,6 +63,31 @@ def auroc(confidence: ArrayLike, correct: ArrayLike) -> float:
     _, inverse, counts = np.unique(c, return_inverse=True, return_counts=True)
     ranks = (np.cumsum(counts) - (counts - 1) / 2.0)[inverse]  # equal confidences share their mean rank
     return float((ranks[y == 1.0].sum() - right * (right + 1.0) / 2.0) / (right * wrong))
+
+
+def aurc(confidence: ArrayLike, correct: ArrayLike) -> float:
+    """Area under the risk-coverage curve: share of wrong answers among the k surest, mean over k; less is better.
+
+    Answers of equal confidence count as if drawn in a random order.
+    """
+    c, y = _checked(confidence, correct)
+    order = np.argsort(-c, kind="stable")
+    wrong = 1.0 - _shared_in_ties(c, y)[order]
+    return float(np.mean(np.cumsum(wrong) / np.arange(1, len(c) + 1)))
+
+
+def fit_temperature(confidence: ArrayLike, correct: ArrayLike) -> float:
+    """The temperature that makes `scale`d confidences likeliest (1706.04599). A baseline: it needs labels."""
+    c, y = _checked(confidence, correct)
+    grid = np.geomspace(0.1, 100.0, 301)
+    return float(min(grid, key=lambda temperature: nll(scale(c, temperature), y)))
+
+
+def scale(confidence: ArrayLike, temperature: float) -> Floats:
+    """Confidences whose logits are divided by `temperature`; 0 and 1 stay."""
+    c = np.asarray(confidence, dtype=np.float64)
+    with np.errstate(divide="ignore"):
+        return np.asarray(1.0 / (1.0 + np.exp(-(np.log(c) - np.log1p(-c)) / temperature)), dtype=np.float64)
 
 
 def reliability(
@@ -121,6 +155,12 @@ def paired_interval(
         for before, after in zip(before_by_question, after_by_question, strict=True)
     ]
     return bootstrap_interval(differences, level=level, resamples=resamples, seed=seed)
+
+
+def _shared_in_ties(c: Floats, y: Floats) -> Floats:
+    """The accuracy of all answers of equal confidence, for each answer."""
+    _, inverse, counts = np.unique(c, return_inverse=True, return_counts=True)
+    return np.asarray((np.bincount(inverse, weights=y) / counts)[inverse], dtype=np.float64)
 
 
 def _equal_width(confidence: Floats, bins: int) -> NDArray[np.int64]:

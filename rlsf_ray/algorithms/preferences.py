@@ -5,6 +5,7 @@ K traces of a group. A rule is a chain of hurdles; its reason names the hurdle t
     all_cut_off        every trace (reversed: every trace to be chosen) hit the token limit
     no_answers         no finished trace has an answer
     one_answer         all traces agree, and pairs within an answer are off
+    all_answered       (format_only) every trace has an answer
     tie                the scores prefer nothing
     below_min_chosen   no trace (voted: no answer) is sure enough to be chosen
     gap_too_small      the two scores of each pair are too close
@@ -181,12 +182,28 @@ def random_pairs(candidates: Candidates, limits: Limits, rng: np.random.Generato
     return Decision(tuple(drawn.values())[: limits.max_pairs or 1])
 
 
+def format_only(candidates: Candidates, limits: Limits, rng: np.random.Generator) -> Decision:
+    """Control: traces with an answer over traces without one, in a random order; scores count for nothing."""
+    has_answer = candidates.answers >= 0
+    answered, silent = rng.permutation(np.flatnonzero(has_answer)), rng.permutation(np.flatnonzero(~has_answer))
+    if not len(answered):
+        return _unanswered(candidates)
+    if not len(silent):
+        return Decision(reason="all_answered")
+    pairs = [(int(i), int(j)) for i, j in zip(answered, silent, strict=False)][: limits.max_pairs]
+    lengths = candidates.lengths
+    kept = [pair for pair in pairs if _similar_lengths(lengths[list(pair)], limits.max_length_ratio)]
+    rows = tuple((i, j, 1.0, candidates.gap(i, j)) for i, j in kept)
+    return Decision(rows) if rows else Decision(reason="length_ratio")
+
+
 RULES: dict[str, Rule] = {
     "best_worst": best_worst,
     "all_above": all_above,
     "voted": voted,
     "random": random_pairs,
     "reversed": reversed_voted,
+    "format_only": format_only,
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ ELICIT_TOKENS = 12
 
 def sample(config: RunConfig) -> Sampling:
     """K independent samples at the configured temperature."""
-    return Sampling(method="sample", max_tokens=config.rollout.max_tokens, temperature=config.rollout.temperature)
+    return _sampled(config)
 
 
 def cot_decoding(config: RunConfig) -> Sampling:
@@ -46,20 +46,58 @@ def write_groups(
 
 def write_probe_groups(
     engine: Any, prompts: Sequence[Prompt], *, config: RunConfig, version: int, first_sequence: int
-) -> tuple[list[Group], list[Group]]:
-    """For evaluation: groups of `eval.samples` sampled traces, and groups of one greedy trace.
+) -> dict[str, list[Group]]:
+    """For evaluation, a group of each kind for each prompt: {"sampled": `eval.samples` traces, "greedy": one trace,
+    "branches": `eval.branches` traces of CoT-decoding, no such kind if that is 0}.
 
     The seeds do not depend on the run's seed, so that every run measures the base model alike.
     """
-    tokens = config.rollout.max_tokens
-    sampled = Sampling(method="sample", max_tokens=tokens, temperature=config.rollout.temperature)
-    greedy = Sampling(method="greedy", max_tokens=tokens)
-    ids = [engine.encode(prompt) for prompt in prompts]
-    requests = [_request(p, i, sampled, config.eval.samples, "probe") for p, i in zip(prompts, ids, strict=True)]
-    requests += [_request(p, i, greedy, 1, "greedy") for p, i in zip(prompts, ids, strict=True)]
-    sequences = range(first_sequence, first_sequence + len(prompts))
-    groups = _write(engine, [*prompts, *prompts], requests, -1, [*sequences, *sequences], version)  # fuller batches
-    return groups[: len(prompts)], groups[len(prompts) :]
+    tokens, many = config.rollout.max_tokens, config.eval.branches
+    kinds = {
+        "sampled": (_sampled(config), config.eval.samples, "probe"),
+        "greedy": (Sampling(method="greedy", max_tokens=tokens), 1, "greedy"),
+    }
+    if many:
+        kinds["branches"] = (Sampling(method="branch", max_tokens=tokens), many, "branches")
+    return _write_kinds(engine, prompts, kinds, first_sequence, version)
+
+
+def write_calibration_groups(
+    engine: Any, prompts: Sequence[Prompt], *, config: RunConfig, version: int, first_sequence: int
+) -> list[Group]:
+    """A group of `rollout.traces` samples for each prompt; the seeds do not depend on the run's seed."""
+    kinds = {"calibration": (_sampled(config), config.rollout.traces, "calibration")}
+    return _write_kinds(engine, prompts, kinds, first_sequence, version)["calibration"]
+
+
+def write_answers(
+    engine: Any, prompts: Sequence[Prompt], *, config: RunConfig, version: int, first: int, count: int
+) -> list[Group]:
+    """For questions of users: traces `first` to `first + count` of each prompt, so that more can be asked for later."""
+    requests = []
+    for prompt in prompts:
+        seeds = tuple(trace_seed("answer", prompt.id, k) for k in range(first, first + count))
+        requests.append(Request(prompt_ids=engine.encode(prompt), seeds=seeds, sampling=_sampled(config)))
+    return _write(engine, prompts, requests, -1, range(len(prompts)), version)
+
+
+def _sampled(config: RunConfig) -> Sampling:
+    return Sampling(method="sample", max_tokens=config.rollout.max_tokens, temperature=config.rollout.temperature)
+
+
+def _write_kinds(
+    engine: Any,
+    prompts: Sequence[Prompt],
+    kinds: Mapping[str, tuple[Sampling, int, str]],
+    first_sequence: int,
+    version: int,
+) -> dict[str, list[Group]]:
+    """Groups of each kind (sampling, traces, salt of the seeds), all in one call: fuller batches."""
+    ids, size = [engine.encode(prompt) for prompt in prompts], len(prompts)
+    requests = [_request(p, i, *kind) for kind in kinds.values() for p, i in zip(prompts, ids, strict=True)]
+    sequences = list(range(first_sequence, first_sequence + size)) * len(kinds)
+    groups = _write(engine, list(prompts) * len(kinds), requests, -1, sequences, version)
+    return {kind: groups[n * size : (n + 1) * size] for n, kind in enumerate(kinds)}
 
 
 def _request(prompt: Prompt, prompt_ids: IntArray, sampling: Sampling, num_traces: int, salt: str) -> Request:

@@ -34,6 +34,10 @@ class Admission:
         """The newest published version."""
         return self._versions[-1]
 
+    def made(self) -> list[tuple[int, int]]:
+        """(round, version) of every round that made one."""
+        return [(round, version) for round, version in self._ended.items() if version is not None]
+
     @property
     def rounds_ended(self) -> int:
         """Rounds over without a gap, counted from round 0."""

@@ -1,4 +1,4 @@
-"""How every (prompt, round) ended: trained, filtered with a reason, or failed with a reason. The sums must close."""
+"""How every (prompt, round) ended: trained, filtered, rolled back, or failed, with a reason. The sums must close."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from rlsf_ray.records import Json, Outcome
 
 IN_FLIGHT, PAIRS, TRAINED, FILTERED, FAILED = "in_flight", "pairs", "trained", "filtered", "failed"
+ROLLED_BACK = "rolled_back"
 
 
 class Ledger:
@@ -47,6 +48,13 @@ class Ledger:
         for sequence in sequences:
             self._move(round, sequence, (PAIRS, IN_FLIGHT), (TRAINED, ""))
 
+    def rolled_back(self, first: int) -> None:
+        """The run goes back to before round `first`: what was or would be trained from there on is abandoned."""
+        for round, entries in self._rounds.items():
+            if round >= first:
+                open_ones = (IN_FLIGHT, PAIRS, TRAINED)
+                self._rounds[round] = [(ROLLED_BACK, "") if entry[0] in open_ones else entry for entry in entries]
+
     def _move(self, round: int, sequence: int, sources: tuple[str, ...], entry: tuple[str, str]) -> None:
         entries = self._rounds[round]
         if entries[sequence] == entry:
@@ -63,7 +71,7 @@ class Ledger:
         return len(self._rounds.get(round, ()))
 
     def totals(self) -> Json:
-        """{"admitted", "trained", "filtered", "failed", "in_flight", "reasons": {reason: count}}."""
+        """{"admitted", "trained", "filtered", "failed", "rolled_back", "in_flight", "reasons": {reason: count}}."""
         entries = [entry for round in self._rounds.values() for entry in round]
         states = Counter(state for state, _ in entries)
         reasons = Counter(reason for _, reason in entries if reason)
@@ -72,6 +80,7 @@ class Ledger:
             "trained": states[TRAINED],
             "filtered": states[FILTERED],
             "failed": states[FAILED],
+            "rolled_back": states[ROLLED_BACK],
             "in_flight": states[IN_FLIGHT] + states[PAIRS],
             "reasons": dict(reasons.most_common()),
         }

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from time import time
 
 from rlsf_ray.config import RunConfig
-from rlsf_ray.errors import DrainedError, NoPairsError, RlsfError, ServiceError
+from rlsf_ray.errors import DrainedError, GuardError, NoPairsError, RlsfError, ServiceError
 from rlsf_ray.records import Json, Outcome
 from rlsf_ray.stream.admission import Admission
+from rlsf_ray.stream.guard import Action, Guard, Vitals
 from rlsf_ray.stream.ledger import PAIRS, Ledger
 
 
@@ -29,6 +30,9 @@ class RunState:
         self.counts |= saved.get("counts", {})
         self.state: str = saved.get("state", "starting")
         self.message = ""
+        self.guard = Guard(saved.get("guard", ()))
+        self.verdicts: list[Json] = list(saved.get("verdicts", ()))  # of the guard, where it had something to say
+        self.rolled_back: Json | None = saved.get("rolled_back")  # {"from", "to", "version"}
         self.swaps: dict[str, Json] = {}  # generator -> its last swap in this life
         self.peak_memory_gb: float | None = saved.get("peak_memory_gb")  # of all processes, where the driver measures
         self.error: Json | None = None  # what ended the run in failure: {"type", "text"}
@@ -69,6 +73,43 @@ class RunState:
         """A generator has loaded a version: what it proved."""
         keys = ("version", "verdict", "share", "expected_move", "gap", "loads")
         self.swaps[swap["actor"]] = {key: swap[key] for key in keys}
+
+    def judged(self, version: int, vitals: Json | None) -> Action:
+        """What the guard says of a version that was looked at. Raises GuardError if that is to stop the run."""
+        if self._config.guard == "off" or vitals is None or self.rolled_back:
+            return "go_on"
+        verdict = self.guard.observe(version, Vitals(**vitals))
+        action = "warn" if self._config.guard == "warn" and verdict.action == "stop" else verdict.action
+        if action != "go_on" and all(one["version"] != version for one in self.verdicts):
+            self.verdicts.append({"version": version, "action": action, "reasons": list(verdict.reasons)})
+        if action == "stop" and self._config.guard == "stop":
+            raise GuardError(
+                f"version {version} shows signs of collapse ({'; '.join(verdict.reasons)}), expected to stay near the"
+                f" base model; the last good one is version {self.guard.last_good}: export that one, or run again with"
+                " a lower learner.learning_rate, fewer rounds, or guard=roll_back"
+            )
+        return action
+
+    @property
+    def ends_early(self) -> bool:
+        """The guard goes, or went, back to an earlier version: no round goes on."""
+        return self.rolled_back is not None or any(one["action"] == "stop" for one in self.verdicts)
+
+    def roll_back(self) -> Json:
+        """Book the way back to the last good version; returns {"from", "to", "version"}: a new one with old content.
+
+        No round goes on after it.
+        """
+        if self.rolled_back is not None:  # in an earlier life of the run
+            return self.rolled_back
+        newest, good, current = self.admission.newest, self.guard.last_good, self.admission.rounds_ended
+        abandoned = [round for round, version in self.admission.made() if version > good]
+        self.ledger.rolled_back(min(abandoned, default=current))
+        self.rolled_back = {"from": newest, "to": good, "version": newest + 1}
+        self._end(current, newest + 1)
+        for round in range(current + 1, self._config.rounds):
+            self._end(round, None)
+        return self.rolled_back
 
     def had_no_pairs(self, round: int) -> None:
         """Every prompt of `round` was filtered or failed."""
@@ -119,6 +160,7 @@ class RunState:
             "seconds": self.seconds,
             "peak_memory_gb": self.peak_memory_gb,
             "training": self.counts | self.shares(),
+            "guard": {"verdicts": self.verdicts, "rolled_back": self.rolled_back},
         }
 
     def stopped(self, error: RlsfError) -> None:
@@ -151,6 +193,9 @@ class RunState:
             "version": self.admission.newest,
             "ledger": self.ledger.to_json(),
             "counts": dict(self.counts),
+            "guard": self.guard.to_json(),
+            "verdicts": list(self.verdicts),
+            "rolled_back": self.rolled_back,
             "seconds": self.seconds,
             "peak_memory_gb": self.peak_memory_gb,
         }
@@ -178,5 +223,6 @@ class RunState:
             "eta_s": self._seconds_left((done + waiting) / total),
             "accounting": accounting,
             "swaps": self.swaps,
+            "verdicts": self.verdicts,
             "message": self.message,
         }

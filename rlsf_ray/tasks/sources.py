@@ -9,6 +9,7 @@ import json
 import logging
 import random
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from rlsf_ray.config import RunConfig, SourceConfig
 from rlsf_ray.errors import InputError
@@ -23,6 +24,14 @@ logger = logging.getLogger(__name__)
 PROBE_SEED = 2507_21931  # the probe set is the same for every run seed
 
 
+class PromptSets(NamedTuple):
+    """A run's prompts; no two sets share a canonical key, and none repeats one."""
+
+    train: list[Prompt]
+    probe: list[ProbePrompt]
+    calibration: list[Prompt]  # unlabelled like those to train on, and never trained on
+
+
 def load_prompts(source: SourceConfig, *, seed: int, suffix: str, answer_format: str) -> list[ProbePrompt]:
     """Up to `source.count` distinct prompts with their gold answers, chosen by `seed`.
 
@@ -32,21 +41,22 @@ def load_prompts(source: SourceConfig, *, seed: int, suffix: str, answer_format:
     return [_probe(question, suffix, answer_format) for question in questions]
 
 
-def load_sets(config: RunConfig) -> tuple[list[Prompt], list[ProbePrompt]]:
-    """(training prompts, probe set). The two share no canonical key, and neither repeats one.
+def load_sets(config: RunConfig) -> PromptSets:
+    """Training prompts, probe set, calibration prompts.
 
-    The probe set comes first and does not depend on `config.seed`; the training prompts and their order do.
-    Each set holds *up to* the counts asked for: a small family may not have more.
+    The probe set comes first, then `data.calibration` prompts out of the training sources; neither depends on
+    `config.seed`. The training prompts and their order do. Each set holds *up to* the counts asked for: a small family
+    may not have more, and calibration takes a quarter of the training prompts at most.
     Raises InputError for bad sources, for ids that two sources of a set share, and when no training prompt is left.
     """
     data = config.data
     taken: set[str] = set()
     labelled = _collect(data.probe, seed=PROBE_SEED, labelled=True, taken=taken)
-    num_probe = len(labelled)
+    calibration = _set_aside(config, taken)
     unlabelled = _collect(data.train, seed=config.seed, labelled=False, taken=taken)
     if not unlabelled:
         raise InputError(
-            f"no training prompt is left: every prompt of data.train is among the {num_probe} of the probe set;"
+            f"no training prompt is left: every prompt of data.train is among the {len(labelled)} of the probe set;"
             " add training data or make the probe set smaller"
         )
     if len(unlabelled) < config.prompts_per_round:
@@ -57,8 +67,22 @@ def load_sets(config: RunConfig) -> tuple[list[Prompt], list[ProbePrompt]]:
         )
     random.Random(config.seed).shuffle(unlabelled)
     random.Random(PROBE_SEED).shuffle(labelled)  # so that the first n are a fair part of all sources
-    train = [to_prompt(question, suffix=data.suffix, answer_format=data.answer) for question in unlabelled]
-    return train, [_probe(question, data.suffix, data.answer) for question in labelled]
+    return PromptSets(
+        train=[to_prompt(question, suffix=data.suffix, answer_format=data.answer) for question in unlabelled],
+        probe=[_probe(question, data.suffix, data.answer) for question in labelled],
+        calibration=[to_prompt(question, suffix=data.suffix, answer_format=data.answer) for question in calibration],
+    )
+
+
+def _set_aside(config: RunConfig, taken: set[str]) -> list[Question]:
+    """A fair part of all training sources; its keys are added to `taken`."""
+    if not config.data.calibration:
+        return []
+    found = _collect(config.data.train, seed=PROBE_SEED, labelled=False, taken=set(taken))
+    random.Random(PROBE_SEED).shuffle(found)
+    kept = found[: min(config.data.calibration, len(found) // 4)]
+    taken |= {question.key for question in kept}
+    return kept
 
 
 def prompts_of_round(train: Sequence[Prompt], round: int, prompts_per_round: int, seed: int) -> list[Prompt]:

@@ -18,6 +18,9 @@ from rlsf_ray.run_store import RunStore
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(480)]
 
 
+COLLAPSE: Json = {"data": {"calibration": 3, "probe": []}, "learner": {"learning_rate": 3.0}}
+
+
 class Ended(NamedTuple):
     store: RunStore
     summary: Json
@@ -40,8 +43,9 @@ def runs(
         "scorers": {"count": 2},
     }
     configs = {
-        "strict": small(eval={"during": 3}),
+        "strict": small(eval={"during": 3}, data={"calibration": 3}),
         "overlap": small(rounds=3, cluster=overlap, data={"probe": []}),
+        "collapse": small(**COLLAPSE),
         "two_workers": small(cluster={"trainers": {"count": 2}}, data={"probe": []}),
     }
     futures = {name: launch(config, folder / name) for name, config in configs.items()}
@@ -49,11 +53,28 @@ def runs(
     return {name: Ended(RunStore.open(str(folder / name)), summary) for name, summary in summaries.items()}
 
 
+def test_a_collapse_ends_like_that_of_the_loop(
+    runs: dict[str, Ended], small: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """Both go back to the base model; every prompt that was admitted has an end."""
+    store, summary = runs["collapse"]
+    looped = loop.run(small(**COLLAPSE), str(tmp_path / "loop"))
+    assert summary["guard"]["rolled_back"]["to"] == looped["guard"]["rolled_back"]["to"] == 0
+    last = summary["guard"]["rolled_back"]["version"]
+    assert store.versions()[-1] == last
+    assert not any(array.any() for name, array in store.read_adapter(last)[0].items() if ".lora_B." in name)
+    base, ended = (store.read_json(f"eval/version-{version:04d}.json")["vitals"] for version in (0, last))
+    assert base == ended
+    counts = summary["accounting"]
+    assert counts["rolled_back"] + counts["filtered"] + counts["failed"] == counts["admitted"]
+    assert (counts["trained"], counts["in_flight"]) == (0, 0)
+
+
 @pytest.fixture(scope="module")
 def looped(small: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> RunStore:
     """The same as the strict run, in one process."""
     root = str(tmp_path_factory.mktemp("loop") / "run")
-    loop.run(small(eval={"during": 3}), root)
+    loop.run(small(eval={"during": 3}, data={"calibration": 3}), root)
     return RunStore.open(root)
 
 
@@ -110,7 +131,7 @@ def test_every_prompt_is_accounted_for_once(runs: dict[str, Ended], name: str) -
 
 
 def test_runs_on_one_cluster_do_not_meet(runs: dict[str, Ended]) -> None:
-    seen = {name: ended.store.read_metrics("stages") for name, ended in runs.items()}
+    seen = {name: ended.store.read_metrics("stages") for name, ended in runs.items() if name != "collapse"}
     batches = {name: sum(row["stage"] == "generate" for row in rows) for name, rows in seen.items()}
     assert batches == {"strict": 2 * 2, "overlap": 3 * 4, "two_workers": 2 * 2}  # rounds x prompts / prompts_per_call
 

@@ -40,6 +40,7 @@ SETTINGS = (
     "learner.learning_rate=2e-4",
     "learner.warmup_steps=0",
     "data.probe=[]",
+    "data.calibration=0",
     "cluster.prompts_per_call=2",
 )
 Launch = Callable[[RunConfig, Path], "Future[Json]"]

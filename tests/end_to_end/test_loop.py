@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import tiny_config
+from tiny import collapsing, tiny_config
 
 from rlsf_ray import loop
 from rlsf_ray.config import RunConfig
-from rlsf_ray.errors import InputError, NoPairsError
+from rlsf_ray.errors import GuardError, InputError, NoPairsError
 from rlsf_ray.records import Json
 from rlsf_ray.run_store import RunStore
 
@@ -158,6 +158,39 @@ def test_self_feedback_moves_the_tiny_model_towards_its_own_vote(tiny: Path, tmp
     store = RunStore.open(str(tmp_path / "run"))
     shares = [_vote_share(store.read_table("traces", round).to_pylist()) for round in range(3)]
     assert shares[2] > shares[0] + 0.3, shares
+
+
+def test_a_run_that_collapses_ends_on_its_last_good_version(tiny: Path, tmp_path: Path) -> None:
+    """A learning rate that is far too high: version 1 already writes noise, so version 2 is the base model again."""
+    config = collapsing(tiny)
+    summary = loop.run(config, str(tmp_path / "run"))
+    store = RunStore.open(str(tmp_path / "run"))
+    assert summary["guard"]["rolled_back"] == {"from": 1, "to": 0, "version": 2}
+    (verdict,) = summary["guard"]["verdicts"]
+    assert (verdict["version"], verdict["action"]) == (1, "stop")
+    assert "base model" in verdict["reasons"][0]
+    assert store.versions() == [1, 2]
+    assert not any(array.any() for name, array in store.read_adapter(2)[0].items() if ".lora_B." in name)
+    base, last = (store.read_json(f"eval/version-{version:04d}.json") for version in (0, 2))
+    assert base["vitals"] == last["vitals"]
+    counts = summary["accounting"]
+    assert (counts["rolled_back"], counts["trained"], counts["admitted"]) == (8, 0, 8)
+    assert loop.run(config, str(tmp_path / "run")) == summary
+
+
+def test_a_guard_that_only_warns_lets_it_happen_and_one_that_stops_says_why(tiny: Path, tmp_path: Path) -> None:
+    summary = loop.run(collapsing(tiny, guard="warn"), str(tmp_path / "warn"))
+    assert {verdict["action"] for verdict in summary["guard"]["verdicts"]} == {"warn"}
+    assert summary["guard"]["rolled_back"] is None
+    with pytest.raises(GuardError, match=r"version 1 shows signs of collapse \(.*last good one is version 0"):
+        loop.run(collapsing(tiny, guard="stop"), str(tmp_path / "stop"))
+    assert loop.run(collapsing(tiny, guard="off"), str(tmp_path / "off"))["guard"]["verdicts"] == []
+
+
+def test_a_run_without_a_probe_set_is_watched_all_the_same(tiny: Path, tmp_path: Path) -> None:
+    summary = loop.run(collapsing(tiny, data={"probe": []}), str(tmp_path / "run"))
+    assert summary["guard"]["rolled_back"]["to"] == 0
+    assert summary["difference"] is None
 
 
 def _vote_share(rows: list[dict[str, Any]]) -> float:

@@ -31,6 +31,7 @@ SMALL = (
     "rounds=1",
     "prompts_per_round=4",
     "data.probe=[]",
+    "data.calibration=0",
     "rollout.traces=4",
     "rollout.max_tokens=48",
     "pairs.rule=random",
@@ -63,7 +64,7 @@ def store(threads: None, tmp_path_factory: pytest.TempPathFactory) -> RunStore:
 def rows(store: RunStore) -> list[Row]:
     """Two of its groups as the learner reads them: the prompt, then four traces."""
     tokenizer = load_tokenizer(store.config.model)
-    prompts = {prompt.id: prompt for prompt in load_sets(store.config)[0]}
+    prompts = {prompt.id: prompt for prompt in load_sets(store.config).train}
     groups: dict[str, list[Json]] = {}
     for trace in store.read_table("traces").to_pylist():
         groups.setdefault(trace["prompt_id"], []).append(trace)

@@ -34,8 +34,8 @@ pytestmark = [
 
 CONFIG = load_config("rlsf", ["engine=vllm", "learner.lora_rank=8", "learner.lora_alpha=16"])
 MODEL, LEARNER = CONFIG.model, CONFIG.learner
-GREEDY, SAMPLE = Sampling(method="greedy", max_tokens=24), Sampling(method="sample", max_tokens=24, temperature=0.9)
-BRANCH = Sampling(method="branch", max_tokens=24)
+GREEDY, SAMPLE = Sampling(method="greedy", max_tokens=16), Sampling(method="sample", max_tokens=16, temperature=0.9)
+BRANCH = Sampling(method="branch", max_tokens=16)
 Adapter = dict[str, np.ndarray]
 
 
@@ -129,7 +129,7 @@ def test_branches_begin_with_the_likeliest_tokens_and_go_on_greedily(engine: VLL
 def test_every_trace_is_written_by_the_version_it_names_while_another_is_loaded(engine: Any, trainer: Any) -> None:
     """Read off the log-probs: those that came with a trace are its own version's, not the other's."""
     engine.load_version(1, adapter(trainer, 1))
-    asked = requests(engine, SAMPLE, 4)
+    asked = requests(engine, SAMPLE, 2)
     with ThreadPoolExecutor(3) as threads:
         writing = {version: threads.submit(engine.generate, asked, version) for version in (0, 1)}
         threads.submit(engine.load_version, 2, adapter(trainer, 2)).result()
@@ -155,7 +155,7 @@ def test_no_adapter_reads_the_prefix_cache_of_another(
     engine: VLLMEngine, trainer: Learner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Version 3 comes twice with other content; the prompt is long enough to be cached. Without salts it goes wrong."""
-    long = np.random.default_rng(0).integers(100, 40_000, 600).astype(np.int32)  # what follows is uncertain
+    long = np.random.default_rng(0).integers(100, 40_000, 300).astype(np.int32)  # what follows is uncertain
     asked = [Request(prompt_ids=long, seeds=(0,), sampling=GREEDY)]
 
     def worst() -> float:

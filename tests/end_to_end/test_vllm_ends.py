@@ -18,7 +18,8 @@ pytestmark = [
     pytest.mark.skipif(bool(unavailable()), reason=unavailable()),
 ]
 UP_S, GONE_S = 240.0, 45.0
-SETTINGS = ("engine=vllm", "engine_args={max_model_len: 1024}", "data.probe=[]", "rollout.traces=2")
+SETTINGS = ("engine=vllm", "engine_args={max_model_len: 1024}", "rollout.traces=2")
+SETTINGS += ("data.probe=[]", "data.calibration=0")
 SETTINGS += ("prompts_per_round=64", "cluster.prompts_per_call=4")  # traces lie there soon, and many are still to come
 
 

@@ -201,7 +201,7 @@ def test_a_shell_and_a_job_share_a_cluster_and_do_not_meet(cluster: Cluster, tin
 
 
 def _holds_only_its_own_prompts(store: RunStore, config: RunConfig) -> None:
-    train, _ = load_sets(config)
+    train = load_sets(config).train
     for round in range(config.rounds):
         prompts = prompts_of_round(train, round, config.prompts_per_round, config.seed)
         rows = store.read_table("traces", round).to_pylist()

@@ -11,18 +11,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.calibration import calibration_curve
-from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
+from sklearn.metrics import brier_score_loss, log_loss, precision_recall_curve, roc_auc_score
 
 from rlsf_ray.algorithms.calibration import (
+    aurc,
     auroc,
     bootstrap_interval,
     brier,
+    brier_skill,
     ece,
     ece_equal_mass,
+    fit_temperature,
     nll,
     overconfidence,
     paired_interval,
     reliability,
+    scale,
 )
 
 # Six answers. Bins: [0, .1) holds 0.0 wrong; [.3, .4) 0.3 right; [.9, 1] 0.9 right, 0.9 wrong, 1.0 right, 1.0 right
@@ -88,6 +92,38 @@ def test_auroc_counts_ties_half_and_is_nan_for_one_class() -> None:
     assert math.isnan(auroc([0.1, 0.2], [0, 0]))
 
 
+def test_risk_coverage_by_hand_with_ties_shared() -> None:
+    # surest first: 1.0 right, 1.0 right, then 0.9 right and 0.9 wrong (half each), 0.3 right, 0.0 wrong:
+    # errors so far 0, 0, .5, 1, 1, 2 of 1, 2, 3, 4, 5, 6
+    expected = (0 + 0 + 0.5 / 3 + 1 / 4 + 1 / 5 + 2 / 6) / 6
+    assert aurc(CONFIDENCE, CORRECT) == pytest.approx(expected)
+
+
+def test_risk_coverage_of_distinct_confidences_is_the_mean_of_scikit_learn_precisions() -> None:
+    """The share of right answers among the k surest is the precision of calling these right."""
+    rng = np.random.default_rng(5)
+    confidence, correct = rng.uniform(size=100), rng.integers(0, 2, size=100)
+    precision, _, _ = precision_recall_curve(correct, confidence, drop_intermediate=False)
+    # its thresholds are the 100 confidences; the last point (recall 0) is by convention
+    assert aurc(confidence, correct) == pytest.approx(1 - np.mean(precision[:-1]))
+
+
+def test_brier_skill_is_measured_against_the_accuracy_itself() -> None:
+    assert brier_skill([0.75] * 4, [1, 1, 1, 0]) == pytest.approx(0.0)
+    assert brier_skill([1.0, 1.0, 1.0, 0.0], [1, 1, 1, 0]) == 1.0
+    assert brier_skill([0.0] * 4, [1, 1, 1, 0]) == pytest.approx(1 - 0.75 / 0.1875)
+    assert math.isnan(brier_skill([0.3], [1]))
+
+
+def test_a_temperature_fitted_with_labels_undoes_a_known_one() -> None:
+    rng = np.random.default_rng(3)
+    true = rng.uniform(0.02, 0.98, size=4000)
+    correct = (rng.uniform(size=4000) < true).astype(int)
+    sharpened = scale(true, 1 / 2.5)
+    assert fit_temperature(sharpened, correct) == pytest.approx(2.5, rel=0.1)
+    assert scale([0.0, 0.5, 1.0], 3.0).tolist() == [0.0, 0.5, 1.0]
+
+
 def test_overconfidence_is_signed() -> None:
     assert overconfidence([0.9, 0.7], [1, 0]) == pytest.approx(0.3)
     assert overconfidence([0.1, 0.3], [1, 0]) == pytest.approx(-0.3)
@@ -105,14 +141,16 @@ def test_metrics_lie_in_their_range_and_ignore_the_order(rows: list[tuple[float,
     confidence, correct = zip(*rows, strict=True)
     shuffled = list(rows)
     random.shuffle(shuffled)
-    for metric in (ece, ece_equal_mass, brier):
+    for metric in (ece, ece_equal_mass, brier, aurc):
         value = metric(confidence, correct)
         assert 0.0 <= value <= 1.0
         assert metric(*zip(*shuffled, strict=True)) == pytest.approx(value, abs=1e-12)
     assert ece(confidence, correct) >= abs(overconfidence(confidence, correct)) - 1e-12
 
 
-@pytest.mark.parametrize("metric", [ece, ece_equal_mass, brier, nll, auroc, reliability, overconfidence])
+@pytest.mark.parametrize(
+    "metric", [ece, ece_equal_mass, brier, brier_skill, nll, auroc, aurc, reliability, overconfidence]
+)
 def test_bad_input_is_named(metric: Callable[[list[float], list[int]], object]) -> None:
     for confidence, correct, message in (
         ([], [], "not empty"),

@@ -11,7 +11,16 @@ from rlsf_ray.errors import InputError
 
 
 def test_every_recipe_loads_and_bears_its_own_name() -> None:
-    assert recipe_names() == ["random_pairs", "reversed_pairs", "rlsf", "rlsf_best_worst", "rlsf_paper"]
+    assert recipe_names() == [
+        "format_only",
+        "length_matched",
+        "majority_pairs",
+        "random_pairs",
+        "reversed_pairs",
+        "rlsf",
+        "rlsf_best_worst",
+        "rlsf_paper",
+    ]
     assert [load_config(name).recipe for name in recipe_names()] == recipe_names()
 
 

@@ -75,7 +75,7 @@ def test_count_takes_a_seeded_share_and_equal_questions_count_once(tmp_path: Pat
 
 
 def test_training_rows_need_no_answer_column(tmp_path: Path) -> None:
-    train, _ = load_sets(train_config(write(tmp_path / "a.jsonl", {"question": "Big?"}, {"question": "Small?"})))
+    train = load_sets(train_config(write(tmp_path / "a.jsonl", {"question": "Big?"}, {"question": "Small?"}))).train
     assert {p.id for p in train} == {"a-1", "a-2"}
 
 

@@ -14,6 +14,7 @@ from rlsf_ray import evaluate
 from rlsf_ray.config import RunConfig
 from rlsf_ray.records import Answer, Group, ProbePrompt, Prompt, Trace
 from rlsf_ray.tasks.equality import AnswerChecker
+from rlsf_ray.tasks.sources import PromptSets
 
 
 def trace(index: int, answer: str | None, probability: float, *, finished: bool = True) -> Trace:
@@ -44,6 +45,10 @@ def group(name: str, *traces: Trace) -> Group:
     return Group(id=f"probe/{name}", round=-1, sequence=0, version=0, prompt=prompt, prompt_ids=ids, traces=traces)
 
 
+def sets(*items: ProbePrompt) -> PromptSets:
+    return PromptSets(train=[], probe=list(items), calibration=[])
+
+
 @pytest.fixture
 def rows() -> list[dict[str, Any]]:
     """Question a: 4, 4, 5, none with gold 4; question b: 7, 8, 8, cut off with gold 7."""
@@ -51,11 +56,12 @@ def rows() -> list[dict[str, Any]]:
     second = group("b", trace(0, "7", 0.4), trace(1, "8", 0.9), trace(2, "8", 0.7), trace(3, None, 0.9, finished=False))
     greedy = [group("a", trace(0, "4", 0.8)), group("b", trace(0, "8", 0.8))]
     with AnswerChecker() as checker:
-        return evaluate.judge_groups([first, second], greedy, [probe("a", "4"), probe("b", "7")], checker)
+        written = {"sampled": [first, second], "greedy": greedy}
+        return evaluate.judge_groups(written, [probe("a", "4"), probe("b", "7")], checker)
 
 
 def test_metrics_by_hand(rows: list[dict[str, Any]], config: RunConfig) -> None:
-    found = evaluate.summarise(rows, 3, config)
+    found = evaluate.summarise(rows, 3, config, evaluate.Unlabelled(None, None))
     metrics = found["metrics"]
     assert metrics["greedy_accuracy"] == 0.5
     assert metrics["sampled_accuracy"] == 3 / 8  # two of a, one of b
@@ -90,22 +96,67 @@ def test_the_rise_is_paired_over_shared_questions(rows: list[dict[str, Any]]) ->
 
 
 def test_the_cache_is_keyed_by_model_probe_set_and_sampling(tiny: Path, config: RunConfig) -> None:
-    items = [probe("a", "4"), probe("b", "7")]
+    first, second = probe("a", "4"), probe("b", "7")
+    items = sets(first, second)
     assert evaluate.cached_base(config, items) is None
     evaluate.store_base(config, items, {"version": 0})
     assert evaluate.cached_base(config, items) == {"version": 0}
     assert evaluate.cached_base(tiny_config(tiny, seed=5), items) == {"version": 0}, "the run's seed does not matter"
     assert evaluate.cached_base(tiny_config(tiny, eval={"samples": 3}), items) is None
     assert evaluate.cached_base(tiny_config(tiny, rollout={"temperature": 0.5}), items) is None
-    assert evaluate.cached_base(config, items[:1]) is None
-    assert evaluate.cached_base(config, [probe("a", "5"), items[1]]) is None
+    assert evaluate.cached_base(config, sets(first)) is None
+    assert evaluate.cached_base(config, sets(probe("a", "5"), second)) is None
+    unlabelled = items._replace(calibration=[second.prompt])
+    assert evaluate.cached_base(config, unlabelled) is None
 
 
 def test_other_weights_are_another_model(tiny: Path, config: RunConfig, tmp_path: Path) -> None:
     for file in tiny.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     copied = tiny_config(tmp_path)
-    evaluate.store_base(copied, [probe("a", "4")], {"version": 0})
+    evaluate.store_base(copied, sets(probe("a", "4")), {"version": 0})
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
-    assert evaluate.cached_base(copied, [probe("a", "4")]) is None
+    assert evaluate.cached_base(copied, sets(probe("a", "4"))) is None
+
+
+def answered(name: str, draw: np.random.Generator) -> Group:
+    """Eight traces: the sure ones say 4, the others anything."""
+    traces = []
+    for index in range(8):
+        sure = draw.random() < 0.5
+        traces.append(trace(index, "4" if sure else str(draw.integers(10, 99)), 0.9 if sure else 0.3))
+    return group(name, *traces)
+
+
+def test_the_map_tells_agreement_from_one_trace(config: RunConfig) -> None:
+    draw = np.random.default_rng(0)
+    with AnswerChecker() as checker:
+        unlabelled = evaluate.look_at([answered(str(i), draw) for i in range(30)], checker)
+        assert evaluate.look_at([answered("few", draw)], checker).map is None
+        assert evaluate.look_at([], checker) == evaluate.Unlabelled(None, None)
+        written = {"sampled": [answered("q", draw)], "greedy": [group("q", trace(0, None, 0.5))]}
+        rows = evaluate.judge_groups(written, [probe("q", "4")], checker)
+    found = evaluate.summarise(rows, 1, config, unlabelled)
+    samples = found["questions"][0]["samples"]
+    sure = [s["calibrated"] for s in samples if s["answer"] == "4"]
+    unsure = [s["calibrated"] for s in samples if s["answer"] != "4"]
+    assert min(sure) > 0.35 > 0.15 > max(unsure)  # half of the others say 4 as well; nobody else says 57
+    assert found["calibration"]["num_traces"] == 240
+    assert found["vitals"]["parsed"] == 1.0
+    assert found["metrics"]["brier_skill_calibrated"] > 0
+
+
+def test_no_gold_answer_can_reach_the_map(config: RunConfig) -> None:
+    """Whatever the gold answers say, the map and the confidences are the same to the last bit."""
+    with AnswerChecker() as checker:
+        unlabelled = evaluate.look_at([answered(str(i), np.random.default_rng(i)) for i in range(30)], checker)
+        written = {"sampled": [answered("q", np.random.default_rng(9))], "greedy": [group("q", trace(0, "4", 0.5))]}
+        found = [
+            evaluate.summarise(evaluate.judge_groups(written, [probe("q", gold)], checker), 1, config, unlabelled)
+            for gold in ("4", "-1")
+        ]
+    assert found[0]["calibration"] == found[1]["calibration"]
+    confidences = [[s["calibrated"] for s in one["questions"][0]["samples"]] for one in found]
+    assert confidences[0] == confidences[1]
+    assert "gold" not in {field for record in (Group, Trace, Prompt) for field in record.__dataclass_fields__}

@@ -36,9 +36,22 @@ def test_the_sums_close() -> None:
         "trained": 1,
         "filtered": 1,
         "failed": 1,
+        "rolled_back": 0,
         "in_flight": 2,  # prompt 2 has pairs nobody has trained, prompt 4 is still being written
         "reasons": {"tie": 1, "EngineError": 1},
     }
+
+
+def test_a_roll_back_abandons_what_is_trained_or_open_from_its_round_on() -> None:
+    ledger = four_ended()
+    ledger.admit(1, 2)
+    ledger.scored(1, [outcome(0, "tie")])
+    ledger.rolled_back(1)
+    assert ledger.totals()["rolled_back"] == 1  # prompt 1 of round 1; prompt 0 was filtered before
+    ledger.rolled_back(0)
+    totals = ledger.totals()
+    assert (totals["trained"], totals["filtered"], totals["failed"], totals["rolled_back"]) == (0, 2, 1, 4)
+    assert totals["in_flight"] == 0
 
 
 def test_telling_it_twice_changes_nothing() -> None:

@@ -145,7 +145,7 @@ def test_random_directions_are_even_and_repeat_with_the_seed() -> None:
     assert drawn == [ends(decide("random", group, seed=seed))[0] for seed in range(200)]
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "format_only"])
 @pytest.mark.parametrize(
     ("group", "limits", "reason"),
     [
@@ -216,3 +216,18 @@ def test_records_that_contradict_themselves_are_refused() -> None:
         candidates([0.1, 0.2], [0])
     with pytest.raises(ValueError, match="either pairs or a reason"):
         Decision()
+
+
+def test_format_only_prefers_answered_traces_whatever_their_scores() -> None:
+    group = candidates([0.9, NAN, 0.1, NAN, 0.5], [0, -1, 1, -1, 0], cut_off=[3])
+    for seed in range(5):
+        decision = decide("format_only", group, seed=seed)
+        assert len(decision.pairs) == 2
+        assert {chosen for chosen, _ in ends(decision)} <= {0, 2, 4}
+        assert {rejected for _, rejected in ends(decision)} == {1, 3}
+    assert len({tuple(ends(decide("format_only", group, seed=seed))) for seed in range(9)}) > 2
+    assert len(decide("format_only", group, Limits(max_pairs=1)).pairs) == 1
+    assert decide("format_only", candidates([0.9, 0.1], [0, 1])).reason == "all_answered"
+    assert decide("format_only", candidates([NAN, NAN], [-1, -1])).reason == "no_answers"
+    lengths = candidates([0.9, NAN], [0, -1], lengths=[10, 21])
+    assert decide("format_only", lengths, Limits(max_length_ratio=2.0)).reason == "length_ratio"

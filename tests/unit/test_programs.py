@@ -14,7 +14,7 @@ from rlsf_ray.engines.base import Completion, Request
 from rlsf_ray.engines.transformers_engine import TransformersEngine
 from rlsf_ray.errors import InputError
 from rlsf_ray.records import Group, IntArray, Prompt
-from rlsf_ray.rollouts.programs import trace_seed, write_groups, write_probe_groups
+from rlsf_ray.rollouts.programs import trace_seed, write_calibration_groups, write_groups, write_probe_groups
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,9 @@ def test_a_trace_that_was_cut_off_has_no_answer(engine: TransformersEngine, tiny
 
 def test_probe_groups_do_not_depend_on_the_run_seed(engine: TransformersEngine, config: RunConfig, tiny: Path) -> None:
     def texts(with_config: RunConfig) -> list[str]:
-        sampled, greedy = write_probe_groups(engine, prompts(2), config=with_config, version=0, first_sequence=0)
+        written = write_probe_groups(engine, prompts(2), config=with_config, version=0, first_sequence=0)
+        sampled, greedy = written["sampled"], written["greedy"]
+        assert list(written) == ["sampled", "greedy"]
         assert [len(group.traces) for group in sampled] == [2, 2]
         assert [len(group.traces) for group in greedy] == [1, 1]
         return [trace.text for group in [*sampled, *greedy] for trace in group.traces]
@@ -89,6 +91,23 @@ def test_probe_groups_do_not_depend_on_the_run_seed(engine: TransformersEngine, 
 def test_cot_decoding_branches_on_the_first_token(engine: TransformersEngine, tiny: Path) -> None:
     group = write(engine, tiny_config(tiny, rollout={"name": "cot_decoding", "traces": 5}), 1)[0]
     assert len({int(trace.token_ids[0]) for trace in group.traces}) == 5
+
+
+def test_calibration_groups_have_as_many_traces_as_training_and_other_seeds(
+    engine: TransformersEngine, config: RunConfig
+) -> None:
+    groups = write_calibration_groups(engine, prompts(2), config=config, version=0, first_sequence=4)
+    probed = write_probe_groups(engine, prompts(2), config=config, version=0, first_sequence=4)["sampled"]
+    assert [len(group.traces) for group in groups] == [config.rollout.traces] * 2
+    assert [group.sequence for group in groups] == [4, 5]
+    assert not {t.seed for g in groups for t in g.traces} & {t.seed for g in probed for t in g.traces}
+
+
+def test_branches_are_measured_where_they_are_asked_for(engine: TransformersEngine, tiny: Path) -> None:
+    asked = tiny_config(tiny, eval={"branches": 3})
+    written = write_probe_groups(engine, prompts(2), config=asked, version=0, first_sequence=0)
+    assert [len(group.traces) for group in written["branches"]] == [3, 3]
+    assert all(len({int(t.token_ids[0]) for t in group.traces}) == 3 for group in written["branches"])
 
 
 def test_an_unknown_rollout_names_the_known_ones(engine: TransformersEngine, config: RunConfig) -> None:

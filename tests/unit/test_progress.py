@@ -112,10 +112,11 @@ def test_the_table_shows_before_after_change_and_interval_in_80_columns() -> Non
 def test_an_absent_or_undefined_metric_is_a_dash() -> None:
     console, out = written()
     print_before_after(
-        console, {"before": BEFORE | {"auroc_agreement": None}, "after": AFTER | {"auroc_agreement": float("nan")}}
+        console, {"before": BEFORE | {"auroc_calibrated": 0.7}, "after": AFTER | {"auroc_calibrated": float("nan")}}
     )
-    (row,) = [text for text in out.getvalue().splitlines() if "AUROC, agreement" in text]
-    assert row.split("│")[2:5] == ["                  - ", "                  - ", "      - "]
+    (row,) = [text for text in out.getvalue().splitlines() if "AUROC, calibrated" in text]
+    assert [cell.strip() for cell in row.split("│")[2:5]] == ["0.700", "-", "-"]
+    assert "CoT-decoding" not in out.getvalue(), "it was not measured"
 
 
 def test_a_run_without_probe_set_says_so() -> None:

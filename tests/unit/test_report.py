@@ -11,7 +11,19 @@ from rlsf_ray.report import read_run, render, write_report
 from rlsf_ray.report_parts import marked, verdict
 from rlsf_ray.timeline import make_timeline, merge
 
-SECTIONS = ["results", "reliability", "versions", "training", "time", "swaps", "accounting", "examples"]
+SECTIONS = [
+    "results",
+    "reliability",
+    "versions",
+    "others",
+    "guard",
+    "mix",
+    "training",
+    "time",
+    "swaps",
+    "accounting",
+    "examples",
+]
 VOID = {"meta", "img", "br"}
 
 
@@ -55,7 +67,8 @@ def page(html) -> Page:
 
 def test_all_sections_are_there_in_order_with_pictures(page):
     assert list(page.text)[1:] == SECTIONS
-    assert page.tags.count("img") == 2 + 2 + 4  # two reliability diagrams, two by version, four curves
+    # reliability diagrams, by version, signs of collapse, along alpha, training
+    assert page.tags.count("img") == 2 + 2 + 4 + 4 + 4
 
 
 def test_nothing_comes_from_elsewhere_and_nothing_runs(html, page):
@@ -79,11 +92,41 @@ def test_before_after_marks_better_and_worse_by_sign_word_and_colour(html, page)
     assert '<span class="better">&minus;0.040 better</span>' in html  # cut off: .08 - .12
     assert "95 %: +0.120 to +0.260" in page.text["results"]
     assert "20 questions, 4 samples each." in page.text["results"]
-    assert "AUROC, agreementn/an/an/a" in page.text["results"]
+    assert "AUROC, answer prob.0.710n/an/a" in page.text["results"]
+    assert "AUROC, calibrated" not in page.text["results"], "neither side has it"
 
 
 def test_versions_measured_on_fewer_questions_are_no_before_or_after(page):
     assert "10 of the 20 questions" in page.text["versions"]
+
+
+def test_every_statistic_of_every_confidence_stands_before_and_after(page):
+    assert "Answer probability, before0.2350.240" in page.text["reliability"]
+    assert "Answer probability, after0.3260.240" in page.text["reliability"]
+    assert "Disparity" not in page.text["reliability"], "this run did not measure it"
+
+
+def test_a_run_stands_beside_others(tmp_path):
+    ours, control = (make_run(str(tmp_path / name)) for name in ("ours", "control"))
+    assert "--beside OTHER" in Page(render(read_run(ours))).text["others"]
+    worse = control.read_json("eval/version-0002.json")
+    for question in worse["questions"]:
+        for sample in question["samples"]:
+            sample["correct"] = False
+    control.write_json("eval/version-0002.json", worse)
+    text = Page(render(read_run(ours), [read_run(control)])).text["others"]
+    # of our 20 questions 1, 7, 10, 13, 16, 19 are right in all four samples (4 was cut off), none of the other's
+    assert "rlsf, seed 30.3600.3260.5120.326n/a+0.300" in text
+
+
+def test_the_guard_says_what_it_saw_and_where_the_run_went_back_to(page):
+    text = page.text["guard"]
+    assert "1stoplength is 99, base model 40, expected at most 64" in text
+    assert "went back from version 1 to the content of version 0, which is now version 2" in text
+
+
+def test_the_way_from_the_base_model_to_the_adapter_is_drawn(page):
+    assert "Version 2 on 20 questions" in page.text["mix"]
 
 
 def test_accounting_adds_up_and_names_reasons(page):
@@ -135,7 +178,7 @@ def test_a_drained_run_shows_the_before_without_an_after(tmp_path):
     assert "A version after training was not measured" in page.text["results"]
     assert "0.137" in page.text["results"]
     assert "Steps: 1; pairs over all passes: 8" in page.text["training"]
-    assert page.tags.count("img") == 8
+    assert page.tags.count("img") == 12
 
 
 def test_a_step_that_was_run_again_after_a_resume_counts_once(tmp_path):

@@ -13,6 +13,7 @@ from tiny import tiny_config
 
 from actors import watch
 from actors.journal import Journal
+from actors.measuring import Measuring
 from actors.pool import GivenUp
 from actors.rounds import Rounds
 from actors.watch import Watch
@@ -134,13 +135,16 @@ def test_a_version_is_measured_once_whoever_asks(tmp_path: Path) -> None:
         measured.append(version)
 
     async def play() -> None:
-        async with asyncio.TaskGroup() as made._tasks:
-            made._measure_beside()  # the base: measured before the rounds
-            made._state.admission.end_round(0, 1)
-            made._measure_beside()
-            made._measure_beside()
+        pool = SimpleNamespace(start_task=asyncio.ensure_future)
+        parts: Any = (made._state, made._journal, None, pool, made._watch, made._config, [], [])
+        measuring = Measuring(*parts)
+        measuring.evaluate = evaluate  # type: ignore[method-assign,assignment]
+        measuring.beside()  # the base: measured before the rounds
+        made._state.admission.end_round(0, 1)
+        measuring.beside()
+        measuring.beside()
+        await measuring.ended()
 
-    made._evaluate = evaluate  # type: ignore[method-assign,assignment]
     asyncio.run(play())
     assert measured == [1]
 

@@ -17,7 +17,7 @@ from rlsf_ray.config import RunConfig
 from rlsf_ray.errors import InputError
 from rlsf_ray.records import ProbePrompt, Prompt
 from rlsf_ray.tasks.questions import canonical_key, key_of_messages, optional_module, question_id, with_suffix
-from rlsf_ray.tasks.sources import load_prompts, load_sets, prompts_of_round
+from rlsf_ray.tasks.sources import PromptSets, load_prompts, load_sets, prompts_of_round
 
 PRODUCTS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 SUMS = {**PRODUCTS, "max_digits": 2}
@@ -53,7 +53,7 @@ def operands(prompt: Prompt) -> tuple[str, list[int]]:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_demo_train_and_probe_share_no_question_even_with_operands_swapped(seed: int) -> None:
-    train, probe = load_sets(demo(seed))
+    train, probe, _ = load_sets(demo(seed))
     asked_train = [operands(prompt) for prompt in train]
     asked_probe = [operands(item.prompt) for item in probe]
     # 55 unordered pairs of the digits 0..9: 25 to probe leaves 30 to train
@@ -70,14 +70,31 @@ def test_demo_train_and_probe_share_no_question_even_with_operands_swapped(seed:
 def test_the_seed_changes_the_training_set_and_leaves_the_probe_set_alone() -> None:
     sets = [load_sets(demo(seed)) for seed in (0, 1, 2)]
     assert sets[0][1] == sets[1][1] == sets[2][1]
-    sums = [{p.key for p in train if p.task == "chain_sum"} for train, _ in sets]
+    sums = [{p.key for p in train if p.task == "chain_sum"} for train, _, _ in sets]
     # 98 of about 10,000 sums each: near seeds must not share most of them
     assert all(len(sums[i] & sums[j]) < 49 for i, j in ((0, 1), (0, 2), (1, 2)))
     assert load_sets(demo(1)) == sets[1]
 
 
+def test_calibration_prompts_are_set_aside_alike_for_every_seed() -> None:
+    def sets(seed: int, calibration: int) -> PromptSets:
+        config = demo(seed)
+        return load_sets(
+            config.model_copy(update={"data": config.data.model_copy(update={"calibration": calibration})})
+        )
+
+    first, second = sets(0, 20), sets(1, 20)
+    assert first.calibration == second.calibration
+    assert len(first.calibration) == 20
+    assert first.probe == sets(0, 0).probe
+    keys = [p.key for p in (*first.train, *first.calibration, *(item.prompt for item in first.probe))]
+    assert len(set(keys)) == len(keys)
+    assert {p.task for p in first.calibration} == {"products", "chain_sum"}
+    assert len(sets(0, 1000).calibration) == 128 // 4, "a quarter at most"
+
+
 def test_probe_gold_is_the_value_of_the_question() -> None:
-    _, probe = load_sets(demo(0))
+    probe = load_sets(demo(0)).probe
     for item in probe:
         match = re.search(r"(\d+) ([-+*]) (\d+)", item.prompt.messages[0][1])
         assert match is not None
@@ -86,7 +103,7 @@ def test_probe_gold_is_the_value_of_the_question() -> None:
 
 
 def test_one_user_message_ends_with_the_suffix() -> None:
-    train, _ = load_sets(demo(0))
+    train = load_sets(demo(0)).train
     assert all(len(p.messages) == 1 and p.messages[0][0] == "user" for p in train)
     assert all(p.messages[0][1].endswith(" Show your reasoning.") for p in train)
 
@@ -101,7 +118,7 @@ def test_a_small_family_gives_all_it_has() -> None:
 
 def test_the_solution_in_countdown_metadata_reaches_neither_key_nor_id() -> None:
     config = run_config([gym("countdown", 5)])
-    train, _ = load_sets(config)
+    train = load_sets(config).train
     for prompt in train:
         assert prompt.key == canonical_key(prompt.messages[0][1])
         assert re.fullmatch(r"countdown-[0-9a-f]{12}", prompt.id)
@@ -127,7 +144,7 @@ def test_a_training_set_inside_the_probe_set_is_an_input_error() -> None:
 
 
 def test_rounds_walk_through_the_set_and_repeat_no_prompt() -> None:
-    train, _ = load_sets(run_config([gym("products", 10, **PRODUCTS)]))
+    train = load_sets(run_config([gym("products", 10, **PRODUCTS)])).train
     first, second, third = (prompts_of_round(train, r, 4, seed=0) for r in range(3))
     # windows 0-3, 4-7, and 8, 9, 0, 1 of ten prompts
     assert {p.id for p in first} == {p.id for p in train[:4]}
@@ -199,10 +216,10 @@ def test_the_training_set_holds_prompts_and_no_trace_of_the_gold(tmp_path: Path)
     path = tmp_path / "data.jsonl"
     path.write_text('{"question": "Which bird?", "answer": "golden-eagle"}\n', encoding="utf-8")
     source = {"kind": "file", "path": str(path)}
-    train, _ = load_sets(run_config([source]))
+    train = load_sets(run_config([source])).train
     assert [type(item) for item in train] == [Prompt]
     assert b"golden-eagle" not in pickle.dumps(train)
-    _, probe = load_sets(run_config([gym("products", 1, **PRODUCTS)], [source]))
+    probe = load_sets(run_config([gym("products", 1, **PRODUCTS)], [source])).probe
     assert b"golden-eagle" in pickle.dumps(probe)
 
 

@@ -1,0 +1,201 @@
+"""Does it work? Recipes and controls x seeds on fixed tasks, measured on the same held-out questions.
+
+    python benchmarks/evidence.py                           # every cell that has no result yet; says first how long
+    python benchmarks/evidence.py --only arithmetic/rlsf    # the cells whose name begins so
+    python benchmarks/evidence.py --cell arithmetic/rlsf/0  # one cell, again
+    python benchmarks/evidence.py --table                   # evidence.md and evidence.json from the committed results
+
+A cell trains with a recipe (or not at all: the base model) and then measures the last version on the task's probe set.
+It is kept under results/evidence/ when it is done, so an interrupted call goes on where it stopped. The train and the
+probe set of a task share no question, not even with operands swapped; the probe set is the same for every cell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench_common import machine_facts
+from evidence_table import write_table
+
+from rlsf_ray.config import RunConfig
+from rlsf_ray.config_loading import load_config
+from rlsf_ray.records import Json
+
+RESULTS = Path(__file__).parent / "results" / "evidence"
+DATA = Path(__file__).parents[2] / "shared" / "data"
+ARITHMETIC = "{{kind: reasoning_gym, name: {name}, count: {count}, options: {{{options}}}}}"
+ONE_DIGIT = "min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 1"
+TWO_DIGITS = "min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 2"
+PACKAGES = ("vllm",)
+
+
+def gym(*families: tuple[str, int, str]) -> str:
+    """Sources of reasoning-gym as a config value."""
+    return "[" + ", ".join(ARITHMETIC.format(name=n, count=c, options=o) for n, c, o in families) + "]"
+
+
+TASKS: dict[str, list[str]] = {
+    "arithmetic": [
+        "data.train=" + gym(("products", 30, ONE_DIGIT), ("chain_sum", 210, TWO_DIGITS)),
+        "data.probe=" + gym(("products", 25, ONE_DIGIT), ("chain_sum", 175, TWO_DIGITS)),
+    ],
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table: what is trained (recipe None: nothing), with which settings, on which tasks and seeds."""
+
+    recipe: str | None
+    settings: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    tasks: tuple[str, ...] = ("arithmetic",)
+
+
+EVERY = tuple(TASKS)
+TEMPERATURES = (0.3, 0.5, 0.7, 1.0)  # 0.9 is what every other row is sampled with
+ROWS = {
+    "base": Row(None, ("eval.branches=10",), tasks=EVERY),
+    **{f"base-t{t}": Row(None, (f"rollout.temperature={t}",), tasks=EVERY) for t in TEMPERATURES},
+    "rlsf": Row("rlsf", seeds=(0, 1, 2), tasks=EVERY),
+    "random_pairs": Row("random_pairs", seeds=(0, 1, 2), tasks=EVERY),
+    "rlsf_best_worst": Row("rlsf_best_worst", seeds=(0, 1, 2)),
+    "rlsf_paper": Row("rlsf_paper", seeds=(0, 1, 2)),
+    "majority_pairs": Row("majority_pairs"),
+    "reversed_pairs": Row("reversed_pairs"),
+    "length_matched": Row("length_matched"),
+    "format_only": Row("format_only"),
+}
+MINUTES = {None: 4.0, "rlsf_paper": 20.0}  # of a cell on two cores without a GPU; others:
+MINUTES_OF_A_RUN = 10.0
+
+
+def cells(only: str = "") -> list[str]:
+    """Names of all cells that begin with `only`, the base model first."""
+    found = [f"{task}/{row}/{seed}" for row, of in ROWS.items() for task in of.tasks for seed in of.seeds]
+    return [name for name in found if name.startswith(only)]
+
+
+def path_of(cell: str) -> Path:
+    return RESULTS / (cell.replace("/", "-") + ".json")
+
+
+def settings_of(cell: str, *, training: bool) -> tuple[str | None, list[str]]:
+    """(recipe, overrides) of a cell: for its training, or for measuring, which is alike for every row of a task."""
+    task, name, seed = cell.split("/")
+    row = ROWS[name]
+    shared = [*TASKS[task], "engine=vllm", "engine_args={max_model_len: 1024}"]
+    if training:
+        return row.recipe, [*shared, *row.settings, f"seed={seed}", "data.probe=[]", "eval.during=0"]
+    own = row.settings if row.recipe is None else ()
+    return "rlsf", [*shared, "eval.samples=4", *own]
+
+
+def run_cell(cell: str, runs: Path) -> None:
+    """Train, measure, keep."""
+    start = time.time()
+    recipe, overrides = settings_of(cell, training=True)
+    summary: Json = {}
+    if recipe is not None:
+        from rlsf_ray import loop
+
+        summary = loop.run(load_config(recipe, overrides), str(runs / cell), on_status=_tell(cell))
+    judge, measuring = settings_of(cell, training=False)
+    config = load_config(str(judge), measuring)
+    result = measure(config, runs / cell if recipe else None)
+    kept = {
+        "cell": cell,
+        "command": f"python benchmarks/evidence.py --cell {cell}",
+        "recipe": recipe,
+        "settings": overrides if recipe else measuring,
+        "machine": machine_facts(*PACKAGES),
+        "minutes": round((time.time() - start) / 60, 1),
+        "training": {key: summary.get(key) for key in ("accounting", "guard", "training")} if summary else None,
+        **{key: result[key] for key in ("version", "metrics", "reliability", "calibration", "vitals")},
+        "questions": [_short(row) for row in result["questions"]],
+    }
+    path_of(cell).parent.mkdir(parents=True, exist_ok=True)
+    path_of(cell).write_text(json.dumps(kept) + "\n")
+
+
+def measure(config: RunConfig, run: Path | None) -> Json:
+    """The last version of `run` (None: the base model) on the probe set of `config`."""
+    from rlsf_ray.engines.build import build_engine
+    from rlsf_ray.evaluate import evaluate_version
+    from rlsf_ray.run_store import RunStore
+    from rlsf_ray.tasks.sources import load_sets
+
+    with closing(build_engine(config)) as engine:
+        version = 0
+        if run is not None:
+            store = RunStore.open(str(run))
+            version = store.versions()[-1]
+            engine.load_version(version, store.read_adapter(version)[0])
+        return evaluate_version(engine, load_sets(config), config, version)
+
+
+def _short(row: Json) -> Json:
+    """What the table needs of a question: no texts."""
+    names = ("answer_prob", "disparity", "agreement", "calibrated")
+    samples = [
+        {"right": int(s["correct"]), "parsed": s["answer"] is not None, "label": s["label"], "length": s["length"]}
+        | {name: round(s[name], 4) for name in names if name in s}
+        for s in row["samples"]
+    ]
+    return {"id": row["id"], "task": row["task"], "greedy": int(row["greedy"]["correct"]), "samples": samples}
+
+
+def _tell(cell: str):  # type: ignore[no-untyped-def]
+    seen: list[str] = []
+
+    def show(status: Json) -> None:
+        line = f"{cell}: round {status['round'] + 1}, {status['message']}"
+        if status["message"] and line not in seen:
+            seen.append(line)
+            print(line, file=sys.stderr, flush=True)
+
+    return show
+
+
+def run_missing(names: Sequence[str], runs: Path) -> None:
+    """Each cell without a result, in a process of its own."""
+    missing = [name for name in names if not path_of(name).exists()]
+    minutes = sum(MINUTES.get(ROWS[name.split("/")[1]].recipe, MINUTES_OF_A_RUN) for name in missing)
+    print(f"{len(missing)} of {len(names)} cells to run, about {minutes / 60:.1f} h on two cores", flush=True)
+    for name in missing:
+        start = time.time()
+        command = [sys.executable, str(Path(__file__)), "--cell", name, "--runs", str(runs)]
+        done = subprocess.run(command, check=False)
+        took = (time.time() - start) / 60
+        print(f"{name}: {'done' if done.returncode == 0 else 'FAILED'} in {took:.1f} min", flush=True)
+        if done.returncode:
+            print(f"  again with: {shlex.join(command)}", flush=True)
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", default="", help="the cells whose name begins so")
+    parser.add_argument("--cell", help="run this cell now, whether it has a result or not")
+    parser.add_argument("--table", action="store_true", help="write the table from the committed results")
+    parser.add_argument("--runs", type=Path, default=Path("runs/evidence"), help="where the run directories lie")
+    options = parser.parse_args()
+    if options.table:
+        write_table(RESULTS)
+    elif options.cell:
+        run_cell(options.cell, options.runs.absolute())
+    else:
+        run_missing(cells(options.only), options.runs.absolute())
+
+
+if __name__ == "__main__":
+    main()

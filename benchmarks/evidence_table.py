@@ -1,0 +1,216 @@
+"""The table of the evidence: committed cells -> evidence.md and evidence.json."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlsf_ray.algorithms import calibration
+from rlsf_ray.records import Json
+
+COMMAND = "python benchmarks/evidence.py --table"
+METRICS = {
+    "greedy_accuracy": "greedy",
+    "sampled_accuracy": "sampled",
+    "majority_accuracy": "majority",
+    "ece_answer_prob": "ECE, answer prob.",
+    "ece_calibrated": "ECE, calibrated",
+    "brier_skill_answer_prob": "skill, answer prob.",
+    "brier_skill_calibrated": "skill, calibrated",
+    "parsed": "parsed",
+    "mean_length": "length",
+}
+WAYS = {
+    "greedy_accuracy": "greedy",
+    "sampled_accuracy": "sampled",
+    "majority_accuracy": "majority",
+    "borda_accuracy": "Borda",
+    "cot_max_accuracy": "CoT-decoding (10), max",
+    "cot_aggregated_accuracy": "CoT-decoding (10), aggregated",
+}
+CONFIDENCES = ("answer_prob", "temperature_scaled", "disparity", "calibrated", "agreement", "vote_share")
+STATISTICS = ("ece", "ece_mass", "brier", "brier_skill", "nll", "auroc", "aurc", "overconfidence")
+
+
+def write_table(folder: Path) -> None:
+    """Write evidence.md and evidence.json beside `folder` from its cells, and print the table."""
+    cells = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    tasks: dict[str, dict[str, list[Json]]] = defaultdict(lambda: defaultdict(list))
+    for cell in cells:
+        task, row, _ = cell["cell"].split("/")
+        tasks[task][row].append(cell)
+    table = {task: table_of(rows) for task, rows in tasks.items()}
+    facts = {"command": COMMAND, "machines": _distinct(cell["machine"] for cell in cells), "tasks": table}
+    text = "\n".join(_lines(facts))
+    (folder.parent / "evidence.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (folder.parent / "evidence.md").write_text(text + "\n")
+    print(text)
+
+
+def table_of(rows: dict[str, list[Json]]) -> Json:
+    """{row: seeds, mean and spread of each metric, paired differences from the base model and from random pairs}."""
+    base, control = rows.get("base"), rows.get("random_pairs")
+    found: Json = {}
+    for name, cells in rows.items():
+        metrics = {metric: _spread([cell["metrics"].get(metric) for cell in cells]) for metric in METRICS | WAYS}
+        entry: Json = {"seeds": len(cells), "minutes": [cell["minutes"] for cell in cells]}
+        entry["metrics"] = {metric: value for metric, value in metrics.items() if value is not None}
+        for against, others in (("base", base), ("random_pairs", control)):
+            if others and against != name:
+                entry[f"from_{against}"] = {
+                    kind: difference(others, cells, kind) for kind in ("sampled", "greedy", "majority")
+                }
+        entry["confidence"] = confidence_of(cells)
+        entry["guard_stops"] = sum(_stopped(cell) for cell in cells)
+        found[name] = entry
+    return found
+
+
+def difference(before: Sequence[Json], after: Sequence[Json], kind: str) -> list[float]:
+    """[mean, low, high] of the paired rise over questions, each averaged over its seeds first."""
+    old, new = _by_question(before, kind), _by_question(after, kind)
+    shared = sorted(old.keys() & new.keys())
+    return list(calibration.paired_interval([[old[q]] for q in shared], [[new[q]] for q in shared]))
+
+
+def _by_question(cells: Sequence[Json], kind: str) -> dict[str, float]:
+    found: dict[str, list[float]] = defaultdict(list)
+    for cell in cells:
+        for question in cell["questions"]:
+            found[question["id"]].append(_right(question, kind))
+    return {question: float(np.mean(values)) for question, values in found.items()}
+
+
+def _right(question: Json, kind: str) -> float:
+    samples = question["samples"]
+    if kind == "greedy":
+        return float(question["greedy"])
+    if kind == "sampled":
+        return float(np.mean([sample["right"] for sample in samples]))
+    labels = [sample["label"] for sample in samples if sample["label"] >= 0]
+    if not labels:
+        return 0.0
+    winner = max(sorted(set(labels)), key=labels.count)
+    return float(next(sample["right"] for sample in samples if sample["label"] == winner))
+
+
+def confidence_of(cells: Sequence[Json]) -> Json:
+    """Each statistic of each confidence: mean over the seeds."""
+    found: Json = {}
+    for name in CONFIDENCES:
+        values = [_statistics(cell, name) for cell in cells]
+        if all(values):
+            found[name] = {kind: float(np.mean([value[kind] for value in values])) for kind in STATISTICS}
+    return found
+
+
+def _statistics(cell: Json, name: str) -> Json:
+    if name == "temperature_scaled":
+        return _temperature_scaled(cell["questions"])
+    return {k: cell["metrics"][f"{k}_{name}"] for k in STATISTICS if cell["metrics"].get(f"{k}_{name}") is not None}
+
+
+def _temperature_scaled(questions: Sequence[Json]) -> Json:
+    """The answer probability with a temperature fitted WITH labels on the other half of the questions (1706.04599)."""
+    halves = [questions[0::2], questions[1::2]]
+    confidence, correct = [], []
+    for fitted_on, used_on in (halves, halves[::-1]):
+        temperature = calibration.fit_temperature(*_samples(fitted_on))
+        prob, right = _samples(used_on)
+        confidence.append(calibration.scale(prob, temperature))
+        correct.append(right)
+    c, y = np.concatenate(confidence), np.concatenate(correct)
+    return {kind: _STATISTIC[kind](c, y) for kind in STATISTICS}
+
+
+def _samples(questions: Sequence[Json]) -> tuple[Any, Any]:
+    samples = [sample for question in questions for sample in question["samples"]]
+    return np.array([s["answer_prob"] for s in samples]), np.array([float(s["right"]) for s in samples])
+
+
+_STATISTIC: dict[str, Any] = {
+    "ece": calibration.ece,
+    "ece_mass": calibration.ece_equal_mass,
+    "brier": calibration.brier,
+    "brier_skill": calibration.brier_skill,
+    "nll": calibration.nll,
+    "auroc": calibration.auroc,
+    "aurc": calibration.aurc,
+    "overconfidence": calibration.overconfidence,
+}
+
+
+def _stopped(cell: Json) -> bool:
+    verdicts = ((cell["training"] or {}).get("guard") or {}).get("verdicts") or []
+    return any(verdict["action"] == "stop" for verdict in verdicts)
+
+
+def _spread(values: Sequence[float | None]) -> list[float] | None:
+    """[mean, smallest, largest] over the seeds."""
+    known = [value for value in values if value is not None]
+    return [float(np.mean(known)), min(known), max(known)] if known else None
+
+
+def _distinct(items: Any) -> list[Json]:
+    found: list[Json] = []
+    for item in items:
+        if item not in found:
+            found.append(item)
+    return found
+
+
+def _lines(facts: Json) -> list[str]:
+    lines = ["# Evidence", "", f"Written by `{facts['command']}` from `results/evidence/`. Figures of three seeds are"]
+    lines[-1] += " means [smallest, largest]; differences are paired over questions [95 % interval]."
+    for machine in facts["machines"]:
+        lines += ["", "Measured with " + ", ".join(f"{key} {value}" for key, value in machine.items()) + "."]
+    for task, rows in facts["tasks"].items():
+        lines += ["", f"## {task}", "", *_main(rows), "", *_ways(rows), "", *_confidences(rows)]
+    return lines
+
+
+def _main(rows: Json) -> list[str]:
+    head = ["row", "seeds", *METRICS.values(), "sampled - base", "sampled - random pairs", "guard stops"]
+    lines = [_line(head), _line(["---"] * len(head))]
+    for name, row in rows.items():
+        values = [_number(row["metrics"].get(metric), 1 if metric == "mean_length" else 3) for metric in METRICS]
+        differences = [_signed((row.get(f"from_{o}") or {}).get("sampled")) for o in ("base", "random_pairs")]
+        lines.append(_line([name, row["seeds"], *values, *differences, row["guard_stops"]]))
+    return lines
+
+
+def _ways(rows: Json) -> list[str]:
+    """Every way to answer, where the base model has them all."""
+    names = [name for name in ("base", "rlsf") if name in rows]
+    lines = [_line(["accuracy", *names]), _line(["---"] * (1 + len(names)))]
+    for metric, title in WAYS.items():
+        lines.append(_line([title, *(_number(rows[name]["metrics"].get(metric)) for name in names)]))
+    return lines
+
+
+def _confidences(rows: Json) -> list[str]:
+    lines = [_line(["confidence", *STATISTICS]), _line(["---"] * (1 + len(STATISTICS)))]
+    for name in ("base", "rlsf", "random_pairs"):
+        for confidence, values in (rows[name]["confidence"] if name in rows else {}).items():
+            lines.append(_line([f"{name}: {confidence}", *(f"{values[kind]:.3f}" for kind in STATISTICS)]))
+    return lines
+
+
+def _line(cells: Sequence[Any]) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _number(value: list[float] | None, digits: int = 3) -> str:
+    if value is None:
+        return "-"
+    mean, low, high = value
+    return f"{mean:.{digits}f}" if low == high else f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _signed(value: list[float] | None) -> str:
+    return "-" if value is None else f"{value[0]:+.3f} [{value[1]:+.3f}, {value[2]:+.3f}]"

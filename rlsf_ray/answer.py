@@ -1,0 +1,147 @@
+"""Answers of a trained model with a confidence that means something.
+
+One trace is enough where the model is sure; else it writes more, and the traces vote, weighed by their confidence.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlsf_ray.algorithms import agreement, voting
+from rlsf_ray.algorithms.agreement import AgreementMap
+from rlsf_ray.algorithms.answers import label_answers
+from rlsf_ray.config import RunConfig
+from rlsf_ray.engines.build import build_engine
+from rlsf_ray.errors import InputError
+from rlsf_ray.placement import ONE_GPU, placed
+from rlsf_ray.records import Prompt, Reply, Trace
+from rlsf_ray.rollouts.programs import write_answers
+from rlsf_ray.run_store import CALIBRATION_FILE, RunStore
+from rlsf_ray.tasks.equality import AnswerChecker
+from rlsf_ray.tasks.questions import Question, as_user, canonical_key, question_id, to_prompt
+
+ROUNDS = (1, 2, 4, 8, 16)  # traces written for a question by the end of each round, up to `most`
+
+
+def open_engine(store: RunStore, version: int) -> Any:
+    """The run's engine with `version` loaded; the caller closes it."""
+    engine = build_engine(placed(store.config, ONE_GPU))
+    engine.load_version(version, store.read_adapter(version)[0])
+    return engine
+
+
+def read_questions(given: Sequence[str], file: Path | None) -> list[str]:
+    """Questions from the arguments, else from a file, else from standard input; a line each.
+
+    Raises InputError if there are none, or if the file cannot be read.
+    """
+    if given:
+        return list(given)
+    try:
+        text = file.read_text(encoding="utf-8") if file else sys.stdin.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--file: {file} cannot be read ({error}); expected a text file, a question a line") from error
+    questions = [line.strip() for line in text.splitlines() if line.strip()]
+    if not questions:
+        raise InputError("no question: got an empty input; give questions as arguments, in --file, or line by line")
+    return questions
+
+
+class Answerer:
+    """Answers questions with one version of a run. `engine` holds that version; the caller closes it."""
+
+    def __init__(self, store: RunStore, version: int, engine: Any) -> None:
+        """Raises InputError if the version has no calibration: it was never measured."""
+        found = store.read_json(f"versions/{version:04d}/{CALIBRATION_FILE}")
+        if found is None:
+            raise InputError(
+                f"{store.root}: version {version} has no {CALIBRATION_FILE}, so nobody knows what its confidence means;"
+                " set data.calibration in the run's recipe, or measure it with `rlsf eval`"
+            )
+        self._config: RunConfig = store.config
+        self._map, self._version, self._engine = AgreementMap.from_json(found), version, engine
+
+    def __call__(
+        self, questions: Sequence[str], *, sure: float = 0.8, least: float = 0.0, most: int = 8
+    ) -> list[Reply]:
+        """One reply a question. A question is settled at confidence `sure`, when no further trace could change the
+        vote, or after `most` traces; below `least` the reply abstains. `sure` and `least` lie in [0, 1].
+        Raises InputError for other values.
+        """
+        if not (0.0 <= sure <= 1.0 and 0.0 <= least <= 1.0 and most >= 1):
+            raise InputError(f"sure and least lie between 0 and 1, most is 1 or more; got {sure}, {least}, {most}")
+        prompts = [self._prompt(question) for question in questions]
+        written: list[list[Trace]] = [[] for _ in prompts]
+        with AnswerChecker() as checker:
+            votes = [_vote([], self._map, checker) for _ in prompts]
+            for upto in (*(size for size in ROUNDS if size < most), most):
+                going = [i for i, vote in enumerate(votes) if not _settled(vote, len(written[i]), sure, most)]
+                if not going:
+                    break
+                have = len(written[going[0]])  # all that go on have as many
+                for i, traces in zip(going, self._more([prompts[i] for i in going], have, upto), strict=True):
+                    written[i] += traces
+                    votes[i] = _vote(written[i], self._map, checker)
+        return [
+            Reply(
+                question=question,
+                answer=answer if share >= least else None,
+                confidence=share,
+                traces=len(traces),
+                version=self._version,
+            )
+            for question, (answer, share, _), traces in zip(questions, votes, written, strict=True)
+        ]
+
+    def _prompt(self, question: str) -> Prompt:
+        data, key = self._config.data, canonical_key(question)
+        asked = Question(id=question_id("asked", key), messages=as_user(question), task="asked", key=key, gold=None)
+        return to_prompt(asked, suffix=data.suffix, answer_format=data.answer)
+
+    def _more(self, prompts: Sequence[Prompt], have: int, upto: int) -> list[tuple[Trace, ...]]:
+        groups = write_answers(
+            self._engine, prompts, config=self._config, version=self._version, first=have, count=upto - have
+        )
+        return [group.traces for group in groups]
+
+
+def confidence(traces: Sequence[Trace], fitted: AgreementMap) -> list[float]:
+    """What each trace alone says of its answer; 0 without one."""
+    found = []
+    for trace in traces:
+        if trace.answer is None:
+            found.append(0.0)
+            continue
+        row = agreement.features(trace.logprob, trace.top1, trace.top2, slice(*trace.answer.tokens))
+        found.append(float(fitted(row[None])[0]))
+    return found
+
+
+def _vote(traces: Sequence[Trace], fitted: AgreementMap, checker: AnswerChecker) -> tuple[str | None, float, float]:
+    """(the winning answer, its confidence, how many votes it is ahead).
+
+    The confidence joins what one trace expects of the others (as if it were one other trace) with what the others did:
+    (mean confidence of the winner's traces + its other votes) / number of traces.
+    """
+    texts = [trace.answer.text if trace.answer else None for trace in traces]
+    labels = label_answers(texts, checker.equal)
+    alone = confidence(traces, fitted)
+    winner, _ = voting.weighted(labels, alone)
+    if winner < 0:
+        return None, 0.0, 0.0
+    sums = voting.tally(labels, alone)
+    ahead = sums[winner] - max((value for label, value in sums.items() if label != winner), default=0.0)
+    own = [value for value, label in zip(alone, labels, strict=True) if label == winner]
+    share = (float(np.mean(own)) + len(own) - 1) / len(traces)
+    return texts[labels.index(winner)], share, ahead
+
+
+def _settled(vote: tuple[str | None, float, float], traces: int, sure: float, most: int) -> bool:
+    """No more traces are wanted: each further one has a weight of at most 1."""
+    answer, share, ahead = vote
+    return traces >= most or (answer is not None and (share >= sure or ahead > most - traces))

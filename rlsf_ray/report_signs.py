@@ -1,0 +1,86 @@
+"""Sections of the report that compare: with other runs, versions by signs of collapse, the base with the adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from rlsf_ray import plots
+from rlsf_ray.measures import difference
+from rlsf_ray.records import Json
+from rlsf_ray.report_parts import figure, missing, number, signed, table
+from rlsf_ray.wording import CONFIDENCES
+
+DRAWN = ("answer_prob", "calibrated", "agreement")
+COMPARED = {
+    "greedy_accuracy": "greedy",
+    "sampled_accuracy": "sampled",
+    "majority_accuracy": "majority",
+    "ece_answer_prob": "ECE, answer prob.",
+    "ece_calibrated": "ECE, calibrated",
+}
+
+
+def beside(lasts: Sequence[tuple[str, Json | None]]) -> str:
+    """This run's last version (the first of the names and evaluations) and those of others, such as controls."""
+    (_, ours), *others = lasts
+    if not others:
+        return missing("Not compared; `rlsf report RUN --beside OTHER` sets it beside other runs, such as controls.")
+    rows = []
+    for name, last in lasts:
+        values = [number(last["metrics"].get(key)) if last else "n/a" for key in COMPARED]
+        rise = "" if last is ours else "n/a"
+        if last and ours and last is not ours:
+            mean, low, high = difference(last, ours)["sampled_accuracy"]
+            rise = f"{signed(mean)} ({signed(low)} to {signed(high)})"
+        rows.append((escape(name), *values, rise))
+    head = ("run", *COMPARED.values(), "this run's sampled accuracy less that one's")
+    note = "Differences are paired over the questions that both runs were measured on, with 95 % intervals."
+    return table(head, rows) + f'<p class="note">{note}</p>'
+
+
+def guard(vitals: Sequence[Json], watched: Json) -> str:
+    """What the guard saw, and the signs themselves by version. `vitals`: {"version", ...} each."""
+    if not vitals:
+        return missing("Nothing was watched: the recipe sets no calibration prompts aside (data.calibration).")
+    rows = [
+        (str(one["version"]), escape(one["action"]), "<br>".join(map(escape, one["reasons"])))
+        for one in watched.get("verdicts") or ()
+    ]
+    text = table(("version", "verdict", "why"), rows) if rows else '<p class="note">The guard saw no such sign.</p>'
+    if back := watched.get("rolled_back"):
+        text += (
+            f'<p class="worse">The run went back from version {back["from"]} to the content of version {back["to"]},'
+            f" which is now version {back['version']}.</p>"
+        )
+    points = [{"version": one["version"], "metrics": one} for one in vitals]
+    curves = {
+        "Agreement and confidence": {"agreement": "agreement", "answer_prob": "answer probability", "parsed": "parsed"},
+        "Sameness": {"commonest": "commonest answer of all prompts", "repetition": "repeated 4-grams"},
+        "Entropy (nats a token)": {"surprisal": "mean -log p of written tokens"},
+        "Length (tokens)": {"length": "tokens of a trace"},
+    }
+    figures = (figure(n, plots.by_version(points, keys), f"{n} of each version") for n, keys in curves.items())
+    note = "Told without labels, from what each version writes for the same calibration prompts."
+    return text + f'<div class="grid">{"".join(figures)}</div><p class="note">{note}</p>'
+
+
+def mix(found: Json | None) -> str:
+    """Curves along base + alpha x adapter, from mix.json."""
+    if found is None:
+        return missing("Not measured; `rlsf mix RUN` measures models along base + alpha x adapter.")
+    points = [
+        {"alpha": p["alpha"], **p["metrics"], **{f"vital_{k}": v for k, v in (p["vitals"] or {}).items()}}
+        for p in found["points"]
+    ]
+    accuracy = {f"{kind}_accuracy": kind for kind in ("sampled", "greedy", "majority")}
+    ece = {f"ece_{key}": CONFIDENCES[key].lower() for key in DRAWN}
+    curves = {
+        "Accuracy": accuracy,
+        "ECE (lower is better)": ece,
+        "Entropy (nats a token)": {"vital_surprisal": "mean -log p of written tokens"},
+        "Length (tokens)": {"mean_length": "tokens of a trace"},
+    }
+    figures = (figure(n, plots.by_alpha(points, keys), f"{n} along alpha") for n, keys in curves.items())
+    note = f"Version {found['version']} on {found['num_questions']} questions; alpha 0 is the base model."
+    return f'<div class="grid">{"".join(figures)}</div><p class="note">{note}</p>'

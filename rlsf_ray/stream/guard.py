@@ -1,0 +1,127 @@
+"""The guard: label-free signs of each version -> go on, warn, or stop and go back to the last good version.
+
+A pure state machine. It never sees a gold answer: it compares how a version writes on the calibration prompts, which
+are the same for every version, with how the base model and the versions before it wrote on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from rlsf_ray.records import Json
+
+Action = Literal["go_on", "warn", "stop"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vitals:
+    """How one version writes: means over the traces of the calibration prompts, without labels.
+
+    `votes` holds the voted answer of each prompt that has one.
+    """
+
+    agreement: float  # share of the other traces of a prompt with the same answer
+    answer_prob: float  # the model's probability of its answer
+    commonest: float  # share of prompts whose voted answer is the commonest of all prompts
+    distinct: float  # different answers of a prompt
+    surprisal: float  # -log p of a written token, in nats: its mean is the entropy
+    length: float  # tokens
+    repetition: float  # share of 4-grams that the trace has written before
+    parsed: float  # share of traces with an answer
+    votes: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What to do after a version, and why, with the numbers."""
+
+    action: Action
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sign:
+    """One thing to look at. It is crossed at `least` and below, or at `most` and above, in numbers of the base's."""
+
+    name: str
+    least: float | None = None
+    most: float | None = None
+    relative: bool = False  # limits are multiples of the base model's value; else they are added to it
+    action: Action = "stop"
+
+    def crossed(self, value: float, base: float) -> str | None:
+        """The reason with its numbers, None if all is well."""
+        for limit, word, sign in ((self.least, "at least", -1), (self.most, "at most", 1)):
+            if limit is None:
+                continue
+            bound = base * limit if self.relative else base + limit
+            if (value - bound) * sign > 0:
+                return f"{self.name} is {value:.3g}, base model {base:.3g}, expected {word} {bound:.3g}"
+        return None
+
+
+# A healthy run makes a model surer and shorter, so these limits leave room for that (benchmarks/results/log.md).
+SIGNS = (
+    Sign("commonest", most=0.25),
+    Sign("surprisal", least=0.25, most=1.75, relative=True),
+    Sign("length", least=0.4, most=1.6, relative=True),
+    Sign("repetition", most=0.15),
+    Sign("parsed", least=-0.2),
+    Sign("distinct", least=0.2, relative=True, action="warn"),
+)
+FLIPS = 0.5  # share of prompts whose vote changed from one version to the next: more is churn
+SURER, AGREES = 0.15, 0.0  # answer probability that rises so much, with agreement that rises no more than this
+
+
+class Guard:
+    """Watches one run. `observe` each version in order, from 0 on; observing one again changes nothing."""
+
+    def __init__(self, seen: Sequence[Json] = ()) -> None:
+        self._seen: dict[int, Vitals] = {}
+        self._verdicts: dict[int, Verdict] = {}
+        for one in seen:
+            self.observe(one["version"], Vitals(**one["vitals"]))
+
+    def observe(self, version: int, vitals: Vitals) -> Verdict:
+        """The verdict on this version."""
+        if version in self._verdicts:
+            return self._verdicts[version]
+        found = self._signs(vitals) if self._seen else []
+        action: Action = "go_on"
+        if found:
+            action = "stop" if any(kind == "stop" for kind, _ in found) else "warn"
+        self._seen[version] = vitals
+        self._verdicts[version] = Verdict(action=action, reasons=tuple(text for _, text in found))
+        return self._verdicts[version]
+
+    @property
+    def last_good(self) -> int:
+        """The newest version without a reason to stop."""
+        return max((version for version, verdict in self._verdicts.items() if verdict.action != "stop"), default=0)
+
+    def _signs(self, now: Vitals) -> list[tuple[Action, str]]:
+        base, before = self._seen[min(self._seen)], self._seen[max(self._seen)]
+        found: list[tuple[Action, str]] = []
+        for sign in SIGNS:
+            reason = sign.crossed(getattr(now, sign.name), getattr(base, sign.name))
+            if reason:
+                found.append((sign.action, reason))
+        surer, agrees = now.answer_prob - base.answer_prob, now.agreement - base.agreement
+        if surer > SURER and agrees <= AGREES:
+            found.append(("warn", f"answer_prob rose by {surer:.3g} while agreement moved by {agrees:+.3g}"))
+        flips = flipped(before.votes, now.votes)
+        if flips > FLIPS:
+            found.append(("warn", f"the vote changed for {flips:.0%} of the prompts, expected at most {FLIPS:.0%}"))
+        return found
+
+    def to_json(self) -> list[Json]:
+        """What `Guard(seen)` takes."""
+        return [{"version": version, "vitals": asdict(vitals)} for version, vitals in self._seen.items()]
+
+
+def flipped(before: Mapping[str, str], now: Mapping[str, str]) -> float:
+    """Share of the prompts with a vote both times whose voted answer changed; 0 where there are none."""
+    both = before.keys() & now.keys()
+    return sum(before[prompt] != now[prompt] for prompt in both) / len(both) if both else 0.0

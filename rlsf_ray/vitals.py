@@ -1,0 +1,50 @@
+"""How a version writes, told without labels: groups of the calibration prompts -> the guard's vitals."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from rlsf_ray.algorithms import voting
+from rlsf_ray.algorithms.agreement import leave_one_out
+from rlsf_ray.algorithms.answers import label_answers
+from rlsf_ray.records import Group, IntArray
+from rlsf_ray.stream.guard import Vitals
+from rlsf_ray.tasks.equality import AnswerChecker
+
+GRAM = 4
+
+
+def take_vitals(groups: Sequence[Group], checker: AnswerChecker) -> Vitals:
+    """Means over all traces of `groups`, which must not be empty."""
+    traces = [trace for group in groups for trace in group.traces]
+    votes, distinct, shares = {}, [], list[float]()
+    for group in groups:
+        answers = [trace.answer.text if trace.answer else None for trace in group.traces]
+        labels = label_answers(answers, checker.equal)
+        winner, _ = voting.majority(labels)
+        if winner >= 0:
+            votes[group.prompt.id] = str(answers[labels.index(winner)])
+        distinct.append(len(set(labels) - {-1}))
+        shares += leave_one_out(labels).tolist()
+    commonest = Counter(votes.values()).most_common(1)
+    probs = [float(np.exp(t.logprob[slice(*t.answer.tokens)].sum())) for t in traces if t.answer]
+    return Vitals(
+        agreement=float(np.mean(shares)),
+        answer_prob=float(np.mean(probs)) if probs else 0.0,
+        commonest=commonest[0][1] / len(groups) if commonest else 0.0,
+        distinct=float(np.mean(distinct)),
+        surprisal=float(-np.concatenate([trace.logprob for trace in traces]).mean()),
+        length=float(np.mean([len(trace.token_ids) for trace in traces])),
+        repetition=float(np.mean([repetition(trace.token_ids) for trace in traces])),
+        parsed=float(np.mean([trace.answer is not None for trace in traces])),
+        votes=votes,
+    )
+
+
+def repetition(token_ids: IntArray) -> float:
+    """Share of the 4-grams of a trace that stood in it before; 0 for a trace of fewer tokens."""
+    grams = [tuple(token_ids[i : i + GRAM]) for i in range(len(token_ids) - GRAM + 1)]
+    return 1.0 - len(set(grams)) / len(grams) if grams else 0.0

@@ -1,0 +1,86 @@
+"""The guard: what it says of versions, by numbers chosen by hand."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from rlsf_ray.stream.guard import Guard, Vitals, flipped
+
+BASE = Vitals(
+    agreement=0.2,
+    answer_prob=0.6,
+    commonest=0.1,
+    distinct=4.0,
+    surprisal=0.5,
+    length=40.0,
+    repetition=0.1,
+    parsed=0.9,
+    votes={"a": "4", "b": "7", "c": "9"},
+)
+
+
+def guard(*before: Vitals) -> Guard:
+    made = Guard()
+    for version, vitals in enumerate((BASE, *before)):
+        assert made.observe(version, vitals).action == "go_on"
+    return made
+
+
+def test_a_version_that_writes_like_the_base_model_goes_on() -> None:
+    assert guard().observe(1, BASE).reasons == ()
+
+
+def test_a_model_that_gets_surer_shorter_and_more_unanimous_goes_on() -> None:
+    healthy = replace(BASE, agreement=0.6, answer_prob=0.8, distinct=2.0, surprisal=0.25, length=28.0, parsed=0.98)
+    assert guard().observe(1, healthy).action == "go_on"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "numbers"),
+    [
+        ("commonest", 0.36, "commonest is 0.36, base model 0.1, expected at most 0.35"),
+        ("surprisal", 0.12, "surprisal is 0.12, base model 0.5, expected at least 0.125"),
+        ("surprisal", 0.9, "surprisal is 0.9, base model 0.5, expected at most 0.875"),
+        ("length", 15.0, "length is 15, base model 40, expected at least 16"),
+        ("length", 65.0, "length is 65, base model 40, expected at most 64"),
+        ("repetition", 0.26, "repetition is 0.26, base model 0.1, expected at most 0.25"),
+        ("parsed", 0.69, "parsed is 0.69, base model 0.9, expected at least 0.7"),
+    ],
+)
+def test_each_sign_of_collapse_stops_the_run_with_its_numbers(name: str, value: float, numbers: str) -> None:
+    watching = guard(BASE)
+    verdict = watching.observe(2, replace(BASE, **{name: value}))
+    assert (verdict.action, verdict.reasons) == ("stop", (numbers,))
+    assert watching.last_good == 1
+
+
+def test_confidence_that_rises_without_agreement_is_a_warning() -> None:
+    surer = replace(BASE, answer_prob=0.76)
+    assert guard().observe(1, surer).action == "warn"
+    assert guard().observe(1, replace(surer, agreement=0.21)).action == "go_on"
+
+
+def test_votes_that_change_for_most_prompts_are_a_warning() -> None:
+    other = replace(BASE, votes={"a": "5", "b": "8", "c": "9"})
+    verdict = guard().observe(1, other)
+    assert verdict.action == "warn"
+    assert "67%" in verdict.reasons[0]
+    assert flipped({"a": "1"}, {"b": "1"}) == 0.0
+
+
+def test_a_warned_version_is_still_a_good_one() -> None:
+    watching = guard()
+    watching.observe(1, replace(BASE, answer_prob=0.9))
+    watching.observe(2, replace(BASE, length=5.0))
+    assert watching.last_good == 1
+
+
+def test_a_version_is_judged_once_and_a_resumed_guard_knows_what_it_knew() -> None:
+    watching = guard()
+    assert watching.observe(1, replace(BASE, length=5.0)).action == "stop"
+    assert watching.observe(1, BASE).action == "stop"
+    again = Guard(json.loads(json.dumps(watching.to_json())))
+    assert (again.observe(1, BASE).action, again.last_good) == ("stop", 0)
