@@ -96,12 +96,17 @@ class GeneratorPool:
 
     async def _grant(self, priority: tuple[int, ...], least_version: int) -> Replica:
         ticket = self._fleet.submit(priority, least_version)
-        self._granted[ticket] = asyncio.get_running_loop().create_future()
+        granted = self._granted[ticket] = asyncio.get_running_loop().create_future()
         self._hand_out()
         try:
             return await self._watch.answer_while_moving(
                 self._granted[ticket], f"the generator pool (stale: {self._fleet.names(State.STALE)})"
             )
+        except BaseException:
+            if granted.done() and not granted.cancelled():  # cancelled between the grant and its use
+                self._fleet.release(granted.result().name)
+                self._hand_out()
+            raise
         finally:
             self._fleet.withdraw(ticket)
             del self._granted[ticket]

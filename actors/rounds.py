@@ -93,16 +93,20 @@ class Rounds:
     async def _roll_back(self) -> None:
         """Stop training, and make the last good version's weights the run's last version."""
         self.may_train = False
+        good = self._state.guard.last_good
+        self._say(f"going back to version {good}")
         if self.fit is None:  # an earlier life of the run has come so far
             await self._prepare()
         else:
             self._crew.buffer.close.remote()
-            await asyncio.wait({asyncio.ensure_future(self.fit)}, timeout=self._config.cluster.deadline_s)
-        way = self._state.roll_back()
-        self._say(f"going back to version {way['to']}")
-        await self._watch.answer(self._crew.weights.roll_back.remote(way["to"], way["version"]), "weight_store")
-        await self._journal.save()
-        await self._pool.prepare(way["version"])
+            done, _ = await asyncio.wait({asyncio.ensure_future(self.fit)}, timeout=self._config.cluster.deadline_s)
+            if not done:
+                logger.warning("the trainer has not ended its step; it ends with the run")
+        if self._state.rolled_back is None:
+            made = await self._watch.answer(self._crew.weights.roll_back.remote(good), "weight_store")
+            self._state.roll_back(made)
+            await self._journal.save()
+        await self._pool.prepare(self._state.admission.newest)
 
     def committed(self, record: Json | None, boxed: list[Any]) -> None:
         """A checkpoint is saved, or (with `record` None) the trainer begins without one."""
@@ -286,6 +290,8 @@ class Rounds:
         if round < self._state.admission.rounds_ended:
             return
         await self._watch.answer(self._crew.weights.publish.remote(record, boxed), "weight_store")
+        if self._state.rolled_back is not None:  # meanwhile
+            return
         self._state.committed(round, version, record["sequences"])
         await self._journal.save()
         await self._watch.answer(self._crew.buffer.end_rounds.remote(round + 1), "pair_buffer")

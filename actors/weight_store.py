@@ -46,14 +46,14 @@ class WeightStore:
         self._hold(weights, adapter, canaries_from_bytes(canaries))
         return weights
 
-    def roll_back(self, good: int, version: int) -> WeightsVersion:
-        """Make a new version with the content of `good` (0: the base model). Doing it again changes nothing."""
-        config = self._store.config
-        adapter, _ = self._store.read_adapter(good or self._store.versions()[0])
+    def roll_back(self, good: int) -> int:
+        """Publish the content of `good` (0: the base model) as a version newer than all others; returns its number."""
+        config, known = self._store.config, self._store.versions()
+        adapter, _ = self._store.read_adapter(good or known[0])
         adapter = adapter if good else scaled(adapter, 0.0)
-        weights = self._store.write_adapter(version, adapter, config.model.name, config)
+        weights = self._store.write_adapter(known[-1] + 1, adapter, config.model.name, config)
         self._hold(weights, adapter, [])
-        return weights
+        return weights.version
 
     def get(self, version: int) -> tuple[WeightsVersion, int, list[Any]]:
         """(name and checksum, the version before it, [reference of (adapter, canaries)]).

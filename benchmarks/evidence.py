@@ -15,10 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +32,8 @@ from rlsf_ray.config_loading import load_config
 from rlsf_ray.records import Json
 
 RESULTS = Path(__file__).parent / "results" / "evidence"
-DATA = Path(__file__).parents[2] / "shared" / "data"
 ARITHMETIC = "{{kind: reasoning_gym, name: {name}, count: {count}, options: {{{options}}}}}"
+CELL_S = 5400.0  # the longest that one may take
 ONE_DIGIT = "min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 1"
 TWO_DIGITS = "min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 2"
 PACKAGES = ("vllm",)
@@ -90,28 +91,31 @@ def path_of(cell: str) -> Path:
 
 
 def settings_of(cell: str, *, training: bool) -> tuple[str | None, list[str]]:
-    """(recipe, overrides) of a cell: for its training, or for measuring, which is alike for every row of a task."""
+    """(recipe, overrides) of a cell: for its training, or for measuring, which is alike for every row of a task.
+
+    A training run knows the probe set, to keep away from it. Its guard only warns: a control that collapses must show.
+    """
     task, name, seed = cell.split("/")
     row = ROWS[name]
-    shared = [*TASKS[task], "engine=vllm", "engine_args={max_model_len: 1024}"]
+    shared = [*TASKS[task], "engine=vllm", "engine_args={max_model_len: 1024}", "eval.samples=4", "eval.during=0"]
     if training:
-        return row.recipe, [*shared, *row.settings, f"seed={seed}", "data.probe=[]", "eval.during=0"]
-    own = row.settings if row.recipe is None else ()
-    return "rlsf", [*shared, "eval.samples=4", *own]
+        return row.recipe, [*shared, *row.settings, f"seed={seed}", "guard=warn"]
+    return "rlsf", [*shared, *(row.settings if row.recipe is None else ())]
 
 
-def run_cell(cell: str, runs: Path) -> None:
-    """Train, measure, keep."""
-    start = time.time()
+def run_cell(cell: str, runs: Path, *, anew: bool) -> None:
+    """Train, measure, keep. `anew`: from the beginning, whatever is there."""
+    start, run = time.time(), runs / cell
+    if anew:
+        shutil.rmtree(run, ignore_errors=True)
     recipe, overrides = settings_of(cell, training=True)
     summary: Json = {}
     if recipe is not None:
         from rlsf_ray import loop
 
-        summary = loop.run(load_config(recipe, overrides), str(runs / cell), on_status=_tell(cell))
+        summary = loop.run(load_config(recipe, overrides), str(run), on_status=_tell(cell))
     judge, measuring = settings_of(cell, training=False)
-    config = load_config(str(judge), measuring)
-    result = measure(config, runs / cell if recipe else None)
+    result = measure(load_config(str(judge), measuring), run if recipe else None)
     kept = {
         "cell": cell,
         "command": f"python benchmarks/evidence.py --cell {cell}",
@@ -124,23 +128,32 @@ def run_cell(cell: str, runs: Path) -> None:
         "questions": [_short(row) for row in result["questions"]],
     }
     path_of(cell).parent.mkdir(parents=True, exist_ok=True)
-    path_of(cell).write_text(json.dumps(kept) + "\n")
+    half_made = path_of(cell).with_suffix(".tmp")
+    half_made.write_text(json.dumps(kept) + "\n")
+    half_made.replace(path_of(cell))
 
 
 def measure(config: RunConfig, run: Path | None) -> Json:
-    """The last version of `run` (None: the base model) on the probe set of `config`."""
+    """The last version of `run` (None: the base model) on the probe set of `config`.
+
+    What the run has measured itself is taken as it is, if it was measured in the same way.
+    """
     from rlsf_ray.engines.build import build_engine
-    from rlsf_ray.evaluate import evaluate_version
+    from rlsf_ray.evaluate import evaluate_version, measure_key
     from rlsf_ray.run_store import RunStore
     from rlsf_ray.tasks.sources import load_sets
 
+    sets, store, version = load_sets(config), None, 0
+    if run is not None:
+        store = RunStore.open(str(run))
+        version = store.versions()[-1]
+        own = store.measured(version, len(sets.probe))
+        if own is not None and measure_key(store.config, load_sets(store.config)) == measure_key(config, sets):
+            return own
     with closing(build_engine(config)) as engine:
-        version = 0
-        if run is not None:
-            store = RunStore.open(str(run))
-            version = store.versions()[-1]
+        if store is not None:
             engine.load_version(version, store.read_adapter(version)[0])
-        return evaluate_version(engine, load_sets(config), config, version)
+        return evaluate_version(engine, sets, config, version)
 
 
 def _short(row: Json) -> Json:
@@ -148,13 +161,13 @@ def _short(row: Json) -> Json:
     names = ("answer_prob", "disparity", "agreement", "calibrated")
     samples = [
         {"right": int(s["correct"]), "parsed": s["answer"] is not None, "label": s["label"], "length": s["length"]}
-        | {name: round(s[name], 4) for name in names if name in s}
+        | {name: float(f"{s[name]:.8g}") for name in names if name in s}
         for s in row["samples"]
     ]
     return {"id": row["id"], "task": row["task"], "greedy": int(row["greedy"]["correct"]), "samples": samples}
 
 
-def _tell(cell: str):  # type: ignore[no-untyped-def]
+def _tell(cell: str) -> Callable[[Json], None]:
     seen: list[str] = []
 
     def show(status: Json) -> None:
@@ -173,12 +186,12 @@ def run_missing(names: Sequence[str], runs: Path) -> None:
     print(f"{len(missing)} of {len(names)} cells to run, about {minutes / 60:.1f} h on two cores", flush=True)
     for name in missing:
         start = time.time()
-        command = [sys.executable, str(Path(__file__)), "--cell", name, "--runs", str(runs)]
-        done = subprocess.run(command, check=False)
-        took = (time.time() - start) / 60
-        print(f"{name}: {'done' if done.returncode == 0 else 'FAILED'} in {took:.1f} min", flush=True)
-        if done.returncode:
-            print(f"  again with: {shlex.join(command)}", flush=True)
+        command = [sys.executable, str(Path(__file__)), "--cell", name, "--runs", str(runs), "--go-on"]
+        try:
+            subprocess.run(command, check=True, timeout=CELL_S)
+            print(f"{name}: done in {(time.time() - start) / 60:.1f} min", flush=True)
+        except subprocess.SubprocessError as error:
+            print(f"{name}: FAILED ({error}); again with: {shlex.join(command)}", flush=True)
 
 
 def main() -> None:
@@ -186,13 +199,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default="", help="the cells whose name begins so")
     parser.add_argument("--cell", help="run this cell now, whether it has a result or not")
+    parser.add_argument("--go-on", action="store_true", help="with --cell: take up what an earlier call has left")
     parser.add_argument("--table", action="store_true", help="write the table from the committed results")
     parser.add_argument("--runs", type=Path, default=Path("runs/evidence"), help="where the run directories lie")
     options = parser.parse_args()
     if options.table:
         write_table(RESULTS)
     elif options.cell:
-        run_cell(options.cell, options.runs.absolute())
+        run_cell(options.cell, options.runs.absolute(), anew=not options.go_on)
     else:
         run_missing(cells(options.only), options.runs.absolute())
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from rlsf_ray.algorithms import calibration
+from rlsf_ray.algorithms import calibration, voting
+from rlsf_ray.measures import STATISTICS
 from rlsf_ray.records import Json
 
 COMMAND = "python benchmarks/evidence.py --table"
@@ -33,8 +34,8 @@ WAYS = {
     "cot_max_accuracy": "CoT-decoding (10), max",
     "cot_aggregated_accuracy": "CoT-decoding (10), aggregated",
 }
-CONFIDENCES = ("answer_prob", "temperature_scaled", "disparity", "calibrated", "agreement", "vote_share")
-STATISTICS = ("ece", "ece_mass", "brier", "brier_skill", "nll", "auroc", "aurc", "overconfidence")
+CONFIDENCES = ("answer_prob", "temperature_scaled", "disparity", "calibrated", "agreement", "voted", "vote_share")
+COMPARED = {"base": "base", "best": "base at its best temperature", "random_pairs": "random pairs"}
 
 
 def write_table(folder: Path) -> None:
@@ -54,21 +55,27 @@ def write_table(folder: Path) -> None:
 
 def table_of(rows: dict[str, list[Json]]) -> Json:
     """{row: seeds, mean and spread of each metric, paired differences from the base model and from random pairs}."""
-    base, control = rows.get("base"), rows.get("random_pairs")
+    bases = [rows[name] for name in rows if name == "base" or name.startswith("base-t")]
+    best = max(bases, key=lambda cells: cells[0]["metrics"]["sampled_accuracy"], default=None)
     found: Json = {}
     for name, cells in rows.items():
         metrics = {metric: _spread([cell["metrics"].get(metric) for cell in cells]) for metric in METRICS | WAYS}
         entry: Json = {"seeds": len(cells), "minutes": [cell["minutes"] for cell in cells]}
         entry["metrics"] = {metric: value for metric, value in metrics.items() if value is not None}
-        for against, others in (("base", base), ("random_pairs", control)):
-            if others and against != name:
-                entry[f"from_{against}"] = {
-                    kind: difference(others, cells, kind) for kind in ("sampled", "greedy", "majority")
-                }
+        entry["pairs"] = _spread([_pairs(cell) for cell in cells])
+        for against, others in (("base", rows.get("base")), ("best", best), ("random_pairs", rows.get("random_pairs"))):
+            if others and others is not cells:
+                kinds = ("sampled", "greedy", "majority")
+                entry[f"from_{against}"] = {kind: difference(others, cells, kind) for kind in kinds}
         entry["confidence"] = confidence_of(cells)
         entry["guard_stops"] = sum(_stopped(cell) for cell in cells)
         found[name] = entry
     return found
+
+
+def _pairs(cell: Json) -> float | None:
+    counts = (cell["training"] or {}).get("training")
+    return counts["pairs"] if counts else None
 
 
 def difference(before: Sequence[Json], after: Sequence[Json], kind: str) -> list[float]:
@@ -92,11 +99,8 @@ def _right(question: Json, kind: str) -> float:
         return float(question["greedy"])
     if kind == "sampled":
         return float(np.mean([sample["right"] for sample in samples]))
-    labels = [sample["label"] for sample in samples if sample["label"] >= 0]
-    if not labels:
-        return 0.0
-    winner = max(sorted(set(labels)), key=labels.count)
-    return float(next(sample["right"] for sample in samples if sample["label"] == winner))
+    winner, _ = voting.majority([sample["label"] for sample in samples])
+    return float(winner >= 0 and next(sample["right"] for sample in samples if sample["label"] == winner))
 
 
 def confidence_of(cells: Sequence[Json]) -> Json:
@@ -125,7 +129,7 @@ def _temperature_scaled(questions: Sequence[Json]) -> Json:
         confidence.append(calibration.scale(prob, temperature))
         correct.append(right)
     c, y = np.concatenate(confidence), np.concatenate(correct)
-    return {kind: _STATISTIC[kind](c, y) for kind in STATISTICS}
+    return {kind: statistic(c, y) for kind, statistic in STATISTICS.items()}
 
 
 def _samples(questions: Sequence[Json]) -> tuple[Any, Any]:
@@ -133,21 +137,9 @@ def _samples(questions: Sequence[Json]) -> tuple[Any, Any]:
     return np.array([s["answer_prob"] for s in samples]), np.array([float(s["right"]) for s in samples])
 
 
-_STATISTIC: dict[str, Any] = {
-    "ece": calibration.ece,
-    "ece_mass": calibration.ece_equal_mass,
-    "brier": calibration.brier,
-    "brier_skill": calibration.brier_skill,
-    "nll": calibration.nll,
-    "auroc": calibration.auroc,
-    "aurc": calibration.aurc,
-    "overconfidence": calibration.overconfidence,
-}
-
-
 def _stopped(cell: Json) -> bool:
     verdicts = ((cell["training"] or {}).get("guard") or {}).get("verdicts") or []
-    return any(verdict["action"] == "stop" for verdict in verdicts)
+    return any(verdict["found"] == "stop" for verdict in verdicts)
 
 
 def _spread(values: Sequence[float | None]) -> list[float] | None:
@@ -166,7 +158,9 @@ def _distinct(items: Any) -> list[Json]:
 
 def _lines(facts: Json) -> list[str]:
     lines = ["# Evidence", "", f"Written by `{facts['command']}` from `results/evidence/`. Figures of three seeds are"]
-    lines[-1] += " means [smallest, largest]; differences are paired over questions [95 % interval]."
+    lines[-1] += (
+        " means [smallest, largest]. Differences are paired; their 95 % intervals are over questions, not seeds."
+    )
     for machine in facts["machines"]:
         lines += ["", "Measured with " + ", ".join(f"{key} {value}" for key, value in machine.items()) + "."]
     for task, rows in facts["tasks"].items():
@@ -175,12 +169,13 @@ def _lines(facts: Json) -> list[str]:
 
 
 def _main(rows: Json) -> list[str]:
-    head = ["row", "seeds", *METRICS.values(), "sampled - base", "sampled - random pairs", "guard stops"]
+    ends = [f"sampled - {name}" for name in COMPARED.values()]
+    head = ["row", "seeds", "pairs", *METRICS.values(), *ends, "guard would stop"]
     lines = [_line(head), _line(["---"] * len(head))]
     for name, row in rows.items():
         values = [_number(row["metrics"].get(metric), 1 if metric == "mean_length" else 3) for metric in METRICS]
-        differences = [_signed((row.get(f"from_{o}") or {}).get("sampled")) for o in ("base", "random_pairs")]
-        lines.append(_line([name, row["seeds"], *values, *differences, row["guard_stops"]]))
+        differences = [_signed((row.get(f"from_{o}") or {}).get("sampled")) for o in COMPARED]
+        lines.append(_line([name, row["seeds"], _number(row["pairs"], 0), *values, *differences, row["guard_stops"]]))
     return lines
 
 

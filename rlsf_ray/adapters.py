@@ -30,7 +30,10 @@ def checksum(adapter: Mapping[str, np.ndarray]) -> str:
 
 def scaled(adapter: Mapping[str, np.ndarray], alpha: float) -> dict[str, np.ndarray]:
     """The adapter whose change to the model is `alpha` times as large; at 0 the model is the base model."""
-    return {name: array * np.float32(alpha) if ".lora_B." in name else array for name, array in adapter.items()}
+    return {
+        name: (array * np.float32(alpha) if alpha else np.zeros_like(array)) if ".lora_B." in name else array
+        for name, array in adapter.items()
+    }
 
 
 def to_peft(adapter: Mapping[str, np.ndarray], *, base_model: str, lora_alpha: float) -> dict[str, bytes]:

@@ -10,15 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from rlsf_ray.algorithms import agreement, voting
 from rlsf_ray.algorithms.agreement import AgreementMap
 from rlsf_ray.algorithms.answers import label_answers
 from rlsf_ray.config import RunConfig
 from rlsf_ray.engines.build import build_engine
 from rlsf_ray.errors import InputError
-from rlsf_ray.placement import ONE_GPU, placed
+from rlsf_ray.evaluate import LEAST_TRACES
 from rlsf_ray.records import Prompt, Reply, Trace
 from rlsf_ray.rollouts.programs import write_answers
 from rlsf_ray.run_store import CALIBRATION_FILE, RunStore
@@ -30,8 +28,9 @@ ROUNDS = (1, 2, 4, 8, 16)  # traces written for a question by the end of each ro
 
 def open_engine(store: RunStore, version: int) -> Any:
     """The run's engine with `version` loaded; the caller closes it."""
-    engine = build_engine(placed(store.config, ONE_GPU))
-    engine.load_version(version, store.read_adapter(version)[0])
+    engine = build_engine(store.config)
+    if version:
+        engine.load_version(version, store.read_adapter(version)[0])
     return engine
 
 
@@ -61,7 +60,8 @@ class Answerer:
         if found is None:
             raise InputError(
                 f"{store.root}: version {version} has no {CALIBRATION_FILE}, so nobody knows what its confidence means;"
-                " set data.calibration in the run's recipe, or measure it with `rlsf eval`"
+                f" it needs {LEAST_TRACES} answered traces of data.calibration prompts: ask another version, or begin a"
+                " run with more of them"
             )
         self._config: RunConfig = store.config
         self._map, self._version, self._engine = AgreementMap.from_json(found), version, engine
@@ -123,22 +123,11 @@ def confidence(traces: Sequence[Trace], fitted: AgreementMap) -> list[float]:
 
 
 def _vote(traces: Sequence[Trace], fitted: AgreementMap, checker: AnswerChecker) -> tuple[str | None, float, float]:
-    """(the winning answer, its confidence, how many votes it is ahead).
-
-    The confidence joins what one trace expects of the others (as if it were one other trace) with what the others did:
-    (mean confidence of the winner's traces + its other votes) / number of traces.
-    """
+    """(the winning answer, its confidence, how many votes it is ahead)."""
     texts = [trace.answer.text if trace.answer else None for trace in traces]
     labels = label_answers(texts, checker.equal)
-    alone = confidence(traces, fitted)
-    winner, _ = voting.weighted(labels, alone)
-    if winner < 0:
-        return None, 0.0, 0.0
-    sums = voting.tally(labels, alone)
-    ahead = sums[winner] - max((value for label, value in sums.items() if label != winner), default=0.0)
-    own = [value for value, label in zip(alone, labels, strict=True) if label == winner]
-    share = (float(np.mean(own)) + len(own) - 1) / len(traces)
-    return texts[labels.index(winner)], share, ahead
+    winner, share, ahead = voting.calibrated(labels, confidence(traces, fitted))
+    return (texts[labels.index(winner)] if winner >= 0 else None), share, ahead
 
 
 def _settled(vote: tuple[str | None, float, float], traces: int, sure: float, most: int) -> bool:

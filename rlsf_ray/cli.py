@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 input, 3 guard or no pairs, 4 service, 5 drained.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import traceback
@@ -142,8 +143,10 @@ def mix(
     store, console = _open(run, root), _console()
     try:
         wanted = [float(alpha) for alpha in alphas.split(",")]
-    except ValueError as error:
-        raise InputError(f"--alphas: expected numbers between commas, such as 0,0.5,1, got {alphas!r}") from error
+    except ValueError:
+        wanted = []
+    if not wanted or not all(map(math.isfinite, wanted)):
+        raise InputError(f"--alphas: expected numbers between commas, such as 0,0.5,1, got {alphas!r}")
     with console.status("measuring") as spinner:
         show = lambda alpha: spinner.update(f"measuring alpha {alpha:g}")  # noqa: E731
         print_mix(console, measure(store, latest_version(store, version), wanted, show))
@@ -167,7 +170,7 @@ def answer(
     from rlsf_ray.progress import print_replies
 
     store, asked = _open(run, root), read_questions(questions or [], file)
-    number = latest_version(store, version)
+    number = latest_version(store, version) if version != 0 else 0
     with closing(open_engine(store, number)) as engine:
         replies = Answerer(store, number, engine)(asked, sure=sure, least=least, most=most)
     if as_json:
@@ -227,6 +230,10 @@ def export(
     from rlsf_ray.export import export_adapter, export_merged, export_pairs, latest_version
 
     store = _open(run, root)
+    if not math.isfinite(alpha) or (what is What.pairs and alpha != 1.0):
+        raise InputError(
+            f"--alpha: expected a number, and none for pairs, got {alpha} with --what {what}; leave it out"
+        )
     if what is What.pairs:
         print(export_pairs(store, to))
     else:

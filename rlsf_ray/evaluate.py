@@ -13,14 +13,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from rlsf_ray import __version__
-from rlsf_ray.algorithms import agreement, answers
+from rlsf_ray import __version__, measures, vitals
+from rlsf_ray.algorithms import agreement, answers, calibration, voting
 from rlsf_ray.algorithms.agreement import AgreementMap
 from rlsf_ray.algorithms.answers import label_answers
 from rlsf_ray.config import RunConfig
 from rlsf_ray.engines.models import cache_root, find_model
 from rlsf_ray.measures import difference, measure, reliability
 from rlsf_ray.records import Group, Json, ProbePrompt, Trace
+from rlsf_ray.rollouts import programs
 from rlsf_ray.rollouts.programs import write_calibration_groups, write_probe_groups
 from rlsf_ray.stream.guard import Vitals
 from rlsf_ray.tasks import equality
@@ -31,7 +32,7 @@ from rlsf_ray.vitals import take_vitals
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
-JUDGES = (agreement, answers, equality)
+JUDGES = (agreement, answers, calibration, equality, measures, programs, vitals, voting)  # what a measure rests on
 LEAST_TRACES = 50  # answered traces that a map of four features needs
 
 
@@ -109,7 +110,8 @@ def _judge_all(group: Group, gold: str, checker: AnswerChecker) -> list[Json]:
     labels = label_answers([trace.answer.text if trace.answer else None for trace in group.traces], checker.equal)
     shares = agreement.leave_one_out(labels)
     return [
-        _judged(trace, gold, checker) | {"agreement": float(shares[k]), "label": labels[k]}
+        _judged(trace, gold, checker)
+        | {"agreement": float(shares[k]), "label": labels[k], "features": _features(trace) if trace.answer else None}
         for k, trace in enumerate(group.traces)
     ]
 
@@ -124,7 +126,6 @@ def _judged(trace: Trace, gold: str, checker: AnswerChecker) -> Json:
         "correct": bool(answer and checker.equal(answer.text, gold)),
         "answer_prob": float(np.exp(trace.logprob[span].sum())) if answer else 0.0,
         "disparity": float((trace.top1 - trace.top2)[span].mean()) if answer else 0.0,
-        "features": _features(trace) if answer else None,
         "length": len(trace.token_ids),
         "finished": trace.finished,
     }
@@ -183,7 +184,13 @@ def store_base(config: RunConfig, sets: PromptSets, evaluation: Json) -> None:
 
 
 def _cache_path(config: RunConfig, sets: PromptSets) -> Path:
-    key = {
+    digest = hashlib.sha256(json.dumps(measure_key(config, sets), sort_keys=True).encode()).hexdigest()[:32]
+    return cache_root() / "evaluations" / f"{digest}.json"
+
+
+def measure_key(config: RunConfig, sets: PromptSets) -> Json:
+    """All that the base model's measure depends on."""
+    return {
         "judges": [hashlib.sha256(Path(str(part.__file__)).read_bytes()).hexdigest() for part in JUDGES],
         "package": __version__,
         "engine": [config.engine, config.engine_args],
@@ -194,8 +201,6 @@ def _cache_path(config: RunConfig, sets: PromptSets) -> Path:
         "sampling": [config.rollout.temperature, config.rollout.max_tokens, config.eval.samples, config.eval.branches],
         "batch": config.probe_prompts_per_call,
     }
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    return cache_root() / "evaluations" / f"{digest}.json"
 
 
 def _fingerprint(folder: Path) -> list[tuple[str, int, str]]:
@@ -233,7 +238,7 @@ def run_summary(store: Any, *, accounting: Json, seconds: float, **more: Any) ->
     }
     if len(found) > 1:
         summary |= {"before": found[0]["metrics"], "after": found[-1]["metrics"]}
-        summary["difference"] = difference(found[0], found[-1])
+        summary["difference"] = difference(found[0], found[-1]) or None
     summary |= more
     store.write_json("summary.json", summary)
     return summary

@@ -20,7 +20,7 @@ from rlsf_ray.engines.base import Engine
 from rlsf_ray.engines.build import build_engine
 from rlsf_ray.engines.learner import Learner, pass_order, training_steps
 from rlsf_ray.engines.scorer import Scorer, outcome
-from rlsf_ray.errors import InputError, StorageError
+from rlsf_ray.errors import GuardError, InputError, NoPairsError, ServiceError, StorageError
 from rlsf_ray.evaluate import cached_base, evaluate_version, run_summary, store_base
 from rlsf_ray.placement import ONE_GPU, placed
 from rlsf_ray.records import Json, Prompt, StepReport, TrainingGroup
@@ -60,8 +60,8 @@ def run(config: RunConfig, root: str, on_status: OnStatus = lambda status: None)
     """Run every round of `config` in the run directory `root` (a folder or fsspec URL); returns the summary.
 
     Calling it again with the same config goes on after the last finished round.
-    Raises InputError for a bad config or another run in `root`, NoPairsError if no prompt gave a pair, StorageError if
-    a file of the run is missing or damaged, or the disk is full.
+    Raises InputError for a bad config or another run in `root`, NoPairsError if no prompt gave a pair, GuardError if
+    the guard is to stop the run, StorageError if a file of the run is missing or damaged, or the disk is full.
     """
     store = RunStore.create_or_resume(root, config)
     with store.storage.lock():
@@ -72,24 +72,32 @@ def run(config: RunConfig, root: str, on_status: OnStatus = lambda status: None)
         parts = _build(store, state, on_status)
         state.prompts_per_round = len(round_prompts(parts, 0))
         with closing(parts.scorer), closing(parts.engine):
-            while (round := state.admission.rounds_ended) < config.rounds:
-                # Of a version in between a few questions; the base is measured on all, like the last
-                if evaluate(parts, config.eval.during if state.admission.newest else None) == "stop":
-                    roll_back(parts)
-                else:
-                    one_round(parts, round, round_prompts(parts, round))
-            if state.admission.newest == 0:
-                error = state.nothing_trained()
+            try:
+                all_rounds(parts)
+            except (GuardError, NoPairsError, ServiceError) as error:
                 state.stopped(error)
                 parts.save()
-                raise error
-            if evaluate(parts) == "stop":
-                roll_back(parts)
-                evaluate(parts)
+                raise
         state.state = "done"
         parts.save()
         parts.tell("")
         return run_summary(store, **state.measured())
+
+
+def all_rounds(parts: Parts) -> None:
+    """The rounds that are left, then the last version's measure. Raises NoPairsError if none has made a version."""
+    state, config = parts.state, parts.config
+    while (round := state.admission.rounds_ended) < config.rounds:
+        # Of a version in between a few questions; the base is measured on all, like the last
+        if evaluate(parts, config.eval.during if state.admission.newest else None) == "stop":
+            roll_back(parts)
+        else:
+            one_round(parts, round, round_prompts(parts, round))
+    if state.admission.newest == 0:
+        raise state.nothing_trained()
+    if evaluate(parts) == "stop":
+        roll_back(parts)
+        evaluate(parts)
 
 
 def round_prompts(parts: Parts, round: int) -> list[Prompt]:
@@ -132,10 +140,11 @@ def evaluate(parts: Parts, questions: int | None = None) -> Action:
 
 def roll_back(parts: Parts) -> None:
     """The last good version's weights become a new version, which is the run's last."""
-    way = parts.state.roll_back()
-    adapter = parts.store.read_adapter(way["to"])[0] if way["to"] else scaled(parts.learner.adapter(), 0.0)
+    good, version = parts.state.guard.last_good, parts.state.admission.newest + 1
+    adapter = parts.store.read_adapter(good)[0] if good else scaled(parts.learner.adapter(), 0.0)
     parts.learner.set_adapter(adapter)
-    parts.store.storage.write(_checkpoint(way["version"]), parts.learner.state_bytes())
+    parts.store.storage.write(_checkpoint(version), parts.learner.state_bytes())
+    parts.state.roll_back(version)
     parts.save()
     _deliver(parts)
 

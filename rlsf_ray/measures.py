@@ -15,7 +15,14 @@ from rlsf_ray.records import Json
 
 Floats = NDArray[np.float64]
 
-CONFIDENCES = ("answer_prob", "disparity", "agreement", "calibrated", "vote_share")  # calibrated: where there is a map
+CONFIDENCES = (
+    "answer_prob",
+    "disparity",
+    "agreement",
+    "calibrated",
+    "voted",
+    "vote_share",
+)  # two: where there is a map
 STATISTICS: dict[str, Callable[[Floats, Floats], float]] = {
     "ece": calibration.ece,
     "ece_mass": calibration.ece_equal_mass,
@@ -52,14 +59,18 @@ def measure(rows: Sequence[Json]) -> Json:
 
 def known_confidences(rows: Sequence[Json]) -> list[str]:
     """The confidences that these rows hold."""
-    return [name for name in CONFIDENCES if name == "vote_share" or name in rows[0]["samples"][0]]
+    of_samples, has_map = rows[0]["samples"][0], "calibrated" in rows[0]["samples"][0]
+    return [n for n in CONFIDENCES if n == "vote_share" or n in of_samples or (n == "voted" and has_map)]
 
 
 def confidences(rows: Sequence[Json], name: str) -> tuple[Floats, Floats]:
-    """(confidence, correct), each [Q, n]; [Q, 1] for the share of the commonest answer, which is one for a question."""
+    """(confidence, correct), each [Q, n]; [Q, 1] for those of a vote, of which a question has one."""
     if name == "vote_share":
         votes = [vote(row["samples"]) for row in rows]
         return np.array([[share] for share, _ in votes]), np.array([[float(right)] for _, right in votes])
+    if name == "voted":
+        found = [voted(row["samples"]) for row in rows]
+        return np.array([[share] for share, _ in found]), np.array([[float(right)] for _, right in found])
     samples = [row["samples"] for row in rows]
     confidence = np.array([[sample[name] for sample in many] for many in samples], dtype=float)
     return confidence, np.array([[float(sample["correct"]) for sample in many] for many in samples])
@@ -68,6 +79,13 @@ def confidences(rows: Sequence[Json], name: str) -> tuple[Floats, Floats]:
 def vote(samples: Sequence[Json]) -> tuple[float, bool]:
     """(share of the commonest answer, is it right?). Ties go to the answer written first."""
     label, share = voting.majority([sample["label"] for sample in samples])
+    return share, _is_right(samples, label)
+
+
+def voted(samples: Sequence[Json]) -> tuple[float, bool]:
+    """(confidence, is it right?) of the answer that all samples elect, as `rlsf answer` gives it."""
+    labels, alone = [sample["label"] for sample in samples], [sample["calibrated"] for sample in samples]
+    label, share, _ = voting.calibrated(labels, alone)
     return share, _is_right(samples, label)
 
 
@@ -81,9 +99,11 @@ def reliability(rows: Sequence[Json]) -> dict[str, list[list[float | int | None]
 
 
 def difference(before: Json, after: Json) -> Json:
-    """Paired rises over the questions both evaluations hold: {metric: [mean, low, high]}."""
+    """Paired rises over the questions both evaluations hold: {metric: [mean, low, high]}; {} if they share none."""
     first, last = ({row["id"]: row for row in one["questions"]} for one in (before, after))
     shared = sorted(first.keys() & last.keys())
+    if not shared:
+        return {}
     old, new = _by_question([first[i] for i in shared]), _by_question([last[i] for i in shared])
     names = ("sampled_accuracy", "greedy_accuracy", "majority_accuracy")
     return {name: list(calibration.paired_interval(list(old[name]), list(new[name]))) for name in names}

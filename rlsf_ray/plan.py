@@ -127,11 +127,18 @@ def describe(plan: Plan, available: Mapping[str, float], where: str) -> str:
         f"Work     {config.rounds} rounds x {plan.prompts // config.rounds} prompts x {config.rollout.traces} traces"
         f" = {plan.traces} traces; at most {plan.steps} optimiser steps",
         "Actors   " + "; ".join(_describe_pool(role, pool) for role, pool in pools(config).items()),
+        f"Guard    {_describe_guard(plan)}",
         f"Needs    {needed['CPU']:g} CPU, {needed['GPU']:g} GPU",
         f"There    {available.get('CPU', 0):g} CPU, {available.get('GPU', 0):g} GPU ({where})",
     ]
     missing = missing_resources(config, available)
     return "\n".join([*lines, *(f"Missing  {line}" for line in missing)] if missing else [*lines, "Missing  nothing"])
+
+
+def _describe_guard(plan: Plan) -> str:
+    if plan.config.guard != "off" and not plan.calibration_prompts:
+        return f"{plan.config.guard}, but blind: there are no calibration prompts (data.calibration)"
+    return plan.config.guard
 
 
 def _describe_model(plan: Plan) -> str:

@@ -64,6 +64,8 @@ def line(status: Json) -> str:
     parts += [f"{name} {status.get(name, 0)}" for name in ("pairs", "steps", "version")]
     if status.get("swaps"):
         parts.append(_swaps(status))
+    if status.get("verdicts"):
+        parts.append(_guard(status["verdicts"][-1]))
     if status.get("eta_s") is not None:
         parts.append(f"ETA {duration(status['eta_s'])}")
     if status.get("message"):
@@ -86,6 +88,8 @@ def panel(status: Json) -> Panel:
     ]
     if status.get("swaps"):
         rows.append(_swaps(status))
+    if status.get("verdicts"):
+        rows.append(_guard(status["verdicts"][-1]))
     counts = {name: n for name, n in (status.get("accounting") or {}).items() if isinstance(n, int)}
     dim = ["   ".join(f"{name.replace('_', ' ')} {n}" for name, n in counts.items()), str(status.get("message") or "")]
     texts = [Text(row) for row in rows] + [Text(row, style="dim") for row in dim if row]
@@ -98,6 +102,11 @@ def _swaps(status: Json) -> str:
     newest = max(swap["version"] for swap in status["swaps"].values())
     verdicts = Counter(swap["verdict"] for swap in status["swaps"].values() if swap["version"] == newest)
     return f"version {newest} in generators: " + ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
+
+
+def _guard(verdict: Json) -> str:
+    """The guard's last word."""
+    return f"guard: {verdict['action']} at version {verdict['version']}: {'; '.join(verdict['reasons'])}"
 
 
 def _round(status: Json) -> str:
@@ -122,6 +131,11 @@ def print_before_after(console: Console, summary: Json) -> None:
         values = [_value(metrics, key, digits) for metrics in (before, after)]
         table.add_row(name, *values, _change(before, after, key, direction, digits))
     console.print(table)
+    guard = summary.get("guard") or {}
+    for verdict in guard.get("verdicts") or ():
+        console.print(_guard(verdict), highlight=False, markup=False)
+    if back := guard.get("rolled_back"):
+        console.print(f"version {back['version']} has the content of version {back['to']} again", highlight=False)
     rise = (summary.get("difference") or {}).get("sampled_accuracy")
     if rise:
         mean, low, high = rise

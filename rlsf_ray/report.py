@@ -32,6 +32,7 @@ class RunData:
     evals: list[Json]  # by version, of those measured on the probe set
     vitals: list[Json]  # {"version", **vitals}, of those that wrote for the calibration prompts
     mix: Json | None
+    watched: Json  # {"verdicts", "rolled_back"} of the guard
     train: list[Json]  # by step
     stages: list[Json]
 
@@ -65,6 +66,7 @@ def read_run(store: RunStore) -> RunData:
         evals=[e for e in evals if e["num_questions"]],
         vitals=[{"version": e["version"], **e["vitals"]} for e in evals if e.get("vitals")],
         mix=store.read_json("mix.json"),
+        watched=store.read_json("state.json") or {},
         train=[train[step] for step in sorted(train)],
         stages=store.read_metrics("stages"),
     )
@@ -78,7 +80,7 @@ def render(run: RunData, others: Sequence[RunData] = ()) -> str:
         section("reliability", "Does confidence mean what it says?", _reliability(run)),
         section("versions", "By version", _versions(run)),
         section("others", "Beside other runs", beside(lasts)),
-        section("guard", "Signs of collapse", guard(run.vitals, run.summary.get("guard") or {})),
+        section("guard", "Signs of collapse", guard(run.vitals, run.summary.get("guard") or run.watched)),
         section("mix", "Between the base model and the adapter", mix(run.mix)),
         section("training", "Training", _training(run)),
         section("time", "Where the time went", _time(run)),

@@ -31,8 +31,8 @@ def beside(lasts: Sequence[tuple[str, Json | None]]) -> str:
         values = [number(last["metrics"].get(key)) if last else "n/a" for key in COMPARED]
         rise = "" if last is ours else "n/a"
         if last and ours and last is not ours:
-            mean, low, high = difference(last, ours)["sampled_accuracy"]
-            rise = f"{signed(mean)} ({signed(low)} to {signed(high)})"
+            found = difference(last, ours).get("sampled_accuracy")
+            rise = f"{signed(found[0])} ({signed(found[1])} to {signed(found[2])})" if found else "no shared questions"
         rows.append((escape(name), *values, rise))
     head = ("run", *COMPARED.values(), "this run's sampled accuracy less that one's")
     note = "Differences are paired over the questions that both runs were measured on, with 95 % intervals."

@@ -27,6 +27,7 @@ CONFIDENCES = {
     "disparity": "Disparity",
     "calibrated": "Calibrated, from one trace",
     "agreement": "Agreement with the other traces",
+    "voted": "Calibrated, from the vote of all samples",
     "vote_share": "Share of the commonest answer",
 }
 # statistic of each confidence, its name, +1 where more is better, -1 where less is, 0 where nearer to 0 is

@@ -139,8 +139,9 @@ def voted(candidates: Candidates, limits: Limits, rng: np.random.Generator) -> D
     sides = _vote_sides(candidates, limits)
     if isinstance(sides, Decision):
         return sides
-    winners, others = sides
-    pairs = list(zip(winners, others, strict=False))  # the shorter side ends the pairing
+    pairs = _matched(*sides, candidates.lengths, limits.max_length_ratio)
+    if not pairs:
+        return Decision(reason="length_ratio")
     return _within_limits(pairs[: limits.max_pairs], candidates, limits)
 
 
@@ -205,6 +206,19 @@ RULES: dict[str, Rule] = {
     "reversed": reversed_voted,
     "format_only": format_only,
 }
+
+
+def _matched(
+    winners: list[int], others: list[int], lengths: NDArray[np.int64], max_ratio: float | None
+) -> list[tuple[int, int]]:
+    """Each winner with the first of the others that is left and of similar length; each trace at most once."""
+    pairs, left = [], list(others)
+    for i in winners:
+        fit = next((j for j in left if _similar_lengths(lengths[[i, j]], max_ratio)), None)
+        if fit is not None:
+            left.remove(fit)
+            pairs.append((i, fit))
+    return pairs
 
 
 def _vote_sides(candidates: Candidates, limits: Limits) -> Decision | tuple[list[int], list[int]]:

@@ -39,6 +39,21 @@ def majority(labels: Labels) -> tuple[int, float]:
     return weighted(labels, [1.0] * len(labels))
 
 
+def calibrated(labels: Labels, alone: Weights) -> tuple[int, float, float]:
+    """(the winner of a vote weighed by `alone` [K], each trace's own calibrated confidence; how sure; how far ahead).
+
+    The confidence joins what one trace expects of the others, as if that were one more trace, with what the others did:
+    (mean confidence of the winner's traces + its other votes) / K. (-1, 0.0, 0.0) if no trace has an answer.
+    """
+    winner, _ = weighted(labels, alone)
+    if winner < 0:
+        return -1, 0.0, 0.0
+    sums = tally(labels, alone)
+    ahead = sums[winner] - max((value for label, value in sums.items() if label != winner), default=0.0)
+    own = [value for value, label in zip(alone, labels, strict=True) if label == winner]
+    return winner, (float(np.mean(own)) + len(own) - 1) / len(labels), ahead
+
+
 def borda(labels: Labels, scores: Weights, p: float = 0.5) -> tuple[int, float]:
     """The trace of rank r by score (1: best) casts (K - r + 1)^p votes. Self-certainty 2502.18581; p=0 is majority.
 

@@ -6,6 +6,7 @@ are the same for every version, with how the base model and the versions before 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -53,6 +54,8 @@ class Sign:
 
     def crossed(self, value: float, base: float) -> str | None:
         """The reason with its numbers, None if all is well."""
+        if not math.isfinite(value):
+            return f"{self.name} is {value}, expected a finite number"
         for limit, word, sign in ((self.least, "at least", -1), (self.most, "at most", 1)):
             if limit is None:
                 continue
@@ -62,7 +65,7 @@ class Sign:
         return None
 
 
-# A healthy run makes a model surer and shorter, so these limits leave room for that (benchmarks/results/log.md).
+# A healthy run makes a model surer and shorter, so these limits leave room for that.
 SIGNS = (
     Sign("commonest", most=0.25),
     Sign("surprisal", least=0.25, most=1.75, relative=True),
@@ -76,7 +79,7 @@ SURER, AGREES = 0.15, 0.0  # answer probability that rises so much, with agreeme
 
 
 class Guard:
-    """Watches one run. `observe` each version in order, from 0 on; observing one again changes nothing."""
+    """Watches one run, from version 0 on. Observing a version again changes nothing."""
 
     def __init__(self, seen: Sequence[Json] = ()) -> None:
         self._seen: dict[int, Vitals] = {}
@@ -88,7 +91,8 @@ class Guard:
         """The verdict on this version."""
         if version in self._verdicts:
             return self._verdicts[version]
-        found = self._signs(vitals) if self._seen else []
+        before = [known for known in self._seen if known < version]
+        found = self._signs(vitals, self._seen[min(before)], self._seen[max(before)]) if before else []
         action: Action = "go_on"
         if found:
             action = "stop" if any(kind == "stop" for kind, _ in found) else "warn"
@@ -98,11 +102,13 @@ class Guard:
 
     @property
     def last_good(self) -> int:
-        """The newest version without a reason to stop."""
-        return max((version for version, verdict in self._verdicts.items() if verdict.action != "stop"), default=0)
+        """The newest version before the first that gave a reason to stop."""
+        bad = min(
+            (version for version, verdict in self._verdicts.items() if verdict.action == "stop"), default=math.inf
+        )
+        return max((version for version in self._verdicts if version < bad), default=0)
 
-    def _signs(self, now: Vitals) -> list[tuple[Action, str]]:
-        base, before = self._seen[min(self._seen)], self._seen[max(self._seen)]
+    def _signs(self, now: Vitals, base: Vitals, before: Vitals) -> list[tuple[Action, str]]:
         found: list[tuple[Action, str]] = []
         for sign in SIGNS:
             reason = sign.crossed(getattr(now, sign.name), getattr(base, sign.name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from time import time
 
@@ -11,6 +12,8 @@ from rlsf_ray.records import Json, Outcome
 from rlsf_ray.stream.admission import Admission
 from rlsf_ray.stream.guard import Action, Guard, Vitals
 from rlsf_ray.stream.ledger import PAIRS, Ledger
+
+logger = logging.getLogger(__name__)
 
 
 class RunState:
@@ -81,35 +84,33 @@ class RunState:
         verdict = self.guard.observe(version, Vitals(**vitals))
         action = "warn" if self._config.guard == "warn" and verdict.action == "stop" else verdict.action
         if action != "go_on" and all(one["version"] != version for one in self.verdicts):
-            self.verdicts.append({"version": version, "action": action, "reasons": list(verdict.reasons)})
+            found = {"version": version, "action": action, "found": verdict.action, "reasons": list(verdict.reasons)}
+            self.verdicts.append(found)
+            logger.warning("guard: %s at version %d: %s", action, version, "; ".join(verdict.reasons))
         if action == "stop" and self._config.guard == "stop":
+            good = self.guard.last_good
             raise GuardError(
                 f"version {version} shows signs of collapse ({'; '.join(verdict.reasons)}), expected to stay near the"
-                f" base model; the last good one is version {self.guard.last_good}: export that one, or run again with"
-                " a lower learner.learning_rate, fewer rounds, or guard=roll_back"
+                f" base model; the last good one is {f'version {good}: export it' if good else 'the base model'}; run"
+                " again with a lower learner.learning_rate, fewer rounds, or guard=roll_back"
             )
         return action
 
     @property
     def ends_early(self) -> bool:
         """The guard goes, or went, back to an earlier version: no round goes on."""
-        return self.rolled_back is not None or any(one["action"] == "stop" for one in self.verdicts)
+        stops = any(one["action"] == "stop" for one in self.verdicts)
+        return self.rolled_back is not None or (stops and self._config.guard == "roll_back")
 
-    def roll_back(self) -> Json:
-        """Book the way back to the last good version; returns {"from", "to", "version"}: a new one with old content.
-
-        No round goes on after it.
-        """
-        if self.rolled_back is not None:  # in an earlier life of the run
-            return self.rolled_back
+    def roll_back(self, made: int) -> None:
+        """The last good version's content is version `made` now, the run's last. No round goes on after it."""
         newest, good, current = self.admission.newest, self.guard.last_good, self.admission.rounds_ended
         abandoned = [round for round, version in self.admission.made() if version > good]
         self.ledger.rolled_back(min(abandoned, default=current))
-        self.rolled_back = {"from": newest, "to": good, "version": newest + 1}
-        self._end(current, newest + 1)
+        self.rolled_back = {"from": newest, "to": good, "version": made}
+        self._end(current, made)
         for round in range(current + 1, self._config.rounds):
             self._end(round, None)
-        return self.rolled_back
 
     def had_no_pairs(self, round: int) -> None:
         """Every prompt of `round` was filtered or failed."""

@@ -178,11 +178,34 @@ def test_a_run_that_collapses_ends_on_its_last_good_version(tiny: Path, tmp_path
     assert loop.run(config, str(tmp_path / "run")) == summary
 
 
+def test_a_run_goes_back_to_a_version_that_was_trained(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Version 2 is said to write nothing but repetitions; version 1 was good."""
+    measure = loop.evaluate_version
+
+    def measured(engine: Any, sets: Any, config: RunConfig, version: int) -> Json:
+        found = measure(engine, sets, config, version)
+        return found | {"vitals": found["vitals"] | {"repetition": 0.9}} if version == 2 else found
+
+    monkeypatch.setattr(loop, "evaluate_version", measured)
+    config = tiny_config(tiny, data={"calibration": 4})
+    summary = loop.run(config, str(tmp_path / "run"))
+    store = RunStore.open(str(tmp_path / "run"))
+    assert summary["guard"]["rolled_back"] == {"from": 2, "to": 1, "version": 3}
+    first, last = (store.read_adapter(version)[0] for version in (1, 3))
+    for name, array in first.items():
+        np.testing.assert_array_equal(array, last[name])
+    counts = summary["accounting"]
+    assert (counts["trained"], counts["rolled_back"], counts["admitted"]) == (8, 8, 16)
+    assert [one["version"] for one in summary["versions"]] == [0, 2, 3]
+
+
 def test_a_guard_that_only_warns_lets_it_happen_and_one_that_stops_says_why(tiny: Path, tmp_path: Path) -> None:
     summary = loop.run(collapsing(tiny, guard="warn"), str(tmp_path / "warn"))
     assert {verdict["action"] for verdict in summary["guard"]["verdicts"]} == {"warn"}
     assert summary["guard"]["rolled_back"] is None
-    with pytest.raises(GuardError, match=r"version 1 shows signs of collapse \(.*last good one is version 0"):
+    with pytest.raises(GuardError, match=r"version 1 shows signs of collapse \(.*last good one is the base model"):
         loop.run(collapsing(tiny, guard="stop"), str(tmp_path / "stop"))
     assert loop.run(collapsing(tiny, guard="off"), str(tmp_path / "off"))["guard"]["verdicts"] == []
 

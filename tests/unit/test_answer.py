@@ -106,7 +106,7 @@ def test_only_unsettled_questions_go_on(store: RunStore) -> None:
 
 
 def test_a_version_without_calibration_is_refused(store: RunStore) -> None:
-    with pytest.raises(InputError, match=r"version 2 has no calibration.json.*`rlsf eval`"):
+    with pytest.raises(InputError, match=r"version 2 has no calibration.json.*needs 50 answered traces"):
         Answerer(store, 2, Scripted())
 
 

@@ -112,3 +112,20 @@ def test_half_the_pool_needing_a_second_load_ends_the_run() -> None:
     with pytest.raises(ExceptionGroup) as caught:
         _swap_on_four({"b": 2, "d": 2})
     assert caught.group_contains(WeightsError, match=r"version 1 reached 2 of 4 generators only .*\(b, d\)")
+
+
+def test_a_slot_that_was_granted_to_a_call_which_is_cancelled_comes_back() -> None:
+    async def play() -> str:
+        async with asyncio.TaskGroup() as tasks:
+            generators = GeneratorPool({"g": Handle()}, Watch(5.0), 1, tasks.create_task, print)
+            await generators.prepare(0)
+            await generators._grant((0,), 0)
+            waiting = asyncio.ensure_future(generators._grant((1,), 0))
+            await asyncio.sleep(0)
+            generators._fleet.release("g")
+            generators._hand_out()  # to the waiting one, which is cancelled before it wakes
+            waiting.cancel()
+            await asyncio.wait({waiting})
+            return (await asyncio.wait_for(generators._grant((2,), 0), 2.0)).name
+
+    assert asyncio.run(play()) == "g"

@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import tiny_config
 
 from rlsf_ray.config import RunConfig
-from rlsf_ray.errors import EngineError, NoPairsError, ServiceError
-from rlsf_ray.records import Outcome
+from rlsf_ray.errors import EngineError, GuardError, NoPairsError, ServiceError
+from rlsf_ray.records import Json, Outcome
 from rlsf_ray.stream.run_state import RunState
 
 
@@ -137,3 +138,72 @@ def test_the_error_that_ended_a_run_is_kept_until_its_next_life(state: RunState,
     saved = state.to_json()
     assert saved["error"] == {"type": "EngineError", "text": "no memory"}
     assert RunState("run", small, saved).to_json()["error"] is None
+
+
+GOOD: Json = {
+    "agreement": 0.2,
+    "answer_prob": 0.6,
+    "commonest": 0.1,
+    "distinct": 4.0,
+    "surprisal": 0.5,
+    "length": 40.0,
+    "repetition": 0.1,
+    "parsed": 0.9,
+    "votes": {},
+}
+BAD = GOOD | {"length": 5.0}
+
+
+def three_rounds(**changes: Any) -> RunState:
+    """Versions 1 and 2 are trained, version 2 writes far too short; round 2 is being written."""
+    state = RunState("run", tiny_config(Path("model"), rounds=4, **changes))
+    for round in (0, 1, 2):
+        state.ledger.admit(round, 2)
+        state.scored(round, [outcome(0, None), outcome(1, "tie")])
+        if round < 2:
+            state.committed(round, round + 1, [0])
+    for version, vitals in enumerate((GOOD, GOOD)):
+        assert state.judged(version, vitals) == "go_on"
+    return state
+
+
+def test_a_roll_back_ends_every_round_and_gives_every_prompt_an_end() -> None:
+    state = three_rounds()
+    assert state.judged(2, BAD) == "stop"
+    assert state.ends_early
+    state.roll_back(7)  # a number that no version on disk has
+    assert state.rolled_back == {"from": 2, "to": 1, "version": 7}
+    assert (state.admission.newest, state.admission.rounds_ended) == (7, 4)
+    totals = state.ledger.totals()
+    assert (totals["trained"], totals["rolled_back"], totals["filtered"], totals["in_flight"]) == (1, 2, 3, 0)
+    assert state.judged(7, BAD) == "go_on", "where it went back to is not judged again"
+
+
+def test_a_resumed_run_knows_what_the_guard_has_said() -> None:
+    state = three_rounds()
+    state.judged(2, BAD)
+    again = RunState("run", tiny_config(Path("model"), rounds=4), json.loads(json.dumps(state.to_json())))
+    assert again.ends_early
+    assert again.guard.last_good == 1
+    assert again.verdicts == state.verdicts
+    again.roll_back(3)
+    third = RunState("run", tiny_config(Path("model"), rounds=4), json.loads(json.dumps(again.to_json())))
+    assert third.rolled_back == again.rolled_back
+
+
+def test_a_guard_that_stops_does_not_roll_back_in_a_second_life() -> None:
+    state = three_rounds(guard="stop")
+    with pytest.raises(GuardError, match="the last good one is version 1: export it"):
+        state.judged(2, BAD)
+    again = RunState("run", tiny_config(Path("model"), rounds=4, guard="stop"), json.loads(json.dumps(state.to_json())))
+    assert not again.ends_early
+    with pytest.raises(GuardError):
+        again.judged(2, BAD)
+
+
+def test_a_guard_that_warns_keeps_what_it_found() -> None:
+    state = three_rounds(guard="warn")
+    assert state.judged(2, BAD) == "warn"
+    (verdict,) = state.verdicts
+    assert (verdict["action"], verdict["found"]) == ("warn", "stop")
+    assert not state.ends_early

@@ -1,0 +1,80 @@
+"""The evidence benchmark: what its cells train and measure on, and its table from made-up cells."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import evidence
+import pytest
+from evidence_table import difference, table_of, write_table
+
+from rlsf_ray.config_loading import load_config
+from rlsf_ray.tasks.sources import load_sets
+
+
+@pytest.mark.parametrize("task", evidence.TASKS)
+def test_no_cell_trains_on_what_is_measured_or_calibrated_with(task: str) -> None:
+    judge, measuring = evidence.settings_of(f"{task}/base/0", training=False)
+    sets = load_sets(load_config(str(judge), measuring))
+    held_out = {item.prompt.key for item in sets.probe} | {prompt.key for prompt in sets.calibration}
+    assert len(sets.probe) == 200
+    for cell in evidence.cells(f"{task}/"):
+        recipe, overrides = evidence.settings_of(cell, training=True)
+        if recipe is not None:
+            train = load_sets(load_config(recipe, overrides)).train
+            assert not held_out & {prompt.key for prompt in train}, cell
+
+
+def test_every_row_is_measured_alike() -> None:
+    assert evidence.settings_of("arithmetic/rlsf/1", training=False) == evidence.settings_of(
+        "arithmetic/rlsf_paper/2", training=False
+    )
+
+
+def cell(name: str, *right: list[int]) -> dict[str, Any]:
+    """One list a question: which of its samples are right; the first stands for greedy as well."""
+    samples = [
+        [{"right": r, "parsed": True, "label": 0 if r else 1, "length": 9, "answer_prob": 0.5} for r in row]
+        for row in right
+    ]
+    accuracy = sum(map(sum, right)) / sum(map(len, right))
+    return {
+        "cell": name,
+        "machine": {"cores": 2},
+        "minutes": 1.0,
+        "training": None,
+        "metrics": {"sampled_accuracy": accuracy, "greedy_accuracy": right[0][0]},
+        "questions": [{"id": str(q), "greedy": row[0]["right"], "samples": row} for q, row in enumerate(samples)],
+    }
+
+
+def test_differences_are_paired_over_questions_after_a_mean_over_seeds() -> None:
+    base = [cell("t/base/0", [0, 0], [1, 0])]
+    ours = [cell("t/rlsf/0", [1, 1], [1, 0]), cell("t/rlsf/1", [1, 0], [1, 0])]
+    assert difference(base, ours, "sampled")[0] == pytest.approx((0.75 - 0 + 0) / 2)
+    assert difference(base, ours, "greedy")[0] == pytest.approx((1 + 0) / 2)
+    assert difference(base, ours, "majority")[0] == pytest.approx((1 + 0) / 2)  # a tie goes to the first sample
+
+
+def test_the_table_compares_with_the_base_its_best_temperature_and_random_pairs(tmp_path: Path) -> None:
+    found = [
+        cell("t/base/0", [0, 0], [1, 0]),
+        cell("t/base-t0.3/0", [0, 1], [1, 0]),
+        cell("t/random_pairs/0", [0, 0], [1, 1]),
+        cell("t/rlsf/0", [1, 1], [1, 1]),
+    ]
+    rows = table_of({one["cell"].split("/")[1]: [one] for one in found})
+    assert rows["rlsf"]["from_base"]["sampled"][0] == pytest.approx(0.75)
+    assert rows["rlsf"]["from_best"]["sampled"][0] == pytest.approx(0.5)
+    assert rows["rlsf"]["from_random_pairs"]["sampled"][0] == pytest.approx(0.5)
+    assert "from_base" not in rows["base"]
+    folder = tmp_path / "evidence"
+    folder.mkdir()
+    for one in found:
+        (folder / f"{one['cell'].replace('/', '-')}.json").write_text(json.dumps(one))
+    write_table(folder)
+    text = (tmp_path / "evidence.md").read_text()
+    assert "| rlsf | 1 | - |" in text
+    assert "+0.750" in text
