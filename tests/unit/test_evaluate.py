@@ -12,7 +12,8 @@ from tiny import tiny_config
 
 from rlsf_ray import evaluate
 from rlsf_ray.config import RunConfig
-from rlsf_ray.records import Answer, Group, ProbePrompt, Prompt, Trace
+from rlsf_ray.engines.base import Completion, Request
+from rlsf_ray.records import Answer, Group, IntArray, ProbePrompt, Prompt, Trace
 from rlsf_ray.tasks.equality import AnswerChecker
 from rlsf_ray.tasks.sources import PromptSets
 
@@ -147,16 +148,45 @@ def test_the_map_tells_agreement_from_one_trace(config: RunConfig) -> None:
     assert found["metrics"]["brier_skill_calibrated"] > 0
 
 
-def test_no_gold_answer_can_reach_the_map(config: RunConfig) -> None:
-    """Whatever the gold answers say, the map and the confidences are the same to the last bit."""
-    with AnswerChecker() as checker:
-        unlabelled = evaluate.look_at([answered(str(i), np.random.default_rng(i)) for i in range(30)], checker)
-        written = {"sampled": [answered("q", np.random.default_rng(9))], "greedy": [group("q", trace(0, "4", 0.5))]}
-        found = [
-            evaluate.summarise(evaluate.judge_groups(written, [probe("q", gold)], checker), 1, config, unlabelled)
-            for gold in ("4", "-1")
-        ]
-    assert found[0]["calibration"] == found[1]["calibration"]
-    confidences = [[s["calibrated"] for s in one["questions"][0]["samples"]] for one in found]
+class Drawing:
+    """An engine whose answers follow from the seeds alone: 4 with a high probability, or any number with a low one."""
+
+    def encode(self, prompt: Prompt) -> IntArray:
+        return np.array([1], dtype=np.int32)
+
+    def generate(self, requests: list[Request], version: int) -> list[list[Completion]]:
+        return [[self._write(seed) for seed in request.seeds] for request in requests]
+
+    def _write(self, seed: int) -> Completion:
+        draw = np.random.default_rng(seed)
+        text, prob = ("4", 0.9) if draw.random() < 0.5 else (str(draw.integers(5, 10)), 0.3)
+        numbers = np.array([prob, 0.9], dtype=np.float32)
+        return Completion(
+            token_ids=np.array([7, 2], dtype=np.int32),
+            logprob=np.log(numbers),
+            top1=numbers,
+            top2=np.zeros(2, dtype=np.float32),
+            text=text,
+            char_spans=np.array([[0, 1], [1, 1]], dtype=np.int32),
+            finished=True,
+        )
+
+
+def test_no_gold_answer_can_reach_the_map_or_the_guard(tiny: Path) -> None:
+    """Whatever the gold answers say, map, confidences and vitals are the same to the last bit; only metrics differ."""
+    config = tiny_config(tiny, rollout={"traces": 8})
+    unlabelled = [probe(f"c{i}", "").prompt for i in range(12)]
+    found = [
+        evaluate.evaluate_version(
+            Drawing(), PromptSets([], [probe(f"p{i}", gold) for i in range(6)], unlabelled), config, 1
+        )
+        for gold in ("4", "-1")
+    ]
+    assert found[0]["metrics"]["sampled_accuracy"] > 0.2
+    assert found[1]["metrics"]["sampled_accuracy"] == 0.0
+    assert found[0]["calibration"]["num_traces"] == 96
+    for key in ("calibration", "vitals"):
+        assert found[0][key] == found[1][key]
+    confidences = [[s["calibrated"] for q in one["questions"] for s in q["samples"]] for one in found]
     assert confidences[0] == confidences[1]
     assert "gold" not in {field for record in (Group, Trace, Prompt) for field in record.__dataclass_fields__}
