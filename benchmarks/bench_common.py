@@ -126,6 +126,23 @@ def drawn_adapter(config: RunConfig) -> dict[str, np.ndarray]:
     }
 
 
+def version_files(config: RunConfig, adapter: Adapter, folder: Path) -> None:
+    """What a vLLM engine of `config` loads for a version: the whole merged weights, or an adapter in PEFT's form."""
+    import torch
+
+    from rlsf_ray.adapters import to_peft
+    from rlsf_ray.engines.lora import merges, write_merged
+    from rlsf_ray.engines.models import find_model
+
+    if merges(config.swap):
+        dtype = getattr(torch, config.model.dtype)
+        write_merged(find_model(config.model.name), adapter, config.learner.lora_alpha, dtype, folder)
+        return
+    files = to_peft(adapter, base_model=config.model.name, lora_alpha=config.learner.lora_alpha)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+
+
 class BenchPool:
     """Generators with their store of versions. Made by `bench_pool`."""
 

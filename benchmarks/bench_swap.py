@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import ray
-import torch
 from bench_common import (
     BenchPool,
     base_parser,
@@ -32,6 +31,7 @@ from bench_common import (
     parse,
     prompts_of,
     small_config,
+    version_files,
     write_result,
 )
 from safetensors.numpy import save
@@ -183,18 +183,9 @@ class TwoVersions:
 
 def moved(config: RunConfig, adapter: Adapter, folder: Path) -> Json:
     """Bytes that one generator takes in at a swap, and how long writing a file of that size takes."""
-    from rlsf_ray.adapters import to_peft
-    from rlsf_ray.engines.lora import write_merged
-    from rlsf_ray.engines.models import find_model
-
     place = folder / "moved"
     place.mkdir()
-    if merges(config.swap):
-        dtype = getattr(torch, config.model.dtype)
-        write_merged(find_model(config.model.name), adapter, config.learner.lora_alpha, dtype, place)
-    else:
-        for name, data in to_peft(adapter, base_model="", lora_alpha=config.learner.lora_alpha).items():
-            (place / name).write_bytes(data)
+    version_files(config, adapter, place)
     sizes = {
         "adapter": sum(array.nbytes for array in adapter.values()),
         "file": sum(f.stat().st_size for f in place.iterdir()),

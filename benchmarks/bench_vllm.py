@@ -20,7 +20,6 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 from bench_common import (
     BenchPool,
     base_parser,
@@ -31,6 +30,7 @@ from bench_common import (
     parse,
     prompts_of,
     small_config,
+    version_files,
     write_result,
 )
 
@@ -119,8 +119,6 @@ class BareVLLM:
     """`vllm.LLM` with the engine's own arguments, and one version of the weights."""
 
     def __init__(self, config: RunConfig, adapter: Adapter, folder: Path) -> None:
-        from rlsf_ray.adapters import to_peft
-        from rlsf_ray.engines.lora import write_merged
         from rlsf_ray.engines.models import context_length, find_model, load_tokenizer
         from rlsf_ray.engines.vllm_start import engine_arguments, set_environment
 
@@ -134,14 +132,9 @@ class BareVLLM:
         held = None if merged else config.cluster.max_staleness + 2
         chosen = engine_arguments(config.model, config.learner, model, context=context, max_versions=held)
         self._llm: Any = LLM(**(chosen | config.engine_args))
+        version_files(config, adapter, folder)
         if merged:
-            dtype = getattr(torch, config.model.dtype)
-            write_merged(model, adapter, config.learner.lora_alpha, dtype, folder)
             self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
-        else:
-            files = to_peft(adapter, base_model=config.model.name, lora_alpha=config.learner.lora_alpha)
-            for name, data in files.items():
-                (folder / name).write_bytes(data)
         self._lora = None if merged else LoRARequest(lora_name="version-1", lora_int_id=1, lora_path=str(folder))
 
     async def write(self, prompts: Sequence[Prompt], round: int) -> int:
