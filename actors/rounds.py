@@ -292,7 +292,7 @@ class Rounds:
         await self._watch.answer(self._crew.weights.publish.remote(record, boxed), "weight_store")
         if self._state.rolled_back is not None:  # meanwhile
             return
-        self._state.committed(round, version, record["sequences"])
+        self._state.committed(round, version, record["sequences"], record["vitals"])
         await self._journal.save()
         await self._watch.answer(self._crew.buffer.end_rounds.remote(round + 1), "pair_buffer")
         self._pool.publish(version)

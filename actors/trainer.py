@@ -30,6 +30,7 @@ from rlsf_ray.engines.learner import Learner, pass_order, training_steps
 from rlsf_ray.errors import DrainedError, NonFiniteLossError, RlsfError, StorageError, WeightsError
 from rlsf_ray.loop import step_row
 from rlsf_ray.records import Json, TrainingGroup
+from rlsf_ray.vitals import training_vitals
 
 logger = logging.getLogger(__name__)
 
@@ -83,12 +84,12 @@ class Worker:
         self._learner = Learner(self._config, threads=pool.threads, device=where)
         self._versions = [0]  # published before the round in work
         self._before: dict[str, np.ndarray] = {}  # the adapter at the beginning of the round
-        self._fresh = True  # no step of the round was made yet
+        self._gap: float | None = None  # to the generators' log-probs at the round's first step
 
     def run(self) -> None:
         """Every round from the last checkpoint on."""
         for round in range(self._resume(), self._config.rounds):
-            self._before, self._fresh = self._learner.adapter(), True
+            self._before, self._gap = self._learner.adapter(), None
             trained = self._lead(round) if self._rank == 0 else self._follow()
             if trained:
                 self._report(round, trained)
@@ -189,8 +190,10 @@ class Worker:
 
     def _look_at_gap(self, step: Sequence[TrainingGroup], gap: float) -> None:
         """Warn if the generators' log-probs are far from ours under weights that should be the same."""
+        fresh = self._gap is None
+        if fresh:
+            self._gap = gap
         same = all(trace.version == self._versions[-1] for group in step for trace in group.traces)
-        fresh, self._fresh = self._fresh, False
         noise = logprob_noise(self._config)
         if fresh and same and gap > WIDE * noise:
             logger.warning(
@@ -215,6 +218,7 @@ class Worker:
             "versions": self._versions,
             "checksum": checksum(adapter),
             "sequences": [group.sequence for group in groups],
+            "vitals": training_vitals(groups, self._gap or 0.0),
             "ids": [group.id for group in groups],
         }
         with self._cores.turn():

@@ -29,6 +29,7 @@ from rlsf_ray.run_store import RunStore
 from rlsf_ray.stream.guard import Action
 from rlsf_ray.stream.run_state import RunState
 from rlsf_ray.tasks.sources import PromptSets, load_sets, prompts_of_round
+from rlsf_ray.vitals import training_vitals
 
 OnStatus = Callable[[Json], None]
 
@@ -110,8 +111,8 @@ def one_round(parts: Parts, round: int, prompts: Sequence[Prompt]) -> None:
     parts.state.round = round
     groups = generate_and_score(parts, round, prompts)
     if groups:
-        train_round(parts, round, groups)
-        publish(parts, round, groups)
+        reports = train_round(parts, round, groups)
+        publish(parts, round, groups, reports[0].logprob_gap)
     else:
         parts.state.had_no_pairs(round)
         parts.save()
@@ -173,24 +174,27 @@ def generate_and_score(parts: Parts, round: int, prompts: Sequence[Prompt]) -> l
     return groups
 
 
-def train_round(parts: Parts, round: int, groups: Sequence[TrainingGroup]) -> None:
+def train_round(parts: Parts, round: int, groups: Sequence[TrainingGroup]) -> list[StepReport]:
     """`epochs` passes over the round's groups: the first in admission order, the others shuffled."""
-    settings = parts.config.learner
+    settings, reports = parts.config.learner, list[StepReport]()
     for pass_index in range(settings.epochs):
         order = pass_order(groups, parts.config.seed, round, pass_index)
         for step in training_steps(order, settings.pairs_per_step):
             total = sum(len(group.pairs) for group in step)
             report = parts.learner.train_step(step, total_pairs=total, round=round, pass_index=pass_index)
+            reports.append(report)
             parts.store.append_metrics("train", [step_row(report)])
             parts.state.counts["steps"] += 1
             parts.tell("training")
+    return reports
 
 
-def publish(parts: Parts, round: int, groups: Sequence[TrainingGroup]) -> None:
+def publish(parts: Parts, round: int, groups: Sequence[TrainingGroup], logprob_gap: float) -> None:
     """The adapter becomes the next version. Its checkpoint comes first: what `state.json` says can be resumed."""
     version = round + 1
     parts.store.storage.write(_checkpoint(version), parts.learner.state_bytes())
-    parts.state.committed(round, version, [group.sequence for group in groups])
+    vitals = training_vitals(groups, logprob_gap)
+    parts.state.committed(round, version, [group.sequence for group in groups], vitals)
     parts.save()
     _deliver(parts)
 

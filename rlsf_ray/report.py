@@ -32,7 +32,7 @@ class RunData:
     evals: list[Json]  # by version, of those measured on the probe set
     vitals: list[Json]  # {"version", **vitals}, of those that wrote for the calibration prompts
     mix: Json | None
-    watched: Json  # {"verdicts", "rolled_back"} of the guard
+    watched: Json  # {"verdicts", "rolled_back", "training_vitals"} of the guard
     train: list[Json]  # by step
     stages: list[Json]
 

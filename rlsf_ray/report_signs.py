@@ -53,15 +53,20 @@ def guard(vitals: Sequence[Json], watched: Json) -> str:
             f'<p class="worse">The run went back from version {back["from"]} to the content of version {back["to"]},'
             f" which is now version {back['version']}.</p>"
         )
-    points = [{"version": one["version"], "metrics": one} for one in vitals]
+    trained = watched.get("training_vitals") or {}
+    points = [{"version": v["version"], "metrics": v | trained.get(str(v["version"]), {})} for v in vitals]
     curves = {
         "Agreement and confidence": {"agreement": "agreement", "answer_prob": "answer probability", "parsed": "parsed"},
         "Sameness": {"commonest": "commonest answer of all prompts", "repetition": "repeated 4-grams"},
         "Entropy (nats a token)": {"surprisal": "mean -log p of written tokens"},
         "Length (tokens)": {"length": "tokens of a trace"},
+        "Distances (nats a token)": {"kl": "KL to the base model", "logprob_gap": "trainer to generators"},
     }
     figures = (figure(n, plots.by_version(points, keys), f"{n} of each version") for n, keys in curves.items())
-    note = "Told without labels, from what each version writes for the same calibration prompts."
+    note = (
+        "Told without labels, from what each version writes for the same calibration prompts; the distances are of the"
+        " traces that it was trained on."
+    )
     return text + f'<div class="grid">{"".join(figures)}</div><p class="note">{note}</p>'
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from rlsf_ray.algorithms import voting
 from rlsf_ray.algorithms.agreement import leave_one_out
 from rlsf_ray.algorithms.answers import label_answers
-from rlsf_ray.records import Group, IntArray
+from rlsf_ray.records import Group, IntArray, Json, TrainingGroup
 from rlsf_ray.stream.guard import Vitals
 from rlsf_ray.tasks.equality import AnswerChecker
 
@@ -42,6 +42,16 @@ def take_vitals(groups: Sequence[Group], checker: AnswerChecker) -> Vitals:
         parsed=float(np.mean([trace.answer is not None for trace in traces])),
         votes=votes,
     )
+
+
+def training_vitals(groups: Sequence[TrainingGroup], logprob_gap: float) -> Json:
+    """{"kl", "logprob_gap"} of a round: what was drawn from the policy tells its KL divergence from the base model.
+
+    The mean of log p(policy) - log p(base) over the tokens written, in nats; `logprob_gap` is of the first step.
+    """
+    traces = [trace for group in groups for trace in group.traces]
+    ratios = [trace.logprob - trace.reference_logprob for trace in traces]
+    return {"kl": float(np.concatenate(ratios).mean(dtype=np.float64)), "logprob_gap": logprob_gap}
 
 
 def repetition(token_ids: IntArray) -> float:

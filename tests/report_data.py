@@ -153,6 +153,7 @@ def summary() -> dict:
         "guard": {
             "verdicts": [{"version": 1, "action": "stop", "reasons": [REASON]}],
             "rolled_back": {"from": 1, "to": 0, "version": 2},
+            "training_vitals": {"1": {"kl": 0.09, "logprob_gap": 0.05}},
         },
         "seconds": {"total": 431.0, "by_stage": {"generate": 90.0}},
         "peak_memory_gb": 4.27,

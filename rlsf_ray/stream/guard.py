@@ -32,6 +32,8 @@ class Vitals:
     repetition: float  # share of 4-grams that the trace has written before
     parsed: float  # share of traces with an answer
     votes: Mapping[str, str]
+    kl: float = 0.0  # from the base model in nats a token, of the traces that the version was trained on
+    logprob_gap: float = 0.0  # trainer against generators, in nats a token, when that training began
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +75,8 @@ SIGNS = (
     Sign("repetition", most=0.15),
     Sign("parsed", least=-0.2),
     Sign("distinct", least=0.2, relative=True, action="warn"),
+    Sign("kl", most=0.5, action="warn"),
+    Sign("logprob_gap", most=1.0, action="warn"),
 )
 FLIPS = 0.5  # share of prompts whose vote changed from one version to the next: more is churn
 SURER, AGREES = 0.15, 0.0  # answer probability that rises so much, with agreement that rises no more than this

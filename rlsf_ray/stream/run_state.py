@@ -34,6 +34,7 @@ class RunState:
         self.state: str = saved.get("state", "starting")
         self.message = ""
         self.guard = Guard(saved.get("guard", ()))
+        self._training_vitals: dict[str, Json] = dict(saved.get("training_vitals", {}))
         self.verdicts: list[Json] = list(saved.get("verdicts", ()))  # of the guard, where it had something to say
         self.rolled_back: Json | None = saved.get("rolled_back")  # {"from", "to", "version"}
         self.swaps: dict[str, Json] = {}  # generator -> its last swap in this life
@@ -59,8 +60,8 @@ class RunState:
             for name in ("traces", "tokens", "pairs", "parsed", "cut_off"):
                 self.counts[name] += getattr(outcome, f"num_{name}")
 
-    def committed(self, round: int, version: int, sequences: Sequence[int]) -> None:
-        """The checkpoint of `round` is saved and holds exactly the groups with pairs.
+    def committed(self, round: int, version: int, sequences: Sequence[int], vitals: Json) -> None:
+        """The checkpoint of `round` is saved and holds exactly the groups with pairs; `training_vitals` of the round.
 
         Raises ValueError if the trainer and the scorers disagree about which groups those are.
         """
@@ -70,6 +71,7 @@ class RunState:
                 f"round {round}: groups {sorted(waiting - set(sequences))} have pairs but were not trained"
             )
         self.ledger.trained(round, sequences)
+        self._training_vitals[str(version)] = vitals
         self._end(round, version)
 
     def swapped(self, swap: Json) -> None:
@@ -81,7 +83,7 @@ class RunState:
         """What the guard says of a version that was looked at. Raises GuardError if that is to stop the run."""
         if self._config.guard == "off" or vitals is None or self.rolled_back:
             return "go_on"
-        verdict = self.guard.observe(version, Vitals(**vitals))
+        verdict = self.guard.observe(version, Vitals(**(vitals | self._training_vitals.get(str(version), {}))))
         action = "warn" if self._config.guard == "warn" and verdict.action == "stop" else verdict.action
         if action != "go_on" and all(one["version"] != version for one in self.verdicts):
             found = {"version": version, "action": action, "found": verdict.action, "reasons": list(verdict.reasons)}
@@ -161,7 +163,11 @@ class RunState:
             "seconds": self.seconds,
             "peak_memory_gb": self.peak_memory_gb,
             "training": self.counts | self.shares(),
-            "guard": {"verdicts": self.verdicts, "rolled_back": self.rolled_back},
+            "guard": {
+                "verdicts": self.verdicts,
+                "rolled_back": self.rolled_back,
+                "training_vitals": self._training_vitals,
+            },
         }
 
     def stopped(self, error: RlsfError) -> None:
@@ -195,6 +201,7 @@ class RunState:
             "ledger": self.ledger.to_json(),
             "counts": dict(self.counts),
             "guard": self.guard.to_json(),
+            "training_vitals": dict(self._training_vitals),
             "verdicts": list(self.verdicts),
             "rolled_back": self.rolled_back,
             "seconds": self.seconds,

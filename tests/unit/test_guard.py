@@ -57,6 +57,19 @@ def test_each_sign_of_collapse_stops_the_run_with_its_numbers(name: str, value: 
     assert watching.last_good == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "numbers"),
+    [
+        ("distinct", 0.7, "distinct is 0.7, base model 4, expected at least 0.8"),
+        ("kl", 0.6, "kl is 0.6, base model 0, expected at most 0.5"),
+        ("logprob_gap", 1.2, "logprob_gap is 1.2, base model 0, expected at most 1"),
+    ],
+)
+def test_softer_signs_are_a_warning(name: str, value: float, numbers: str) -> None:
+    verdict = guard(BASE).observe(2, replace(BASE, **{name: value}))
+    assert (verdict.action, verdict.reasons) == ("warn", (numbers,))
+
+
 def test_confidence_that_rises_without_agreement_is_a_warning() -> None:
     surer = replace(BASE, answer_prob=0.76)
     assert guard().observe(1, surer).action == "warn"

@@ -68,7 +68,7 @@ def page(html) -> Page:
 def test_all_sections_are_there_in_order_with_pictures(page):
     assert list(page.text)[1:] == SECTIONS
     # reliability diagrams, by version, signs of collapse, along alpha, training
-    assert page.tags.count("img") == 2 + 2 + 4 + 4 + 4
+    assert page.tags.count("img") == 2 + 2 + 5 + 4 + 4
 
 
 def test_nothing_comes_from_elsewhere_and_nothing_runs(html, page):

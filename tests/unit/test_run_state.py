@@ -42,11 +42,11 @@ def state(small: RunConfig) -> RunState:
 
 def test_a_commit_that_left_out_a_group_is_refused(state: RunState) -> None:
     with pytest.raises(ValueError, match=r"groups \[2\] have pairs but were not trained"):
-        state.committed(0, 1, [0])
+        state.committed(0, 1, [0], {})
 
 
 def test_a_commit_ends_the_round_and_makes_its_version_the_newest(state: RunState) -> None:
-    state.committed(0, 1, [0, 2])
+    state.committed(0, 1, [0, 2], {})
     assert state.admission.newest == 1
     assert state.ledger.totals()["trained"] == 2
 
@@ -123,7 +123,7 @@ def test_a_run_with_a_filtered_prompt_has_no_pairs(small: RunConfig) -> None:
 
 
 def test_state_json_brings_everything_back(state: RunState, small: RunConfig) -> None:
-    state.committed(0, 1, [0, 2])
+    state.committed(0, 1, [0, 2], {})
     state.had_no_pairs(1)
     again = RunState("run", small, json.loads(json.dumps(state.to_json())), clock=lambda: 500.0)
     assert (again.admission.newest, again.admission.rounds_ended) == (1, 2)
@@ -161,10 +161,22 @@ def three_rounds(**changes: Any) -> RunState:
         state.ledger.admit(round, 2)
         state.scored(round, [outcome(0, None), outcome(1, "tie")])
         if round < 2:
-            state.committed(round, round + 1, [0])
+            state.committed(round, round + 1, [0], {})
     for version, vitals in enumerate((GOOD, GOOD)):
         assert state.judged(version, vitals) == "go_on"
     return state
+
+
+def test_the_guard_sees_how_far_a_round_was_from_the_base_model(small: RunConfig, caplog: Any) -> None:
+    state = RunState("run", small)
+    state.ledger.admit(0, 1)
+    state.scored(0, [outcome(0, None)])
+    state.committed(0, 1, [0], {"kl": 0.7, "logprob_gap": 0.05})
+    again = RunState("run", small, json.loads(json.dumps(state.to_json())))  # a resume
+    for watching in (state, again):
+        assert watching.judged(0, GOOD) == "go_on"
+        assert watching.judged(1, GOOD) == "warn"
+        assert "kl is 0.7" in watching.verdicts[0]["reasons"][0]
 
 
 def test_a_roll_back_ends_every_round_and_gives_every_prompt_an_end() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from rlsf_ray.records import Answer, Group, Prompt, Trace
+from rlsf_ray.records import Answer, Group, Json, Prompt, Trace, TrainingGroup, TrainingTrace
 from rlsf_ray.tasks.equality import AnswerChecker
-from rlsf_ray.vitals import repetition, take_vitals
+from rlsf_ray.vitals import repetition, take_vitals, training_vitals
 
 
 def trace(index: int, answer: str | None, prob: float = 0.5, tokens: int = 4) -> Trace:
@@ -31,6 +33,20 @@ def group(name: str, *traces: Trace) -> Group:
     prompt = Prompt(id=name, messages=(("user", name),), task="t", key=name)
     ids = np.zeros(1, dtype=np.int32)
     return Group(id=name, round=-1, sequence=0, version=0, prompt=prompt, prompt_ids=ids, traces=traces)
+
+
+def test_the_distance_from_the_base_model_is_the_mean_over_tokens() -> None:
+    def written(logprob: list[float], reference: list[float]) -> TrainingTrace:
+        arrays: Json = {"logprob": np.array(logprob, np.float32), "reference_logprob": np.array(reference, np.float32)}
+        ids = np.zeros(len(logprob), np.int32)
+        return TrainingTrace(id="", seed=0, version=1, score=0.5, answer="4", token_ids=ids, **arrays)
+
+    traces = (written([-0.5, -0.25, -0.25], [-1.0, -0.75, -0.25]), written([-2.0], [-1.0]))
+    place: Json = {"id": "a", "round": 0, "sequence": 0, "prompt_id": "a", "signal": "disparity"}
+    one = TrainingGroup(**place, prompt_ids=np.zeros(1, np.int32), traces=traces, pairs=())
+    assert training_vitals([one], 0.25) == {"kl": 0.0, "logprob_gap": 0.25}
+    two = training_vitals([replace(one, traces=traces[:1])], 0.25)
+    assert two["kl"] == pytest.approx(1.0 / 3)
 
 
 def test_vitals_by_hand() -> None:
