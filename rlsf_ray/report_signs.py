@@ -60,8 +60,9 @@ def guard(vitals: Sequence[Json], watched: Json) -> str:
         "Sameness": {"commonest": "commonest answer of all prompts", "repetition": "repeated 4-grams"},
         "Entropy (nats a token)": {"surprisal": "mean -log p of written tokens"},
         "Length (tokens)": {"length": "tokens of a trace"},
-        "Distances (nats a token)": {"kl": "KL to the base model", "logprob_gap": "trainer to generators"},
     }
+    if trained:
+        curves["Distances (nats a token)"] = {"kl": "KL to the base model", "logprob_gap": "trainer to generators"}
     figures = (figure(n, plots.by_version(points, keys), f"{n} of each version") for n, keys in curves.items())
     note = (
         "Told without labels, from what each version writes for the same calibration prompts; the distances are of the"
