@@ -77,13 +77,14 @@ def export_pairs(store: RunStore, to: Path) -> Path:
 
 
 def pair_messages(store: RunStore) -> list[Json]:
-    """One row for each pair of the run, in the order of rounds."""
+    """One row for each pair of the run, in the order of rounds; none of a round that the guard has undone."""
     from rlsf_ray.tasks.sources import load_sets
 
     train = load_sets(store.config).train
     messages = {
         prompt.id: [{"role": role, "content": content} for role, content in prompt.messages] for prompt in train
     }
+    undone = _undone_rounds(store)
     columns = store.read_table("traces").select(["trace_id", "text"]).to_pydict()
     text = dict(zip(columns["trace_id"], columns["text"], strict=True))
     return [
@@ -97,7 +98,17 @@ def pair_messages(store: RunStore) -> list[Json]:
             },
         }
         for pair in store.read_table("pairs").to_pylist()
+        if pair["round"] not in undone
     ]
+
+
+def _undone_rounds(store: RunStore) -> set[int]:
+    """Rounds whose versions were given up when the run went back."""
+    state = store.read_json("state.json") or {}
+    if not (back := state.get("rolled_back")):
+        return set()
+    kept = {round for round, version in state["ended"] if version is not None and version <= back["to"]}
+    return set(store.rounds("pairs")) - kept
 
 
 def latest_version(store: RunStore, version: int | None) -> int:

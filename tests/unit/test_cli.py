@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -162,6 +163,16 @@ def test_export_pairs_is_what_datasets_and_trl_read(runs: Path, tmp_path: Path, 
     assert rows[0]["chosen"][0]["role"] == rows[0]["rejected"][0]["role"] == "assistant"
     assert rows[0]["chosen"] != rows[0]["rejected"]
     assert not {"answer", "gold"} & set(rows.column_names)
+
+
+def test_export_leaves_out_pairs_that_the_guard_has_undone(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "done", tmp_path / "back")
+    state = tmp_path / "back" / "state.json"
+    went_back = {"rolled_back": {"from": 2, "to": 1, "version": 3}}
+    state.write_text(json.dumps(json.loads(state.read_text()) | went_back))
+    to = tmp_path / "pairs.jsonl"
+    assert exit_code("export", "back", "--root", str(tmp_path), "--what", "pairs", "--to", str(to)) == 0
+    assert {json.loads(line)["round"] for line in to.read_text().splitlines()} == {0}
 
 
 def test_export_pairs_refuses_other_kinds_of_file(runs: Path, tmp_path: Path) -> None:
