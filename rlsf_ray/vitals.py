@@ -15,21 +15,24 @@ from rlsf_ray.stream.guard import Vitals
 from rlsf_ray.tasks.equality import AnswerChecker
 
 GRAM = 4
+SETTLED = 0.5  # share of the traces with the voted answer
 
 
 def take_vitals(groups: Sequence[Group], checker: AnswerChecker) -> Vitals:
     """Means over all traces of `groups`, which must not be empty."""
     traces = [trace for group in groups for trace in group.traces]
-    votes, distinct, shares = {}, [], list[float]()
+    votes, settled, distinct, shares = [], {}, [], list[float]()
     for group in groups:
         answers = [trace.answer.text if trace.answer else None for trace in group.traces]
         labels = label_answers(answers, checker.equal)
-        winner, _ = voting.majority(labels)
+        winner, share = voting.majority(labels)
         if winner >= 0:
-            votes[group.prompt.id] = str(answers[labels.index(winner)])
+            votes.append(str(answers[labels.index(winner)]))
+            if share >= SETTLED:
+                settled[group.prompt.id] = votes[-1]
         distinct.append(len(set(labels) - {-1}))
         shares += leave_one_out(labels).tolist()
-    commonest = Counter(votes.values()).most_common(1)
+    commonest = Counter(votes).most_common(1)
     probs = [float(np.exp(t.logprob[slice(*t.answer.tokens)].sum())) for t in traces if t.answer]
     return Vitals(
         agreement=float(np.mean(shares)),
@@ -40,7 +43,7 @@ def take_vitals(groups: Sequence[Group], checker: AnswerChecker) -> Vitals:
         length=float(np.mean([len(trace.token_ids) for trace in traces])),
         repetition=float(np.mean([repetition(trace.token_ids) for trace in traces])),
         parsed=float(np.mean([trace.answer is not None for trace in traces])),
-        votes=votes,
+        votes=settled,
     )
 
 

@@ -20,7 +20,7 @@ Action = Literal["go_on", "warn", "stop"]
 class Vitals:
     """How one version writes: means over the traces of the calibration prompts, without labels.
 
-    `votes` holds the voted answer of each prompt that has one.
+    `votes` holds the answer of each prompt whose vote is settled: others change with the draw.
     """
 
     agreement: float  # share of the other traces of a prompt with the same answer
@@ -78,7 +78,8 @@ SIGNS = (
     Sign("kl", most=0.5, action="warn"),
     Sign("logprob_gap", most=1.0, action="warn"),
 )
-FLIPS = 0.5  # share of prompts whose vote changed from one version to the next: more is churn
+FLIPS = 0.5  # share of settled votes that changed from one version to the next: more is churn
+LEAST_VOTES = 8  # settled for both versions, to speak of a share
 SURER, AGREES = 0.15, 0.0  # answer probability that rises so much, with agreement that rises no more than this
 
 
@@ -123,7 +124,7 @@ class Guard:
             found.append(("warn", f"answer_prob rose by {surer:.3g} while agreement moved by {agrees:+.3g}"))
         flips = flipped(before.votes, now.votes)
         if flips > FLIPS:
-            found.append(("warn", f"the vote changed for {flips:.0%} of the prompts, expected at most {FLIPS:.0%}"))
+            found.append(("warn", f"{flips:.0%} of the settled votes changed, expected at most {FLIPS:.0%}"))
         return found
 
     def to_json(self) -> list[Json]:
@@ -132,6 +133,6 @@ class Guard:
 
 
 def flipped(before: Mapping[str, str], now: Mapping[str, str]) -> float:
-    """Share of the prompts with a vote both times whose voted answer changed; 0 where there are none."""
+    """Share of the prompts with a settled vote both times whose answer changed; 0 where there are too few."""
     both = before.keys() & now.keys()
-    return sum(before[prompt] != now[prompt] for prompt in both) / len(both) if both else 0.0
+    return sum(before[prompt] != now[prompt] for prompt in both) / len(both) if len(both) >= LEAST_VOTES else 0.0
