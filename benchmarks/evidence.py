@@ -63,10 +63,11 @@ class Row:
 
 
 EVERY = tuple(TASKS)
+TOO_FAR = ("rounds=5", "learner.learning_rate=4e-4", "eval.during=200")  # driven to collapse, each version measured
 TEMPERATURES = (0.3, 0.5, 0.7, 1.0)  # 0.9 is what every other row is sampled with
 ROWS = {
     "base": Row(None, ("eval.branches=10",), tasks=EVERY),
-    **{f"base-t{t}": Row(None, (f"rollout.temperature={t}",), tasks=EVERY) for t in TEMPERATURES},
+    **{f"base-t{t}": Row(None, (f"rollout.temperature={t}",)) for t in TEMPERATURES},
     "rlsf": Row("rlsf", seeds=(0, 1, 2), tasks=EVERY),
     "random_pairs": Row("random_pairs", seeds=(0, 1, 2), tasks=EVERY),
     "rlsf_best_worst": Row("rlsf_best_worst", seeds=(0, 1, 2)),
@@ -75,9 +76,11 @@ ROWS = {
     "reversed_pairs": Row("reversed_pairs"),
     "length_matched": Row("length_matched"),
     "format_only": Row("format_only"),
+    "collapse": Row("rlsf", TOO_FAR),
+    "collapse_guarded": Row("rlsf", (*TOO_FAR, "guard=roll_back")),
 }
-MINUTES = {None: 4.0, "rlsf_paper": 20.0}  # of a cell on two cores without a GPU; others:
-MINUTES_OF_A_RUN = 10.0
+MINUTES = {"rlsf_paper": 20.0, "collapse": 25.0, "collapse_guarded": 15.0}  # a cell on two cores without a GPU; others:
+MINUTES_UNTRAINED, MINUTES_OF_A_RUN = 4.0, 10.0
 
 
 def cells(only: str = "") -> list[str]:
@@ -90,6 +93,11 @@ def path_of(cell: str) -> Path:
     return RESULTS / (cell.replace("/", "-") + ".json")
 
 
+def minutes_of(row: str) -> float:
+    """About how long a cell of this row takes."""
+    return MINUTES.get(row, MINUTES_OF_A_RUN if ROWS[row].recipe else MINUTES_UNTRAINED)
+
+
 def settings_of(cell: str, *, training: bool) -> tuple[str | None, list[str]]:
     """(recipe, overrides) of a cell: for its training, or for measuring, which is alike for every row of a task.
 
@@ -99,7 +107,7 @@ def settings_of(cell: str, *, training: bool) -> tuple[str | None, list[str]]:
     row = ROWS[name]
     shared = [*TASKS[task], "engine=vllm", "engine_args={max_model_len: 1024}", "eval.samples=4", "eval.during=0"]
     if training:
-        return row.recipe, [*shared, *row.settings, f"seed={seed}", "guard=warn"]
+        return row.recipe, [*shared, f"seed={seed}", "guard=warn", *row.settings]
     return "rlsf", [*shared, *(row.settings if row.recipe is None else ())]
 
 
@@ -124,6 +132,7 @@ def run_cell(cell: str, runs: Path, *, anew: bool) -> None:
         "machine": machine_facts(*PACKAGES),
         "minutes": round((time.time() - start) / 60, 1),
         "training": {key: summary.get(key) for key in ("accounting", "guard", "training")} if summary else None,
+        "sampled_by_version": {v["version"]: v["metrics"]["sampled_accuracy"] for v in summary.get("versions", ())},
         **{key: result[key] for key in ("version", "metrics", "reliability", "calibration", "vitals")},
         "questions": [_short(row) for row in result["questions"]],
     }
@@ -182,7 +191,7 @@ def _tell(cell: str) -> Callable[[Json], None]:
 def run_missing(names: Sequence[str], runs: Path) -> None:
     """Each cell without a result, in a process of its own."""
     missing = [name for name in names if not path_of(name).exists()]
-    minutes = sum(MINUTES.get(ROWS[name.split("/")[1]].recipe, MINUTES_OF_A_RUN) for name in missing)
+    minutes = sum(minutes_of(name.split("/")[1]) for name in missing)
     print(f"{len(missing)} of {len(names)} cells to run, about {minutes / 60:.1f} h on two cores", flush=True)
     for name in missing:
         start = time.time()

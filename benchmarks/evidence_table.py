@@ -68,6 +68,8 @@ def table_of(rows: dict[str, list[Json]]) -> Json:
                 kinds = ("sampled", "greedy", "majority")
                 entry[f"from_{against}"] = {kind: difference(others, cells, kind) for kind in kinds}
         entry["confidence"] = confidence_of(cells)
+        entry["by_version"] = cells[0].get("sampled_by_version")
+        entry["guard"] = (cells[0]["training"] or {}).get("guard")
         entry["guard_stops"] = sum(_stopped(cell) for cell in cells)
         found[name] = entry
     return found
@@ -161,10 +163,30 @@ def _lines(facts: Json) -> list[str]:
     lines[-1] += (
         " means [smallest, largest]. Differences are paired; their 95 % intervals are over questions, not seeds."
     )
+    lines += ["", "A cell again: `python benchmarks/evidence.py --cell TASK/ROW/SEED`; rows of one seed have seed 0."]
     for machine in facts["machines"]:
         lines += ["", "Measured with " + ", ".join(f"{key} {value}" for key, value in machine.items()) + "."]
     for task, rows in facts["tasks"].items():
         lines += ["", f"## {task}", "", *_main(rows), "", *_ways(rows), "", *_confidences(rows)]
+        if "collapse" in rows:
+            lines += ["", "### Driven to collapse, without and with the guard", "", *_collapse(rows)]
+    return lines
+
+
+def _collapse(rows: Json) -> list[str]:
+    """Sampled accuracy of each version of the two runs, and what the guard said."""
+    both = {name: rows[name] for name in ("collapse", "collapse_guarded") if name in rows}
+    versions = sorted({int(version) for row in both.values() for version in row["by_version"]})
+    lines = [_line(["sampled accuracy", *(f"version {v}" for v in versions)]), _line(["---"] * (1 + len(versions)))]
+    for name, row in both.items():
+        known = {int(version): f"{value:.3f}" for version, value in row["by_version"].items()}
+        lines.append(_line([name, *(known.get(version, "-") for version in versions)]))
+    for name, row in both.items():
+        for verdict in row["guard"]["verdicts"]:
+            reasons = "; ".join(verdict["reasons"])
+            lines += ["", f"- {name}, version {verdict['version']}, {verdict['found']}: {reasons}"]
+        if back := row["guard"]["rolled_back"]:
+            lines += ["", f"- {name}: version {back['version']} has the content of version {back['to']} again"]
     return lines
 
 

@@ -58,6 +58,26 @@ def test_differences_are_paired_over_questions_after_a_mean_over_seeds() -> None
     assert difference(base, ours, "majority")[0] == pytest.approx((1 + 0) / 2)  # a tie goes to the first sample
 
 
+def test_the_table_shows_what_the_guard_did(tmp_path: Path) -> None:
+    verdict = {"version": 2, "found": "stop", "action": "stop", "reasons": ["length is 3"]}
+    told = {"verdicts": [verdict], "rolled_back": None}
+    went_back = told | {"rolled_back": {"from": 2, "to": 1, "version": 3}}
+    folder = tmp_path / "evidence"
+    folder.mkdir()
+    for name, guard, versions in (
+        ("collapse", told, {"0": 0.1, "1": 0.3, "2": 0.05}),
+        ("collapse_guarded", went_back, {"0": 0.1, "1": 0.3, "2": 0.05, "3": 0.3}),
+    ):
+        one = cell(f"t/{name}/0", [1, 0], [0, 0]) | {"training": {"guard": guard, "training": {"pairs": 7}}}
+        (folder / f"{name}.json").write_text(json.dumps(one | {"sampled_by_version": versions}))
+    write_table(folder)
+    lines = (tmp_path / "evidence.md").read_text().splitlines()
+    assert "| collapse | 0.100 | 0.300 | 0.050 | - |" in lines
+    assert "| collapse_guarded | 0.100 | 0.300 | 0.050 | 0.300 |" in lines
+    assert "- collapse, version 2, stop: length is 3" in lines
+    assert "- collapse_guarded: version 3 has the content of version 1 again" in lines
+
+
 def test_the_table_compares_with_the_base_its_best_temperature_and_random_pairs(tmp_path: Path) -> None:
     found = [
         cell("t/base/0", [0, 0], [1, 0]),
