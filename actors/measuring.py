@@ -73,11 +73,19 @@ class Measuring:
         return vitals
 
     def beside(self) -> None:
-        """Measure the newest version while the next round goes on, on `eval.during` questions; each version once."""
-        admission, questions = self._state.admission, self._config.eval.during
-        if admission.newest in (0, *self._beside) or admission.rounds_ended >= self._config.rounds:
-            return
-        self._beside[admission.newest] = self._pool.start_task(self.evaluate(admission.newest, questions))
+        """Measure each version once while the rounds go on, on `eval.during` questions: all but the run's last.
+
+        An earlier life may have ended before it measured its versions; the guard has to hear of them in order.
+        """
+        admission = self._state.admission
+        last = admission.newest if admission.rounds_ended >= self._config.rounds else None
+        for _, version in admission.made():
+            if version != last and version not in self._beside:
+                self._beside[version] = self._pool.start_task(self._after_others(version, list(self._beside.values())))
+
+    async def _after_others(self, version: int, others: Sequence[asyncio.Task[None]]) -> None:
+        await asyncio.gather(*others)
+        await self.evaluate(version, self._config.eval.during)
 
     async def ended(self) -> None:
         """Return once nothing is measured any more: the evaluator keeps the rows of a version in one place."""

@@ -287,7 +287,7 @@ class Rounds:
     async def _commit(self, record: Json, boxed: list[Any]) -> None:
         """Publish the version of a saved checkpoint. Being told twice changes nothing."""
         round, version = record["round"], record["version"]
-        if round < self._state.admission.rounds_ended:
+        if round < self._state.admission.rounds_ended or not self.may_train:  # the run goes back: too late
             return
         await self._watch.answer(self._crew.weights.publish.remote(record, boxed), "weight_store")
         if self._state.rolled_back is not None:  # meanwhile

@@ -35,14 +35,14 @@ class WeightStore:
             file = Path(folder) / CANARY_FILE
             canaries = file.read_bytes() if file.exists() else b""  # of an older run
         config = self._store.config
-        if canaries:
-            self._store.storage.write(_canary_file(record["version"]), canaries)
         weights = self._store.write_adapter(record["version"], adapter, config.model.name, config)
         if weights.checksum != record["checksum"]:
             raise WeightsError(
                 f"the checkpoint of round {record['round']} holds an adapter with checksum {weights.checksum}, expected"
                 f" {record['checksum']} as the trainer reported; the checkpoint changed on storage"
             )
+        if canaries:
+            self._store.storage.write(_canary_file(record["version"]), canaries)
         self._hold(weights, adapter, canaries_from_bytes(canaries))
         return weights
 

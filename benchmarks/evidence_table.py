@@ -35,6 +35,13 @@ WAYS = {
     "cot_aggregated_accuracy": "CoT-decoding (10), aggregated",
 }
 CONFIDENCES = ("answer_prob", "temperature_scaled", "disparity", "calibrated", "agreement", "voted", "vote_share")
+DIFFERENCES = (
+    ("base", "sampled"),
+    ("base", "greedy"),
+    ("base", "majority"),
+    ("best", "sampled"),
+    ("random_pairs", "sampled"),
+)
 COMPARED = {"base": "base", "best": "base at its best temperature", "random_pairs": "random pairs"}
 
 
@@ -48,7 +55,7 @@ def write_table(folder: Path) -> None:
     table = {task: table_of(rows) for task, rows in tasks.items()}
     facts = {"command": COMMAND, "machines": _distinct(cell["machine"] for cell in cells), "tasks": table}
     text = "\n".join(_lines(facts))
-    (folder.parent / "evidence.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (folder.parent / "evidence.json").write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n")
     (folder.parent / "evidence.md").write_text(text + "\n")
     print(text)
 
@@ -59,20 +66,67 @@ def table_of(rows: dict[str, list[Json]]) -> Json:
     best = max(bases, key=lambda cells: cells[0]["metrics"]["sampled_accuracy"], default=None)
     found: Json = {}
     for name, cells in rows.items():
-        metrics = {metric: _spread([cell["metrics"].get(metric) for cell in cells]) for metric in METRICS | WAYS}
         entry: Json = {"seeds": len(cells), "minutes": [cell["minutes"] for cell in cells]}
-        entry["metrics"] = {metric: value for metric, value in metrics.items() if value is not None}
+        entry["metrics"] = {metric: _figure(cells, metric) for metric in METRICS | WAYS}
         entry["pairs"] = _spread([_pairs(cell) for cell in cells])
         for against, others in (("base", rows.get("base")), ("best", best), ("random_pairs", rows.get("random_pairs"))):
             if others and others is not cells:
                 kinds = ("sampled", "greedy", "majority")
                 entry[f"from_{against}"] = {kind: difference(others, cells, kind) for kind in kinds}
+        if "base" in rows and _calibrated(cells):
+            entry["against_base"] = calibration_against(rows["base"], cells)
         entry["confidence"] = confidence_of(cells)
         entry["by_version"] = cells[0].get("sampled_by_version")
         entry["guard"] = (cells[0]["training"] or {}).get("guard")
         entry["guard_stops"] = sum(_stopped(cell) for cell in cells)
         found[name] = entry
     return found
+
+
+def _figure(cells: Sequence[Json], metric: str) -> list[float] | None:
+    """[mean, smallest, largest] over the seeds; of one seed [value, low, high] over questions. None: not measured."""
+    if len(cells) > 1:
+        return _spread([cell["metrics"].get(metric) for cell in cells])
+    found = [cells[0]["metrics"].get(f"{metric}{end}") for end in ("", "_low", "_high")]
+    return _spread(found[:1]) if None in found else found
+
+
+def _calibrated(cells: Sequence[Json]) -> bool:
+    return all(
+        "calibrated" in sample for cell in cells for question in cell["questions"] for sample in question["samples"]
+    )
+
+
+def calibration_against(base: Sequence[Json], ours: Sequence[Json]) -> Json:
+    """{"ece_ratio", "skill", "base_skill"}: [value, low, high] with questions drawn alike for both, all seeds together.
+
+    Our calibrated confidence against the base model's answer probability: the ratio of the ECEs, and each Brier skill.
+    """
+    old, new = _confidence(base, "answer_prob"), _confidence(ours, "calibrated")
+    shared = sorted(old.keys() & new.keys())
+    draws = [np.arange(len(shared)), *np.random.default_rng(0).integers(len(shared), size=(500, len(shared)))]
+    rows: list[tuple[float, float, float]] = []
+    for draw in draws:
+        before, after = (np.concatenate([found[shared[q]] for q in draw]) for found in (old, new))
+        ece = calibration.ece(after[:, 0], after[:, 1]) / (calibration.ece(before[:, 0], before[:, 1]) or np.nan)
+        skills = (
+            calibration.brier_skill(after[:, 0], after[:, 1]),
+            calibration.brier_skill(before[:, 0], before[:, 1]),
+        )
+        rows.append((ece, *skills))
+    low, high = np.nanquantile(rows[1:], [0.025, 0.975], axis=0)
+    names = ("ece_ratio", "skill", "base_skill")
+    found = {name: [rows[0][k], float(low[k]), float(high[k])] for k, name in enumerate(names)}
+    return {name: values for name, values in found.items() if np.isfinite(values).all()}
+
+
+def _confidence(cells: Sequence[Json], name: str) -> dict[str, Any]:
+    """{question: [samples of all seeds, (confidence, right)]}."""
+    found: dict[str, list[tuple[float, int]]] = defaultdict(list)
+    for cell in cells:
+        for question in cell["questions"]:
+            found[question["id"]] += [(sample[name], sample["right"]) for sample in question["samples"]]
+    return {question: np.array(samples, dtype=float) for question, samples in found.items()}
 
 
 def _pairs(cell: Json) -> float | None:
@@ -111,8 +165,14 @@ def confidence_of(cells: Sequence[Json]) -> Json:
     for name in CONFIDENCES:
         values = [_statistics(cell, name) for cell in cells]
         if all(values):
-            found[name] = {kind: float(np.mean([value[kind] for value in values])) for kind in STATISTICS}
+            found[name] = {kind: _mean([value.get(kind) for value in values]) for kind in STATISTICS}
     return found
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """None where a seed has no such figure: with no right answer, say, there is no AUROC."""
+    known = [value for value in values if value is not None and np.isfinite(value)]
+    return float(np.mean(known)) if len(known) == len(values) else None
 
 
 def _statistics(cell: Json, name: str) -> Json:
@@ -146,7 +206,7 @@ def _stopped(cell: Json) -> bool:
 
 def _spread(values: Sequence[float | None]) -> list[float] | None:
     """[mean, smallest, largest] over the seeds."""
-    known = [value for value in values if value is not None]
+    known = [value for value in values if value is not None and np.isfinite(value)]
     return [float(np.mean(known)), min(known), max(known)] if known else None
 
 
@@ -159,15 +219,31 @@ def _distinct(items: Any) -> list[Json]:
 
 
 def _lines(facts: Json) -> list[str]:
-    lines = ["# Evidence", "", f"Written by `{facts['command']}` from `results/evidence/`. Figures of three seeds are"]
+    lines = [
+        "# Evidence",
+        "",
+        f"Written by `{facts['command']}` from `results/evidence/`. A figure of several seeds is",
+    ]
     lines[-1] += (
-        " means [smallest, largest]. Differences are paired; their 95 % intervals are over questions, not seeds."
+        " the mean [smallest, largest], one of a single seed has its 95 % interval. Intervals and differences are over"
+        " questions, paired. The base model has one seed: every trace has a seed of its own, whatever the run's."
     )
     lines += ["", "A cell again: `python benchmarks/evidence.py --cell TASK/ROW/SEED`; rows of one seed have seed 0."]
     for machine in facts["machines"]:
         lines += ["", "Measured with " + ", ".join(f"{key} {value}" for key, value in machine.items()) + "."]
     for task, rows in facts["tasks"].items():
-        lines += ["", f"## {task}", "", *_main(rows), "", *_ways(rows), "", *_confidences(rows)]
+        lines += [
+            "",
+            f"## {task}",
+            "",
+            *_main(rows),
+            "",
+            *_differences(rows),
+            "",
+            *_ways(rows),
+            "",
+            *_confidences(rows),
+        ]
         if "collapse" in rows:
             lines += ["", "### Driven to collapse, without and with the guard", "", *_collapse(rows)]
     return lines
@@ -191,13 +267,26 @@ def _collapse(rows: Json) -> list[str]:
 
 
 def _main(rows: Json) -> list[str]:
-    ends = [f"sampled - {name}" for name in COMPARED.values()]
-    head = ["row", "seeds", "pairs", *METRICS.values(), *ends, "guard would stop"]
+    head = ["row", "seeds", "pairs", *METRICS.values(), "guard would stop"]
     lines = [_line(head), _line(["---"] * len(head))]
     for name, row in rows.items():
         values = [_number(row["metrics"].get(metric), 1 if metric == "mean_length" else 3) for metric in METRICS]
-        differences = [_signed((row.get(f"from_{o}") or {}).get("sampled")) for o in COMPARED]
-        lines.append(_line([name, row["seeds"], _number(row["pairs"], 0), *values, *differences, row["guard_stops"]]))
+        lines.append(_line([name, row["seeds"], _number(row["pairs"], 0), *values, row["guard_stops"]]))
+    return lines
+
+
+def _differences(rows: Json) -> list[str]:
+    """Rises of accuracy, and the calibrated confidence against the base model's answer probability."""
+    head = [f"{kind} - {COMPARED[other]}" for other, kind in DIFFERENCES]
+    lines = [_line(["row", *head, "share of the gain of rlsf", "ECE, calibrated / base's answer prob.", "skill"])]
+    lines.append(_line(["---"] * (len(head) + 4)))
+    whole = ((rows.get("rlsf") or {}).get("from_base") or {}).get("sampled")
+    for name, row in rows.items():
+        rises = [(row.get(f"from_{other}") or {}).get(kind) for other, kind in DIFFERENCES]
+        share = f"{rises[0][0] / whole[0]:.2f}" if rises[0] and whole and whole[0] else "-"
+        against = row.get("against_base") or {}
+        ends = (_number(against.get("ece_ratio"), 2), _number(against.get("skill")))
+        lines.append(_line([name, *map(_signed, rises), share, *ends]))
     return lines
 
 
@@ -214,7 +303,14 @@ def _confidences(rows: Json) -> list[str]:
     lines = [_line(["confidence", *STATISTICS]), _line(["---"] * (1 + len(STATISTICS)))]
     for name in ("base", "rlsf", "random_pairs"):
         for confidence, values in (rows[name]["confidence"] if name in rows else {}).items():
-            lines.append(_line([f"{name}: {confidence}", *(f"{values[kind]:.3f}" for kind in STATISTICS)]))
+            lines.append(
+                _line(
+                    [
+                        f"{name}: {confidence}",
+                        *("-" if values[kind] is None else f"{values[kind]:.3f}" for kind in STATISTICS),
+                    ]
+                )
+            )
     return lines
 
 

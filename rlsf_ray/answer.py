@@ -5,6 +5,7 @@ One trace is enough where the model is sure; else it writes more, and the traces
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,18 +27,11 @@ from rlsf_ray.tasks.questions import Question, as_user, canonical_key, question_
 ROUNDS = (1, 2, 4, 8, 16)  # traces written for a question by the end of each round, up to `most`
 
 
-def open_engine(store: RunStore, version: int) -> Any:
-    """The run's engine with `version` loaded; the caller closes it."""
-    engine = build_engine(store.config)
-    if version:
-        engine.load_version(version, store.read_adapter(version)[0])
-    return engine
-
-
 def read_questions(given: Sequence[str], file: Path | None) -> list[str]:
     """Questions from the arguments, else from a file, else from standard input; a line each.
 
-    Raises InputError if there are none, or if the file cannot be read.
+    A file that ends in .jsonl has a JSON text a line, for questions of several lines. Raises InputError if there are
+    none, or if the file cannot be read.
     """
     if given:
         return list(given)
@@ -46,25 +40,39 @@ def read_questions(given: Sequence[str], file: Path | None) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--file: {file} cannot be read ({error}); expected a text file, a question a line") from error
     questions = [line.strip() for line in text.splitlines() if line.strip()]
+    if file and file.suffix == ".jsonl":
+        questions = [_json_text(line, f"{file}:{number}") for number, line in enumerate(questions, 1)]
     if not questions:
         raise InputError("no question: got an empty input; give questions as arguments, in --file, or line by line")
     return questions
 
 
-class Answerer:
-    """Answers questions with one version of a run. `engine` holds that version; the caller closes it."""
+def _json_text(line: str, at: str) -> str:
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f'{at}: not JSON ({error}); expected a question as a JSON text, such as "What is 2 + 2?"'
+        ) from error
+    if not isinstance(found, str) or not found.strip():
+        raise InputError(f"{at}: got {line[:80]}, expected a question as a JSON text")
+    return found
 
-    def __init__(self, store: RunStore, version: int, engine: Any) -> None:
-        """Raises InputError if the version has no calibration: it was never measured."""
-        found = store.read_json(f"versions/{version:04d}/{CALIBRATION_FILE}")
-        if found is None:
-            raise InputError(
-                f"{store.root}: version {version} has no {CALIBRATION_FILE}, so nobody knows what its confidence means;"
-                f" it needs {LEAST_TRACES} answered traces of data.calibration prompts: ask another version, or begin a"
-                " run with more of them"
-            )
+
+class Answerer:
+    """Answers questions with one version of a run. Close it after use."""
+
+    def __init__(self, store: RunStore, version: int, engine: Any = None) -> None:
+        """`engine` holds the version; None: the run's own is started, which takes long.
+
+        Raises InputError if the version has no calibration: it was never measured.
+        """
         self._config: RunConfig = store.config
-        self._map, self._version, self._engine = AgreementMap.from_json(found), version, engine
+        self._map, self._version = _read_map(store, version), version
+        self._engine = engine or _open_engine(store, version)
+
+    def close(self) -> None:
+        self._engine.close()
 
     def __call__(
         self, questions: Sequence[str], *, sure: float = 0.8, least: float = 0.0, most: int = 8
@@ -101,13 +109,36 @@ class Answerer:
     def _prompt(self, question: str) -> Prompt:
         data, key = self._config.data, canonical_key(question)
         asked = Question(id=question_id("asked", key), messages=as_user(question), task="asked", key=key, gold=None)
-        return to_prompt(asked, suffix=data.suffix, answer_format=data.answer)
+        choices = all(source.kind == "commonsenseqa" for source in data.train)  # its questions ask for a letter
+        return to_prompt(asked, suffix=data.suffix, answer_format="choice" if choices else data.answer)
 
     def _more(self, prompts: Sequence[Prompt], have: int, upto: int) -> list[tuple[Trace, ...]]:
         groups = write_answers(
             self._engine, prompts, config=self._config, version=self._version, first=have, count=upto - have
         )
         return [group.traces for group in groups]
+
+
+def _read_map(store: RunStore, version: int) -> AgreementMap:
+    found = store.read_json(f"versions/{version:04d}/{CALIBRATION_FILE}")
+    if found is None:
+        raise InputError(
+            f"{store.root}: version {version} has no {CALIBRATION_FILE}, so nobody knows what its confidence means;"
+            f" it needs {LEAST_TRACES} answered traces of data.calibration prompts: ask another version, or begin a"
+            " run with more of them"
+        )
+    try:
+        return AgreementMap.from_json(found)
+    except ValueError as error:
+        raise InputError(f"{store.root}: version {version} has {error}") from error
+
+
+def _open_engine(store: RunStore, version: int) -> Any:
+    adapter = store.read_adapter(version)[0] if version else None
+    engine = build_engine(store.config)
+    if adapter is not None:
+        engine.load_version(version, adapter)
+    return engine
 
 
 def confidence(traces: Sequence[Trace], fitted: AgreementMap) -> list[float]:

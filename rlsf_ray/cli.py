@@ -156,23 +156,23 @@ def mix(
 def answer(
     run: Run,
     questions: Annotated[list[str] | None, typer.Argument(help="Questions; without any, a line of input each.")] = None,
-    file: Annotated[Path | None, typer.Option(help="A file with a question in each line.")] = None,
-    sure: Annotated[float, typer.Option(help="Confidence at which one needs no further trace.")] = 0.8,
-    least: Annotated[float, typer.Option(help="Abstain below this confidence.")] = 0.0,
+    file: Annotated[Path | None, typer.Option(help="A question a line; .jsonl: a JSON text a line.")] = None,
+    sure: Annotated[float, typer.Option(min=0, max=1, help="Confidence that needs no further trace.")] = 0.8,
+    least: Annotated[float, typer.Option(min=0, max=1, help="Abstain below this confidence.")] = 0.0,
     most: Annotated[int, typer.Option(min=1, help="Traces a question may take.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON object a line instead of a table.")] = False,
     version: Version = None,
     root: Root = "runs",
 ) -> None:
     """Answer questions with a run's model, each with a calibrated confidence."""
-    from rlsf_ray.answer import Answerer, open_engine, read_questions
+    from rlsf_ray.answer import Answerer, read_questions
     from rlsf_ray.export import latest_version
     from rlsf_ray.progress import print_replies
 
     store, asked = _open(run, root), read_questions(questions or [], file)
     number = latest_version(store, version) if version != 0 else 0
-    with closing(open_engine(store, number)) as engine:
-        replies = Answerer(store, number, engine)(asked, sure=sure, least=least, most=most)
+    with closing(Answerer(store, number)) as answerer:
+        replies = answerer(asked, sure=sure, least=least, most=most)
     if as_json:
         print("\n".join(json.dumps(asdict(reply), ensure_ascii=False) for reply in replies))
     else:

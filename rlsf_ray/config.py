@@ -10,7 +10,16 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from rlsf_ray.algorithms.preferences import RULES
 from rlsf_ray.algorithms.signals import SIGNALS
@@ -208,7 +217,10 @@ class RunConfig(_Section):
     learner: LearnerConfig = LearnerConfig()
     cluster: ClusterConfig = ClusterConfig()
     eval: EvalConfig = EvalConfig()
-    guard: Literal["off", "warn", "stop", "roll_back"] = "roll_back"  # what a sign of collapse does to the run
+    # What a sign of collapse does to the run; YAML reads a bare `off` as False
+    guard: Annotated[
+        Literal["off", "warn", "stop", "roll_back"], BeforeValidator(lambda v: "off" if v is False else v)
+    ] = "roll_back"
 
     @property
     def probe_prompts_per_call(self) -> int:

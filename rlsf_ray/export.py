@@ -70,7 +70,8 @@ def export_pairs(store: RunStore, to: Path) -> Path:
         raise InputError(f"--to: expected a file that ends in .jsonl or .parquet, got {to}; choose one of the two")
     rows = pair_messages(store)
     if not rows:
-        raise InputError(f"{store.root} holds no pairs yet; let the run train a round first")
+        cure = "all were undone: run with a lower rate" if _undone_rounds(store) else "let the run train a round first"
+        raise InputError(f"{store.root} holds no pairs to export, expected at least one; {cure}")
     to.parent.mkdir(parents=True, exist_ok=True)
     writers[to.suffix](rows, to)
     return to

@@ -56,12 +56,12 @@ def reliability(before: Bins | None, after: Bins | None) -> str:
         return _svg(figure)
 
 
-def by_version(evals: Sequence[Json], metrics: dict[str, str], *, interval: str | None = None) -> str:
-    """Metrics (key -> label) over the version; `interval` names the one drawn with its `_low` and `_high`."""
+def by_version(evals: Sequence[Json], metrics: dict[str, str]) -> str:
+    """Metrics (key -> label) over the version, with their `_low` and `_high` where they are known."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _one_panel()
-        _lines(axes, [e["version"] for e in evals], [e["metrics"] for e in evals], metrics, interval)
-        axes.set(xlabel="version", ylim=(0, None))
+        _lines(axes, [e["version"] for e in evals], [e["metrics"] for e in evals], metrics)
+        axes.set(xlabel="version", ylim=(min(0, axes.get_ylim()[0]), None))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         return _svg(figure)
 
@@ -72,22 +72,21 @@ def by_alpha(points: Sequence[Json], metrics: dict[str, str]) -> str:
         figure, axes = _one_panel()
         for mark in (0, 1):
             axes.axvline(mark, color=BEFORE, linestyle=":", linewidth=1.2)
-        _lines(axes, [p["alpha"] for p in points], points, metrics, next(iter(metrics)))
+        _lines(axes, [p["alpha"] for p in points], points, metrics)
         axes.set(xlabel="alpha", ylim=(0, None))
         return _svg(figure)
 
 
-def _lines(axes: Any, at: Sequence[float], rows: Sequence[Json], metrics: dict[str, str], interval: str | None) -> None:
+def _lines(axes: Any, at: Sequence[float], rows: Sequence[Json], metrics: dict[str, str]) -> None:
     for (key, label), colour in zip(metrics.items(), (AFTER, THIRD, BEFORE), strict=False):
         values = _column(rows, key)
         if np.isnan(values).all():
             continue
         axes.plot(at, values, marker="o", markersize=4, color=colour, label=label)
-        if key == interval:
-            low, high = (_column(rows, f"{key}_{end}") for end in ("low", "high"))
-            if not np.isnan(low).all():
-                ends = np.maximum(0.0, [values - low, high - values])  # rounding may leave -1e-17
-                axes.errorbar(at, values, ends, color=colour, capsize=3, linewidth=1)
+        low, high = (_column(rows, f"{key}_{end}") for end in ("low", "high"))
+        if not np.isnan(low).all():
+            ends = np.maximum(0.0, [values - low, high - values])  # rounding may leave -1e-17
+            axes.errorbar(at, values, ends, color=colour, capsize=3, linewidth=1)
     axes.margins(x=0.08)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="best")

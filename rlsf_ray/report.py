@@ -203,9 +203,7 @@ def _versions(run: RunData) -> str:
     accuracy = {f"{kind}_accuracy": kind for kind in ("sampled", "greedy", "majority")}
     ece = {f"ece_{key}": CONFIDENCES[key].lower() for key in DRAWN}
     figures = (
-        figure(
-            "Accuracy", plots.by_version(run.evals, accuracy, interval="sampled_accuracy"), "Accuracy of each version"
-        ),
+        figure("Accuracy", plots.by_version(run.evals, accuracy), "Accuracy of each version"),
         figure("ECE (lower is better)", plots.by_version(run.evals, ece), "Calibration error of each version"),
     )
     counts = sorted({e["num_questions"] for e in run.evals})

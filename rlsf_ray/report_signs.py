@@ -21,6 +21,9 @@ COMPARED = {
 }
 
 
+RISES = {f"{kind}_accuracy": f"difference, {kind}" for kind in ("sampled", "greedy", "majority")}
+
+
 def beside(lasts: Sequence[tuple[str, Json | None]]) -> str:
     """This run's last version (the first of the names and evaluations) and those of others, such as controls."""
     (_, ours), *others = lasts
@@ -29,14 +32,21 @@ def beside(lasts: Sequence[tuple[str, Json | None]]) -> str:
     rows = []
     for name, last in lasts:
         values = [number(last["metrics"].get(key)) if last else "n/a" for key in COMPARED]
-        rise = "" if last is ours else "n/a"
+        rises = [""] * len(RISES)
         if last and ours and last is not ours:
-            found = difference(last, ours).get("sampled_accuracy")
-            rise = f"{signed(found[0])} ({signed(found[1])} to {signed(found[2])})" if found else "no shared questions"
-        rows.append((escape(name), *values, rise))
-    head = ("run", *COMPARED.values(), "this run's sampled accuracy less that one's")
-    note = "Differences are paired over the questions that both runs were measured on, with 95 % intervals."
+            found = difference(last, ours)
+            rises = [_rise(found.get(key)) for key in RISES]
+        rows.append((escape(name), *values, *rises))
+    head = ("run", *COMPARED.values(), *RISES.values())
+    note = (
+        "Differences are this run's figure less the other's, paired over the questions that both were measured on, with"
+        " 95 % intervals."
+    )
     return table(head, rows) + f'<p class="note">{note}</p>'
+
+
+def _rise(found: Sequence[float] | None) -> str:
+    return f"{signed(found[0])} ({signed(found[1])} to {signed(found[2])})" if found else "no shared questions"
 
 
 def guard(vitals: Sequence[Json], watched: Json) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 
 from rlsf_ray.algorithms import voting
 from rlsf_ray.algorithms.agreement import leave_one_out
-from rlsf_ray.algorithms.answers import label_answers
+from rlsf_ray.algorithms.answers import label_answers, normalise
 from rlsf_ray.records import Group, IntArray, Json, TrainingGroup
 from rlsf_ray.stream.guard import Vitals
 from rlsf_ray.tasks.equality import AnswerChecker
@@ -27,7 +27,7 @@ def take_vitals(groups: Sequence[Group], checker: AnswerChecker) -> Vitals:
         labels = label_answers(answers, checker.equal)
         winner, share = voting.majority(labels)
         if winner >= 0:
-            votes.append(str(answers[labels.index(winner)]))
+            votes.append(normalise(str(answers[labels.index(winner)])))
             if share >= SETTLED:
                 settled[group.prompt.id] = votes[-1]
         distinct.append(len(set(labels) - {-1}))
@@ -44,6 +44,7 @@ def take_vitals(groups: Sequence[Group], checker: AnswerChecker) -> Vitals:
         repetition=float(np.mean([repetition(trace.token_ids) for trace in traces])),
         parsed=float(np.mean([trace.answer is not None for trace in traces])),
         votes=settled,
+        prompts=len(groups),
     )
 
 

@@ -124,10 +124,17 @@ def tiny_config(model: Path, **changes: Any) -> RunConfig:
     return RunConfig.model_validate(_merge(settings, changes))
 
 
+_SUMS = {
+    "name": "chain_sum",
+    "count": 96,
+    "options": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
+}
+WATCHED: dict[str, Any] = {"data": {"calibration": 20, "train": [_SUMS]}}  # as many as the guard needs to stop a run
+
+
 def collapsing(model: Path, **changes: Any) -> RunConfig:
     """A run whose first version writes noise, with calibration prompts for the guard to see it by."""
-    settings: dict[str, Any] = {"data": {"calibration": 4}, "learner": {"learning_rate": 3.0}}
-    return tiny_config(model, **_merge(settings, changes))
+    return tiny_config(model, **_merge(WATCHED | {"learner": {"learning_rate": 3.0}}, changes))
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -6,13 +6,12 @@ with confidence 0; the caller decides that. Bins hold their lower edge, [lo, hi)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
-Statistic = Callable[[Floats], float]
 
 
 def ece(confidence: ArrayLike, correct: ArrayLike, bins: int = 10) -> float:
@@ -112,7 +111,6 @@ def overconfidence(confidence: ArrayLike, correct: ArrayLike) -> float:
 
 def bootstrap_interval(
     values_by_question: Sequence[ArrayLike],
-    statistic: Statistic | None = None,
     *,
     level: float = 0.95,
     resamples: int = 2000,
@@ -120,22 +118,17 @@ def bootstrap_interval(
 ) -> tuple[float, float, float]:
     """(estimate, low, high): percentile bootstrap that draws whole questions, since their samples hang together.
 
-    Each question holds an array of samples, [n] or [n, d]; `statistic` takes the samples of all drawn questions, one
-    after the other. None is the mean over samples. Raises ValueError if there are no samples.
+    Of the mean over the samples [n] of all questions. Raises ValueError if there are no samples.
     """
     questions = [np.asarray(values, dtype=np.float64) for values in values_by_question]
     if sum(len(values) for values in questions) == 0:
         raise ValueError("an interval needs samples, got none; give at least one question with one sample")
     draws = np.random.default_rng(seed).integers(len(questions), size=(resamples, len(questions)))
-    if statistic is None:
-        sums = np.array([values.sum() for values in questions])
-        counts = np.array([len(values) for values in questions], dtype=np.float64)
-        estimate = float(sums.sum() / counts.sum())
-        with np.errstate(invalid="ignore"):  # a draw may hold empty questions only; nan is left out below
-            estimates = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
-    else:
-        estimate = statistic(np.concatenate(questions))
-        estimates = np.array([statistic(np.concatenate([questions[q] for q in draw])) for draw in draws])
+    sums = np.array([values.sum() for values in questions])
+    counts = np.array([len(values) for values in questions], dtype=np.float64)
+    estimate = float(sums.sum() / counts.sum())
+    with np.errstate(invalid="ignore"):  # a draw may hold empty questions only; nan is left out below
+        estimates = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
     tail = (1.0 - level) / 2.0
     low, high = np.nanquantile(estimates, [tail, 1.0 - tail])
     return estimate, float(low), float(high)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from rlsf_ray.records import Json
 
@@ -34,6 +34,13 @@ class Vitals:
     votes: Mapping[str, str]
     kl: float = 0.0  # from the base model in nats a token, of the traces that the version was trained on
     logprob_gap: float = 0.0  # trainer against generators, in nats a token, when that training began
+    prompts: int = 0  # how many were written for
+
+    @classmethod
+    def from_json(cls, found: Json) -> Vitals:
+        """What `asdict` gave, after JSON, which has no nan."""
+        filled: dict[str, Any] = {name: math.nan if value is None else value for name, value in found.items()}
+        return cls(**filled)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +87,8 @@ SIGNS = (
 )
 FLIPS = 0.5  # share of settled votes that changed from one version to the next: more is churn
 LEAST_VOTES = 8  # settled for both versions, to speak of a share
-SURER, AGREES = 0.15, 0.0  # answer probability that rises so much, with agreement that rises no more than this
+SURER, TWICE = 0.15, 2.0  # answer probability that rises so much, and more than twice as much as agreement
+LEAST_PROMPTS = 20  # with fewer a sign may be chance: a warning at most
 
 
 class Guard:
@@ -90,7 +98,7 @@ class Guard:
         self._seen: dict[int, Vitals] = {}
         self._verdicts: dict[int, Verdict] = {}
         for one in seen:
-            self.observe(one["version"], Vitals(**one["vitals"]))
+            self.observe(one["version"], Vitals.from_json(one["vitals"]))
 
     def observe(self, version: int, vitals: Vitals) -> Verdict:
         """The verdict on this version."""
@@ -100,7 +108,8 @@ class Guard:
         found = self._signs(vitals, self._seen[min(before)], self._seen[max(before)]) if before else []
         action: Action = "go_on"
         if found:
-            action = "stop" if any(kind == "stop" for kind, _ in found) else "warn"
+            stops = any(kind == "stop" for kind, _ in found) and vitals.prompts >= LEAST_PROMPTS
+            action = "stop" if stops else "warn"
         self._seen[version] = vitals
         self._verdicts[version] = Verdict(action=action, reasons=tuple(text for _, text in found))
         return self._verdicts[version]
@@ -120,7 +129,7 @@ class Guard:
             if reason:
                 found.append((sign.action, reason))
         surer, agrees = now.answer_prob - base.answer_prob, now.agreement - base.agreement
-        if surer > SURER and agrees <= AGREES:
+        if surer > max(SURER, TWICE * agrees):
             found.append(("warn", f"answer_prob rose by {surer:.3g} while agreement moved by {agrees:+.3g}"))
         flips = flipped(before.votes, now.votes)
         if flips > FLIPS:

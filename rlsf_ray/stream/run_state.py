@@ -83,7 +83,7 @@ class RunState:
         """What the guard says of a version that was looked at. Raises GuardError if that is to stop the run."""
         if self._config.guard == "off" or vitals is None or self.rolled_back:
             return "go_on"
-        verdict = self.guard.observe(version, Vitals(**(vitals | self._training_vitals.get(str(version), {}))))
+        verdict = self.guard.observe(version, Vitals.from_json(vitals | self._training_vitals.get(str(version), {})))
         action = "warn" if self._config.guard == "warn" and verdict.action == "stop" else verdict.action
         if action != "go_on" and all(one["version"] != version for one in self.verdicts):
             found = {"version": version, "action": action, "found": verdict.action, "reasons": list(verdict.reasons)}

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from running import alive, free_cpus, standing_groups, wait_for
+from tiny import collapsing
 
 from rlsf_ray import loop, service
 from rlsf_ray.config import RunConfig
@@ -16,9 +17,6 @@ from rlsf_ray.records import Json
 from rlsf_ray.run_store import RunStore
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(480)]
-
-
-COLLAPSE: Json = {"data": {"calibration": 3, "probe": []}, "learner": {"learning_rate": 3.0}}
 
 
 class Ended(NamedTuple):
@@ -30,6 +28,7 @@ class Ended(NamedTuple):
 def runs(
     launch: Callable[[RunConfig, Path], "Future[Json]"],
     small: Callable[..., RunConfig],
+    tiny: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Ended]:
     """Each run's store and summary by its name."""
@@ -45,7 +44,7 @@ def runs(
     configs = {
         "strict": small(eval={"during": 3}, data={"calibration": 3}),
         "overlap": small(rounds=3, cluster=overlap, data={"probe": []}),
-        "collapse": small(**COLLAPSE),
+        "collapse": collapsing(tiny, data={"probe": []}),
         "two_workers": small(cluster={"trainers": {"count": 2}}, data={"probe": []}),
     }
     futures = {name: launch(config, folder / name) for name, config in configs.items()}
@@ -53,12 +52,10 @@ def runs(
     return {name: Ended(RunStore.open(str(folder / name)), summary) for name, summary in summaries.items()}
 
 
-def test_a_collapse_ends_like_that_of_the_loop(
-    runs: dict[str, Ended], small: Callable[..., RunConfig], tmp_path: Path
-) -> None:
+def test_a_collapse_ends_like_that_of_the_loop(runs: dict[str, Ended], tiny: Path, tmp_path: Path) -> None:
     """Both go back to the base model; every prompt that was admitted has an end."""
     store, summary = runs["collapse"]
-    looped = loop.run(small(**COLLAPSE), str(tmp_path / "loop"))
+    looped = loop.run(collapsing(tiny, data={"probe": []}), str(tmp_path / "loop"))
     assert summary["guard"]["rolled_back"]["to"] == looped["guard"]["rolled_back"]["to"] == 0
     last = summary["guard"]["rolled_back"]["version"]
     assert store.versions()[-1] == last

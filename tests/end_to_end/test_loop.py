@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import collapsing, tiny_config
+from tiny import WATCHED, collapsing, tiny_config
 
 from rlsf_ray import loop
 from rlsf_ray.config import RunConfig
@@ -189,7 +189,7 @@ def test_a_run_goes_back_to_a_version_that_was_trained(
         return found | {"vitals": found["vitals"] | {"repetition": 0.9}} if version == 2 else found
 
     monkeypatch.setattr(loop, "evaluate_version", measured)
-    config = tiny_config(tiny, data={"calibration": 4})
+    config = tiny_config(tiny, **WATCHED)
     summary = loop.run(config, str(tmp_path / "run"))
     store = RunStore.open(str(tmp_path / "run"))
     assert summary["guard"]["rolled_back"] == {"from": 2, "to": 1, "version": 3}

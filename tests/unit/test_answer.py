@@ -83,6 +83,32 @@ def test_no_more_is_written_once_the_vote_is_settled(store: RunStore) -> None:
     assert (engine.calls, reply.traces) == ([1, 1], 2)
 
 
+def test_a_run_on_choices_reads_letters(tmp_path: Path) -> None:
+    source = {"kind": "commonsenseqa", "path": "choices.jsonl"}
+    config = tiny_config(Path("model"))
+    data = config.data.model_validate(config.data.model_dump() | {"train": [source]})
+    made = RunStore.create_or_resume(str(tmp_path / "run"), config.model_copy(update={"data": data}))
+    made.write_json("versions/0001/calibration.json", IDENTITY.to_json())
+    (reply,) = Answerer(made, 1, Scripted(("(B)", 0.9)))(["Which?\n(A) 1\n(B) 2"])
+    assert reply.answer == "B"
+
+
+def test_a_map_of_another_package_version_is_an_input_error(store: RunStore) -> None:
+    store.write_json("versions/0001/calibration.json", IDENTITY.to_json() | {"features": ["length"]})
+    with pytest.raises(InputError, match="measure the version again"):
+        Answerer(store, 1, Scripted())
+
+
+def test_questions_of_several_lines_come_from_json_lines(tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    file.write_text('"Which?\\n(A) 1"\n\n"2 + 2?"\n')
+    assert read_questions([], file) == ["Which?\n(A) 1", "2 + 2?"]
+    for text, message in (("{", "not JSON"), ('{"question": "x"}', "expected a question as a JSON text")):
+        file.write_text(text)
+        with pytest.raises(InputError, match=message):
+            read_questions([], file)
+
+
 def test_traces_end_at_the_most(store: RunStore) -> None:
     engine = Scripted(("1", 0.3), ("2", 0.3), ("3", 0.3))
     assert ask(store, engine, most=3).traces == 3

@@ -178,17 +178,6 @@ def test_bootstrap_interval_is_near_the_normal_one() -> None:
     assert bootstrap_interval([[float(q % 2)] for q in range(400)]) == (estimate, low, high)  # same seed
 
 
-def test_bootstrap_of_a_statistic_gets_the_samples_of_the_drawn_questions() -> None:
-    # rows of (confidence, correct); the mean as a statistic must equal the built-in mean
-    questions = [[[0.9, 1.0], [0.8, 0.0]], [[0.2, 0.0]], [[0.6, 1.0], [0.7, 1.0]]]
-    by_statistic = bootstrap_interval(questions, lambda rows: float(rows[:, 1].mean()), resamples=200)
-    by_mean = bootstrap_interval([[row[1] for row in rows] for rows in questions], resamples=200)
-    assert by_statistic == pytest.approx(by_mean)
-    assert bootstrap_interval(questions, lambda rows: ece(rows[:, 0], rows[:, 1]), resamples=20)[0] == pytest.approx(
-        ece([0.9, 0.8, 0.2, 0.6, 0.7], [1, 0, 0, 1, 1])
-    )
-
-
 def test_paired_interval_is_of_the_difference_per_question() -> None:
     # before and after differ by 0.25 on each question, however far apart the questions are
     before, after = [[0.0, 0.0], [0.5, 0.5], [0.75]], [[0.25], [0.5, 1.0], [1.0]]

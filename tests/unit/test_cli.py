@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+from safetensors.numpy import load_file
 from timing import processor_seconds
-from tiny import tiny_config
+from tiny import WATCHED, tiny_config
 
 from rlsf_ray.cli import main
 from rlsf_ray.config_loading import dump_config
@@ -198,6 +199,54 @@ def test_eval_of_a_model_takes_its_probe_set_from_a_recipe(runs: Path, tiny: Pat
     (tmp_path / "tiny.yaml").write_text(dump_config(tiny_config(tiny)))
     assert exit_code("eval", str(tiny), "--recipe", str(tmp_path / "tiny.yaml"), "--root", str(runs)) == 0
     assert "version 0, 6 questions" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.fixture(scope="module")
+def watched(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of runs with one finished run, `watched`, that has a calibration."""
+    from rlsf_ray.loop import run
+
+    root = tmp_path_factory.mktemp("watched")
+    run(tiny_config(tiny, **WATCHED, rounds=1, eval={"samples": 2}), str(root / "watched"))
+    return root
+
+
+def test_answer_prints_a_table_or_json(watched: Path, capsys) -> None:
+    arguments = ["answer", "watched", "2 + 3 =", "4 + 4 =", "--root", str(watched), "--most", "2"]
+    assert exit_code(*arguments) == 0
+    assert "2 + 3 =" in capsys.readouterr().out
+    assert exit_code(*arguments, "--json") == 0
+    replies = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [reply["question"] for reply in replies] == ["2 + 3 =", "4 + 4 ="]
+    assert all(0.0 <= reply["confidence"] <= 1.0 and 1 <= reply["traces"] <= 2 for reply in replies)
+    assert {reply["version"] for reply in replies} == {1}
+    assert exit_code(*arguments, "--sure", "1.5") == 2
+
+
+def test_mix_measures_each_alpha_and_the_report_shows_it(watched: Path, capsys) -> None:
+    arguments = ["mix", "watched", "--root", str(watched), "--alphas"]
+    assert exit_code(*arguments, "0,1") == 0
+    assert "alpha" in capsys.readouterr().out
+    points = json.loads((watched / "watched" / "mix.json").read_text())["points"]
+    assert [point["alpha"] for point in points] == [0.0, 1.0]
+    base, last = (json.loads((watched / f"watched/eval/version-000{v}.json").read_text()) for v in (0, 1))
+    for point, one in zip(points, (base, last), strict=True):
+        assert point["metrics"]["sampled_accuracy"] == one["metrics"]["sampled_accuracy"]
+    assert exit_code(*arguments, "0,x") == 2
+    assert exit_code("report", "watched", "--root", str(watched), "--beside", "watched") == 0
+    assert "along alpha" in (watched / "watched" / "report.html").read_text()
+
+
+def test_export_scales_the_adapter_and_leaves_its_calibration_behind(watched: Path, tmp_path: Path) -> None:
+    arguments = ["export", "watched", "--root", str(watched), "--what", "adapter", "--to"]
+    assert exit_code(*arguments, str(tmp_path / "whole")) == 0
+    assert exit_code(*arguments, str(tmp_path / "half"), "--alpha", "0.5") == 0
+    whole, half = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "half"))
+    assert any(array.any() for name, array in whole.items() if "lora_B" in name)
+    for name, array in whole.items():
+        np.testing.assert_allclose(half[name], array * (0.5 if "lora_B" in name else 1.0))
+    assert (tmp_path / "whole" / "calibration.json").exists()
+    assert not (tmp_path / "half" / "calibration.json").exists()
 
 
 def test_log_lines_carry_role_and_run_and_come_once(capsys) -> None:

@@ -45,6 +45,16 @@ def test_dumped_config_loads_back_equal(tmp_path) -> None:
     assert load_config(str(tmp_path / "config.yaml")) == config
 
 
+def test_the_guard_can_be_off_although_yaml_reads_that_as_false(tmp_path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("base: rlsf\nguard: off\n")
+    for config in (load_config("rlsf", ["guard=off"]), load_config(str(file), [])):
+        assert config.guard == "off"
+        file.write_text(dump_config(config))
+        assert load_config(str(file), []).guard == "off"
+        file.write_text("base: rlsf\nguard: off\n")
+
+
 def test_overrides_reach_sections_and_list_items_and_the_last_one_wins() -> None:
     config = load_config("rlsf", ["data.train.0.count=5", "seed=1", "seed=2", "learner.learning_rate=1e-4"])
     assert (config.data.train[0].count, config.data.train[1].count) == (5, 174)

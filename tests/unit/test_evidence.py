@@ -8,7 +8,7 @@ from typing import Any
 
 import evidence
 import pytest
-from evidence_table import difference, table_of, write_table
+from evidence_table import calibration_against, difference, table_of, write_table
 
 from rlsf_ray.config_loading import load_config
 from rlsf_ray.tasks.sources import load_sets
@@ -56,6 +56,29 @@ def test_differences_are_paired_over_questions_after_a_mean_over_seeds() -> None
     assert difference(base, ours, "sampled")[0] == pytest.approx((0.75 - 0 + 0) / 2)
     assert difference(base, ours, "greedy")[0] == pytest.approx((1 + 0) / 2)
     assert difference(base, ours, "majority")[0] == pytest.approx((1 + 0) / 2)  # a tie goes to the first sample
+
+
+def test_calibration_is_held_against_the_base_models_answer_probability() -> None:
+    base, ours = cell("t/base/0", [0, 0], [1, 0]), cell("t/rlsf/0", [1, 0], [0, 1])
+    for one, name, value in ((base, "answer_prob", 0.75), (ours, "calibrated", 0.5)):
+        for question in one["questions"]:
+            for sample in question["samples"]:
+                sample[name] = value
+    found = calibration_against([base], [ours, ours])
+    assert found["ece_ratio"] == [0.0, 0.0, 0.0]  # half of ours is right in every draw
+    assert found["skill"][0] == pytest.approx(0.0)
+    assert found["base_skill"][0] == pytest.approx(1 - (3 * 0.75**2 + 0.25**2) / 4 / (0.25 * 0.75))
+
+
+def test_a_collapsed_cell_does_not_break_the_table(tmp_path: Path) -> None:
+    folder = tmp_path / "evidence"
+    folder.mkdir()
+    one = cell("t/base/0", [0, 0], [0, 0])
+    one["metrics"] |= {"ece_answer_prob": 0.5, "auroc_answer_prob": None, "brier_skill_answer_prob": float("nan")}
+    (folder / "one.json").write_text(json.dumps(one))
+    write_table(folder)
+    assert json.loads((tmp_path / "evidence.json").read_text(), parse_constant=pytest.fail)
+    assert "| base: answer_prob | 0.500 | - |" in (tmp_path / "evidence.md").read_text()
 
 
 def test_the_table_shows_what_the_guard_did(tmp_path: Path) -> None:

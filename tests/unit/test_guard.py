@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -19,6 +20,7 @@ BASE = Vitals(
     repetition=0.1,
     parsed=0.9,
     votes={str(prompt): "4" for prompt in range(12)},
+    prompts=40,
 )
 
 
@@ -73,7 +75,23 @@ def test_softer_signs_are_a_warning(name: str, value: float, numbers: str) -> No
 def test_confidence_that_rises_without_agreement_is_a_warning() -> None:
     surer = replace(BASE, answer_prob=0.76)
     assert guard().observe(1, surer).action == "warn"
-    assert guard().observe(1, replace(surer, agreement=0.21)).action == "go_on"
+    assert guard().observe(1, replace(surer, agreement=0.27)).action == "warn"
+    assert guard().observe(1, replace(surer, agreement=0.29)).action == "go_on"
+
+
+def test_a_handful_of_prompts_is_no_reason_to_stop() -> None:
+    few = Guard()
+    few.observe(0, replace(BASE, prompts=5))
+    verdict = few.observe(1, replace(BASE, commonest=0.9, prompts=5))
+    assert verdict.action == "warn"
+
+
+def test_a_number_that_json_does_not_know_is_a_reason_to_stop_in_the_next_life_too() -> None:
+    watching = guard()
+    verdict = watching.observe(1, replace(BASE, surprisal=math.nan))
+    assert (verdict.action, verdict.reasons) == ("stop", ("surprisal is nan, expected a finite number",))
+    kept = json.dumps(watching.to_json()).replace("NaN", "null")  # as the run directory keeps it
+    assert Guard(json.loads(kept)).observe(1, BASE) == verdict
 
 
 def test_votes_that_change_for_most_prompts_are_a_warning() -> None:

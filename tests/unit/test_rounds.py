@@ -1,8 +1,10 @@
 """How the coordinator's rounds meet failures: other scorers first, the same traces again, an error that says why."""
 
 import asyncio
+import json
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +22,7 @@ from actors.watch import Watch
 from rlsf_ray.errors import DeadlineError
 from rlsf_ray.records import Json, Outcome
 from rlsf_ray.run_store import RunStore
+from rlsf_ray.stream.guard import Vitals
 from rlsf_ray.stream.run_state import RunState
 
 DEADLINE_S = 5.0
@@ -69,9 +72,9 @@ def score(made: Rounds) -> Any:
 
 
 def make(
-    folder: Path, *, clock: Callable[[], float] = time.monotonic, **replies: Reply
+    folder: Path, *, clock: Callable[[], float] = time.monotonic, rounds: int = 2, **replies: Reply
 ) -> tuple[Rounds, dict[str, Scorer], Pool]:
-    config = tiny_config(Path("model"))  # attempts: 3
+    config = tiny_config(Path("model"), rounds=rounds)  # attempts: 3
     scorers = {name: Scorer(name, reply) for name, reply in replies.items()}
     crew: Any = SimpleNamespace(scorers=scorers)
     store = RunStore.create_or_resume(str(folder), config)
@@ -143,10 +146,100 @@ def test_a_version_is_measured_once_whoever_asks(tmp_path: Path) -> None:
         made._state.admission.end_round(0, 1)
         measuring.beside()
         measuring.beside()
+        made._state.admission.end_round(1, 2)  # the last: measured on all questions, after the rounds
+        measuring.beside()
         await measuring.ended()
 
     asyncio.run(play())
     assert measured == [1]
+
+
+def test_versions_that_an_earlier_life_did_not_measure_are_measured_in_order(tmp_path: Path) -> None:
+    made, _, _ = make(tmp_path, a=fine, rounds=4)
+    begun, measured = list[int](), list[int]()
+
+    async def evaluate(version: int, questions: int) -> None:
+        begun.append(version)
+        await asyncio.sleep(0.05 if version == 1 else 0.0)
+        measured.append(version)
+
+    async def play() -> None:
+        for round, version in enumerate((1, None, 2)):
+            made._state.admission.end_round(round, version)
+        pool = SimpleNamespace(start_task=asyncio.ensure_future)
+        parts: Any = (made._state, made._journal, None, pool, made._watch, made._config, [], [])
+        measuring = Measuring(*parts)
+        measuring.evaluate = evaluate  # type: ignore[method-assign,assignment]
+        measuring.beside()
+        await measuring.ended()
+
+    asyncio.run(play())
+    assert begun == measured == [1, 2]
+
+
+def test_a_commit_that_comes_while_the_run_goes_back_publishes_nothing(tmp_path: Path) -> None:
+    made, _, _ = make(tmp_path, a=fine)
+    made.may_train = False
+    asyncio.run(made._commit({"round": 0, "version": 1}, []))
+    assert made._state.admission.newest == 0
+
+
+GOOD = Vitals(
+    agreement=0.2,
+    answer_prob=0.6,
+    commonest=0.1,
+    distinct=4.0,
+    surprisal=0.5,
+    length=40.0,
+    repetition=0.1,
+    parsed=0.9,
+    votes={},
+    prompts=40,
+)
+
+
+@pytest.mark.parametrize("crashed_after", ["verdict", "roll back"])
+def test_the_next_life_of_a_run_that_was_to_go_back_trains_no_more(tmp_path: Path, crashed_after: str) -> None:
+    made, _, _ = make(tmp_path, a=fine)
+    made._state.ledger.admit(0, 2)
+    made._state.committed(0, 1, [0, 1], {})
+    assert made._state.judged(0, asdict(GOOD)) == "go_on"
+    assert made._state.judged(1, asdict(GOOD) | {"length": 2.0}) == "stop"
+    if crashed_after == "roll back":
+        made._state.roll_back(2)
+    again, done = _next_life(made), list[Any]()
+
+    async def call(name: str, result: Any, *args: Any) -> Any:
+        done.append((name, *args))
+        return result
+
+    async def evaluate(version: int) -> None:
+        done.append(("measured", version))
+
+    async def prepare() -> None:
+        done.append("prepared")
+        again._measuring = SimpleNamespace(evaluate=evaluate)  # type: ignore[assignment]
+        again._pool = SimpleNamespace(prepare=lambda version: call("loaded", None, version))  # type: ignore[assignment]
+
+    again._prepare = prepare  # type: ignore[method-assign]
+    again._crew = SimpleNamespace(  # type: ignore[assignment]
+        weights=SimpleNamespace(roll_back=SimpleNamespace(remote=lambda good: call("rolled back to", 2, good)))
+    )
+
+    async def play() -> None:
+        await again.run(asyncio.get_running_loop().create_future())
+
+    asyncio.run(play())
+    went = [("rolled back to", 0)] if crashed_after == "verdict" else []
+    assert done == ["prepared", *went, ("loaded", 2), ("measured", 2)]
+    assert again._state.rolled_back == {"from": 1, "to": 0, "version": 2}
+    assert not again.may_train
+
+
+def _next_life(made: Rounds) -> Rounds:
+    saved = json.loads(json.dumps(made._state.to_json()))
+    state = RunState("run", made._config, saved)
+    return Rounds(made._store, state, Journal(made._store, state), made._crew, Watch(DEADLINE_S))
 
 
 def test_a_batch_that_kills_every_scorer_is_given_up_after_three_attempts(tmp_path: Path) -> None:

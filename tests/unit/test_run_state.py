@@ -150,6 +150,7 @@ GOOD: Json = {
     "repetition": 0.1,
     "parsed": 0.9,
     "votes": {},
+    "prompts": 40,
 }
 BAD = GOOD | {"length": 5.0}
 

@@ -60,7 +60,8 @@ def test_vitals_by_hand() -> None:
     assert found.agreement == pytest.approx((1 / 3 + 1 / 3) / 12)
     assert found.answer_prob == pytest.approx((0.5 + 0.25 + 0.5 + 0.5) / 4)
     assert found.votes == {"a": "4"}  # one of four traces settles nothing
-    assert found.commonest == pytest.approx(1 / 3)  # "4" and "4.0" are told apart as texts; c has no vote
+    assert found.commonest == pytest.approx(2 / 3)  # "4" and "4.0"; c has no vote
+    assert found.prompts == 3
     assert found.distinct == pytest.approx((2 + 1 + 0) / 3)
     assert found.length == pytest.approx((11 * 4 + 6) / 12)
     assert found.surprisal == pytest.approx((46 * np.log(2) + 4 * np.log(4)) / 50, rel=1e-5)
