@@ -36,7 +36,7 @@ ARITHMETIC = "{{kind: reasoning_gym, name: {name}, count: {count}, options: {{{o
 CELL_S = 5400.0  # the longest that one may take
 ONE_DIGIT = "min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 1"
 TWO_DIGITS = "min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 2"
-PACKAGES = ("vllm",)
+PACKAGES = ("vllm", "peft", "reasoning_gym")
 
 
 def gym(*families: tuple[str, int, str]) -> str:

@@ -17,6 +17,7 @@ from rlsf_ray.engines.models import most_tokens
 from rlsf_ray.errors import InputError
 from rlsf_ray.model_check import ModelFacts, check_lengths, check_model, elicit_length, prompt_lengths
 from rlsf_ray.placement import gpu_shares, placed
+from rlsf_ray.stream.guard import LEAST_PROMPTS
 from rlsf_ray.tasks.sources import load_sets
 
 
@@ -136,9 +137,12 @@ def describe(plan: Plan, available: Mapping[str, float], where: str) -> str:
 
 
 def _describe_guard(plan: Plan) -> str:
-    if plan.config.guard != "off" and not plan.calibration_prompts:
-        return f"{plan.config.guard}, but blind: there are no calibration prompts (data.calibration)"
-    return plan.config.guard
+    prompts, guard = plan.calibration_prompts, plan.config.guard
+    if guard != "off" and not prompts:
+        return f"{guard}, but blind: there are no calibration prompts (data.calibration)"
+    if guard not in ("off", "warn") and prompts < LEAST_PROMPTS:
+        return f"{guard}, but it only warns: {prompts} calibration prompts, expected {LEAST_PROMPTS} (data.calibration)"
+    return guard
 
 
 def _describe_model(plan: Plan) -> str:

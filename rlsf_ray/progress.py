@@ -174,6 +174,7 @@ def print_mix(console: Console, result: Json) -> None:
         values = [point["metrics"].get(key) for key, _ in MIXED] + [(point["vitals"] or {}).get("surprisal")]
         table.add_row(f"{point['alpha']:g}", *("-" if value is None else f"{value:.3f}" for value in values))
     console.print(table)
+    console.print("`rlsf report` draws it", highlight=False)
 
 
 def print_replies(console: Console, replies: Sequence[Reply]) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from rlsf_ray.config_loading import load_config, override_config
 from rlsf_ray.engines.models import cached_model_folder
 from rlsf_ray.errors import InputError
 from rlsf_ray.model_check import check_model, prompt_lengths
-from rlsf_ray.plan import check_input, describe, missing_resources, needed_resources
+from rlsf_ray.plan import Plan, check_input, describe, missing_resources, needed_resources
 from rlsf_ray.records import Prompt
 
 
@@ -48,6 +49,16 @@ def test_missing_resources_name_amounts_pools_and_cure() -> None:
     assert line.startswith("2 GPU needed (generator 2 x 1), 1 there; ")
     assert missing_resources(config, {"CPU": 3.0, "GPU": 2.0}) == []
     assert len(missing_resources(config, {})) == 2
+
+
+def test_the_plan_says_what_the_guard_can_see(config: RunConfig) -> None:
+    def told(plan: Plan) -> str:
+        return next(line for line in describe(plan, {}, "nowhere").splitlines() if line.startswith("Guard"))
+
+    plan = check_input(config)
+    assert "but blind" in told(plan)
+    assert "it only warns: 19 calibration prompts" in told(replace(plan, calibration_prompts=19))
+    assert told(replace(plan, calibration_prompts=20)).split() == ["Guard", "roll_back"]
 
 
 def test_the_plan_counts_prompts_traces_and_the_most_steps(config: RunConfig) -> None:
