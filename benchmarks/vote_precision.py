@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 
 from rlsf_ray.algorithms import voting
@@ -32,8 +32,9 @@ def main() -> None:
     with AnswerChecker() as checker:
         for root in parser.parse_args().runs:
             store = RunStore.open(root)
+            gold = _gold(store.config)
             for round in store.rounds("traces"):
-                rounds[round] += votes_of(store, round, checker)
+                rounds[round] += votes_of(store.read_table("traces", round).to_pylist(), gold, checker)
     for round, votes in sorted(rounds.items()):
         print(f"\nround {round}: {len(votes)} prompts with an answer, {_share(votes)} of the votes right")
         for name, index, limits in (("weight", 0, WEIGHTS), ("lead", 1, LEADS)):
@@ -42,9 +43,8 @@ def main() -> None:
                 print(f"  {name} >= {limit:.1f}: {len(kept):4d} prompts, {_share(kept)} right")
 
 
-def votes_of(store: RunStore, round: int, checker: AnswerChecker) -> list[Vote]:
-    """The vote of each prompt of a round that has an answer."""
-    rows, gold = store.read_table("traces", round).to_pylist(), _gold(store.config)
+def votes_of(rows: Sequence[Json], gold: Mapping[str, str], checker: AnswerChecker) -> list[Vote]:
+    """The vote of each prompt that has an answer; `rows` are the traces of a round."""
     groups = (list(group) for _, group in groupby(rows, key=lambda row: row["prompt_id"]))
     votes = (_vote(group, gold[group[0]["prompt_id"]], checker) for group in groups)
     return [vote for vote in votes if vote is not None]

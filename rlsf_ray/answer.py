@@ -11,13 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlsf_ray.algorithms import agreement, voting
+import numpy as np
+
+from rlsf_ray.algorithms import voting
 from rlsf_ray.algorithms.agreement import AgreementMap
 from rlsf_ray.algorithms.answers import label_answers
 from rlsf_ray.config import RunConfig
 from rlsf_ray.engines.build import build_engine
 from rlsf_ray.errors import InputError
-from rlsf_ray.evaluate import LEAST_TRACES
+from rlsf_ray.evaluate import LEAST_TRACES, trace_features
 from rlsf_ray.records import Prompt, Reply, Trace
 from rlsf_ray.rollouts.programs import write_answers
 from rlsf_ray.run_store import CALIBRATION_FILE, RunStore
@@ -143,19 +145,12 @@ def _open_engine(store: RunStore, version: int) -> Any:
 
 def confidence(traces: Sequence[Trace], fitted: AgreementMap) -> list[float]:
     """What each trace alone says of its answer; 0 without one."""
-    found = []
-    for trace in traces:
-        if trace.answer is None:
-            found.append(0.0)
-            continue
-        row = agreement.features(trace.logprob, trace.top1, trace.top2, slice(*trace.answer.tokens))
-        found.append(float(fitted(row[None])[0]))
-    return found
+    return [float(fitted(np.array([trace_features(trace)]))[0]) if trace.answer else 0.0 for trace in traces]
 
 
 def _vote(traces: Sequence[Trace], fitted: AgreementMap, checker: AnswerChecker) -> tuple[str | None, float, float]:
     """(the winning answer, its confidence, how many votes it is ahead)."""
-    texts = [trace.answer.text if trace.answer else None for trace in traces]
+    texts = [trace.answer_text for trace in traces]
     labels = label_answers(texts, checker.equal)
     winner, share, ahead = voting.calibrated(labels, confidence(traces, fitted))
     return (texts[labels.index(winner)] if winner >= 0 else None), share, ahead

@@ -75,14 +75,14 @@ def look_at(groups: Sequence[Group], checker: AnswerChecker) -> Unlabelled:
     if not groups:
         return Unlabelled(None, None)
     rows, shares = list[list[float]](), list[float]()
-    for group in groups:
-        labels = label_answers([trace.answer.text if trace.answer else None for trace in group.traces], checker.equal)
-        for trace, share in zip(group.traces, agreement.leave_one_out(labels), strict=True):
+    labels = [label_answers([trace.answer_text for trace in group.traces], checker.equal) for group in groups]
+    for group, classes in zip(groups, labels, strict=True):
+        for trace, share in zip(group.traces, agreement.leave_one_out(classes), strict=True):
             if trace.answer:
-                rows.append(_features(trace))
+                rows.append(trace_features(trace))
                 shares.append(float(share))
     fitted = agreement.fit(np.array(rows), np.array(shares)) if len(rows) >= LEAST_TRACES else None
-    return Unlabelled(fitted, take_vitals(groups, checker))
+    return Unlabelled(fitted, take_vitals(groups, labels))
 
 
 def judge_groups(
@@ -107,11 +107,15 @@ def judge_groups(
 
 
 def _judge_all(group: Group, gold: str, checker: AnswerChecker) -> list[Json]:
-    labels = label_answers([trace.answer.text if trace.answer else None for trace in group.traces], checker.equal)
+    labels = label_answers([trace.answer_text for trace in group.traces], checker.equal)
     shares = agreement.leave_one_out(labels)
     return [
         _judged(trace, gold, checker)
-        | {"agreement": float(shares[k]), "label": labels[k], "features": _features(trace) if trace.answer else None}
+        | {
+            "agreement": float(shares[k]),
+            "label": labels[k],
+            "features": trace_features(trace) if trace.answer else None,
+        }
         for k, trace in enumerate(group.traces)
     ]
 
@@ -121,7 +125,7 @@ def _judged(trace: Trace, gold: str, checker: AnswerChecker) -> Json:
     span = slice(*answer.tokens) if answer else slice(0)
     return {
         "text": trace.text,
-        "answer": answer.text if answer else None,
+        "answer": trace.answer_text,
         "answer_chars": list(answer.chars) if answer else None,
         "correct": bool(answer and checker.equal(answer.text, gold)),
         "answer_prob": float(np.exp(trace.logprob[span].sum())) if answer else 0.0,
@@ -131,7 +135,8 @@ def _judged(trace: Trace, gold: str, checker: AnswerChecker) -> Json:
     }
 
 
-def _features(trace: Trace) -> list[float]:
+def trace_features(trace: Trace) -> list[float]:
+    """What the map looks at in an answered trace."""
     assert trace.answer is not None, "features are those of an answered trace"
     found = agreement.features(trace.logprob, trace.top1, trace.top2, slice(*trace.answer.tokens))
     return [float(value) for value in found]

@@ -71,6 +71,11 @@ class Trace:
         if self.answer is not None and self.answer.tokens[1] > len(self.token_ids):
             raise ValueError(f"trace {self.id}: answer span {self.answer.tokens} outside {len(self.token_ids)} tokens")
 
+    @property
+    def answer_text(self) -> str | None:
+        """The answer as it was written, None without one."""
+        return self.answer.text if self.answer else None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:

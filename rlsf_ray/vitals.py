@@ -9,29 +9,26 @@ import numpy as np
 
 from rlsf_ray.algorithms import voting
 from rlsf_ray.algorithms.agreement import leave_one_out
-from rlsf_ray.algorithms.answers import label_answers, normalise
+from rlsf_ray.algorithms.answers import normalise
 from rlsf_ray.records import Group, IntArray, Json, TrainingGroup
 from rlsf_ray.stream.guard import Vitals
-from rlsf_ray.tasks.equality import AnswerChecker
 
 GRAM = 4
 SETTLED = 0.5  # share of the traces with the voted answer
 
 
-def take_vitals(groups: Sequence[Group], checker: AnswerChecker) -> Vitals:
-    """Means over all traces of `groups`, which must not be empty."""
+def take_vitals(groups: Sequence[Group], labels: Sequence[Sequence[int]]) -> Vitals:
+    """Means over all traces of `groups`, which must not be empty; `labels` as `label_answers` gives them, by group."""
     traces = [trace for group in groups for trace in group.traces]
     votes, settled, distinct, shares = [], {}, [], list[float]()
-    for group in groups:
-        answers = [trace.answer.text if trace.answer else None for trace in group.traces]
-        labels = label_answers(answers, checker.equal)
-        winner, share = voting.majority(labels)
+    for group, classes in zip(groups, labels, strict=True):
+        winner, share = voting.majority(classes)
         if winner >= 0:
-            votes.append(normalise(str(answers[labels.index(winner)])))
+            votes.append(normalise(str(group.traces[classes.index(winner)].answer_text)))
             if share >= SETTLED:
                 settled[group.prompt.id] = votes[-1]
-        distinct.append(len(set(labels) - {-1}))
-        shares += leave_one_out(labels).tolist()
+        distinct.append(len(set(classes) - {-1}))
+        shares += leave_one_out(classes).tolist()
     commonest = Counter(votes).most_common(1)
     probs = [float(np.exp(t.logprob[slice(*t.answer.tokens)].sum())) for t in traces if t.answer]
     return Vitals(

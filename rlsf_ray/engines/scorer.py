@@ -38,7 +38,7 @@ class Scorer:
         return [self._score_one(group) for group in groups]
 
     def _score_one(self, group: Group) -> ScoredGroup:
-        answers = [trace.answer.text if trace.answer else None for trace in group.traces]
+        answers = [trace.answer_text for trace in group.traces]
         labels = label_answers(answers, self._checker.equal)
         scores = np.asarray(self._score_function()(trace_stats(group, labels)), dtype=np.float64)
         limits = self._config.pairs
@@ -150,7 +150,7 @@ def _training_trace(scored: ScoredGroup, index: int, reference: np.ndarray) -> T
         seed=trace.seed,
         version=trace.version,
         score=scored.scores[index],
-        answer=trace.answer.text if trace.answer else None,
+        answer=trace.answer_text,
         token_ids=trace.token_ids,
         logprob=trace.logprob,
         reference_logprob=reference.astype(np.float32),

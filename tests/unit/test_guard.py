@@ -7,36 +7,24 @@ import math
 from dataclasses import replace
 
 import pytest
+from vitals_data import HEALTHY
 
 from rlsf_ray.stream.guard import Guard, Vitals, flipped
-
-BASE = Vitals(
-    agreement=0.2,
-    answer_prob=0.6,
-    commonest=0.1,
-    distinct=4.0,
-    surprisal=0.5,
-    length=40.0,
-    repetition=0.1,
-    parsed=0.9,
-    votes={str(prompt): "4" for prompt in range(12)},
-    prompts=40,
-)
 
 
 def guard(*before: Vitals) -> Guard:
     made = Guard()
-    for version, vitals in enumerate((BASE, *before)):
+    for version, vitals in enumerate((HEALTHY, *before)):
         assert made.observe(version, vitals).action == "go_on"
     return made
 
 
 def test_a_version_that_writes_like_the_base_model_goes_on() -> None:
-    assert guard().observe(1, BASE).reasons == ()
+    assert guard().observe(1, HEALTHY).reasons == ()
 
 
 def test_a_model_that_gets_surer_shorter_and_more_unanimous_goes_on() -> None:
-    healthy = replace(BASE, agreement=0.6, answer_prob=0.8, distinct=2.0, surprisal=0.25, length=28.0, parsed=0.98)
+    healthy = replace(HEALTHY, agreement=0.6, answer_prob=0.8, distinct=2.0, surprisal=0.25, length=28.0, parsed=0.98)
     assert guard().observe(1, healthy).action == "go_on"
 
 
@@ -53,8 +41,8 @@ def test_a_model_that_gets_surer_shorter_and_more_unanimous_goes_on() -> None:
     ],
 )
 def test_each_sign_of_collapse_stops_the_run_with_its_numbers(name: str, value: float, numbers: str) -> None:
-    watching = guard(BASE)
-    verdict = watching.observe(2, replace(BASE, **{name: value}))
+    watching = guard(HEALTHY)
+    verdict = watching.observe(2, replace(HEALTHY, **{name: value}))
     assert (verdict.action, verdict.reasons) == ("stop", (numbers,))
     assert watching.last_good == 1
 
@@ -68,12 +56,12 @@ def test_each_sign_of_collapse_stops_the_run_with_its_numbers(name: str, value: 
     ],
 )
 def test_softer_signs_are_a_warning(name: str, value: float, numbers: str) -> None:
-    verdict = guard(BASE).observe(2, replace(BASE, **{name: value}))
+    verdict = guard(HEALTHY).observe(2, replace(HEALTHY, **{name: value}))
     assert (verdict.action, verdict.reasons) == ("warn", (numbers,))
 
 
 def test_confidence_that_rises_without_agreement_is_a_warning() -> None:
-    surer = replace(BASE, answer_prob=0.76)
+    surer = replace(HEALTHY, answer_prob=0.76)
     assert guard().observe(1, surer).action == "warn"
     assert guard().observe(1, replace(surer, agreement=0.27)).action == "warn"
     assert guard().observe(1, replace(surer, agreement=0.29)).action == "go_on"
@@ -81,21 +69,21 @@ def test_confidence_that_rises_without_agreement_is_a_warning() -> None:
 
 def test_a_handful_of_prompts_is_no_reason_to_stop() -> None:
     few = Guard()
-    few.observe(0, replace(BASE, prompts=5))
-    verdict = few.observe(1, replace(BASE, commonest=0.9, prompts=5))
+    few.observe(0, replace(HEALTHY, prompts=5))
+    verdict = few.observe(1, replace(HEALTHY, commonest=0.9, prompts=5))
     assert verdict.action == "warn"
 
 
 def test_a_number_that_json_does_not_know_is_a_reason_to_stop_in_the_next_life_too() -> None:
     watching = guard()
-    verdict = watching.observe(1, replace(BASE, surprisal=math.nan))
+    verdict = watching.observe(1, replace(HEALTHY, surprisal=math.nan))
     assert (verdict.action, verdict.reasons) == ("stop", ("surprisal is nan, expected a finite number",))
     kept = json.dumps(watching.to_json()).replace("NaN", "null")  # as the run directory keeps it
-    assert Guard(json.loads(kept)).observe(1, BASE) == verdict
+    assert Guard(json.loads(kept)).observe(1, HEALTHY) == verdict
 
 
 def test_votes_that_change_for_most_prompts_are_a_warning() -> None:
-    other = replace(BASE, votes={prompt: "5" if int(prompt) < 8 else "4" for prompt in BASE.votes})
+    other = replace(HEALTHY, votes={prompt: "5" if int(prompt) < 8 else "4" for prompt in HEALTHY.votes})
     verdict = guard().observe(1, other)
     assert verdict.action == "warn"
     assert "67%" in verdict.reasons[0]
@@ -104,14 +92,14 @@ def test_votes_that_change_for_most_prompts_are_a_warning() -> None:
 
 def test_a_warned_version_is_still_a_good_one() -> None:
     watching = guard()
-    watching.observe(1, replace(BASE, answer_prob=0.9))
-    watching.observe(2, replace(BASE, length=5.0))
+    watching.observe(1, replace(HEALTHY, answer_prob=0.9))
+    watching.observe(2, replace(HEALTHY, length=5.0))
     assert watching.last_good == 1
 
 
 def test_a_version_is_judged_once_and_a_resumed_guard_knows_what_it_knew() -> None:
     watching = guard()
-    assert watching.observe(1, replace(BASE, length=5.0)).action == "stop"
-    assert watching.observe(1, BASE).action == "stop"
+    assert watching.observe(1, replace(HEALTHY, length=5.0)).action == "stop"
+    assert watching.observe(1, HEALTHY).action == "stop"
     again = Guard(json.loads(json.dumps(watching.to_json())))
-    assert (again.observe(1, BASE).action, again.last_good) == ("stop", 0)
+    assert (again.observe(1, HEALTHY).action, again.last_good) == ("stop", 0)

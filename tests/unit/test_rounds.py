@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorUnavailableError, ObjectLostError, RayActorError
 from tiny import tiny_config
+from vitals_data import HEALTHY
 
 from actors import watch
 from actors.journal import Journal
@@ -22,7 +23,6 @@ from actors.watch import Watch
 from rlsf_ray.errors import DeadlineError
 from rlsf_ray.records import Json, Outcome
 from rlsf_ray.run_store import RunStore
-from rlsf_ray.stream.guard import Vitals
 from rlsf_ray.stream.run_state import RunState
 
 DEADLINE_S = 5.0
@@ -184,27 +184,13 @@ def test_a_commit_that_comes_while_the_run_goes_back_publishes_nothing(tmp_path:
     assert made._state.admission.newest == 0
 
 
-GOOD = Vitals(
-    agreement=0.2,
-    answer_prob=0.6,
-    commonest=0.1,
-    distinct=4.0,
-    surprisal=0.5,
-    length=40.0,
-    repetition=0.1,
-    parsed=0.9,
-    votes={},
-    prompts=40,
-)
-
-
 @pytest.mark.parametrize("crashed_after", ["verdict", "roll back"])
 def test_the_next_life_of_a_run_that_was_to_go_back_trains_no_more(tmp_path: Path, crashed_after: str) -> None:
     made, _, _ = make(tmp_path, a=fine)
     made._state.ledger.admit(0, 2)
     made._state.committed(0, 1, [0, 1], {})
-    assert made._state.judged(0, asdict(GOOD)) == "go_on"
-    assert made._state.judged(1, asdict(GOOD) | {"length": 2.0}) == "stop"
+    assert made._state.judged(0, asdict(HEALTHY)) == "go_on"
+    assert made._state.judged(1, asdict(HEALTHY) | {"length": 2.0}) == "stop"
     if crashed_after == "roll back":
         made._state.roll_back(2)
     again, done = _next_life(made), list[Any]()

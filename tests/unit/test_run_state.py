@@ -1,11 +1,13 @@
 """A run's bookkeeping: commits must match the scorers' word, and state.json brings it all back."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny import tiny_config
+from vitals_data import HEALTHY
 
 from rlsf_ray.config import RunConfig
 from rlsf_ray.errors import EngineError, GuardError, NoPairsError, ServiceError
@@ -140,18 +142,7 @@ def test_the_error_that_ended_a_run_is_kept_until_its_next_life(state: RunState,
     assert RunState("run", small, saved).to_json()["error"] is None
 
 
-GOOD: Json = {
-    "agreement": 0.2,
-    "answer_prob": 0.6,
-    "commonest": 0.1,
-    "distinct": 4.0,
-    "surprisal": 0.5,
-    "length": 40.0,
-    "repetition": 0.1,
-    "parsed": 0.9,
-    "votes": {},
-    "prompts": 40,
-}
+GOOD: Json = asdict(HEALTHY)
 BAD = GOOD | {"length": 5.0}
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from rlsf_ray.algorithms.answers import label_answers
 from rlsf_ray.records import Answer, Group, Json, Prompt, Trace, TrainingGroup, TrainingTrace
 from rlsf_ray.tasks.equality import AnswerChecker
 from rlsf_ray.vitals import repetition, take_vitals, training_vitals
@@ -56,7 +57,8 @@ def test_vitals_by_hand() -> None:
         group("c", trace(0, None), trace(1, None), trace(2, None), trace(3, None)),
     ]
     with AnswerChecker() as checker:
-        found = take_vitals(groups, checker)
+        labels = [label_answers([trace.answer_text for trace in group.traces], checker.equal) for group in groups]
+    found = take_vitals(groups, labels)
     assert found.agreement == pytest.approx((1 / 3 + 1 / 3) / 12)
     assert found.answer_prob == pytest.approx((0.5 + 0.25 + 0.5 + 0.5) / 4)
     assert found.votes == {"a": "4"}  # one of four traces settles nothing
