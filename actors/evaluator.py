@@ -8,14 +8,8 @@ from typing import Any
 import ray
 
 from actors.job import Job, event
-from rlsf_ray.evaluate import (
-    cached_base,
-    judge_groups,
-    look_at,
-    run_summary,
-    store_base,
-    summarise,
-)
+from rlsf_ray.base_cache import cached_base, store_base
+from rlsf_ray.evaluate import judge_groups, look_at, run_summary, summarise
 from rlsf_ray.records import Group, Json, Prompt
 from rlsf_ray.tasks.equality import AnswerChecker
 from rlsf_ray.tasks.sources import load_sets
@@ -67,7 +61,8 @@ class Evaluator:
         """Every batch of this version is there: write its evaluation, return the guard's vitals."""
         parts, groups = self._rows.pop(version, {}), self._groups.pop(version, {})
         rows = [row for first in sorted(parts) for row in parts[first]]
-        unlabelled = look_at([group for first in sorted(groups) for group in groups[first]], self._checker)
+        ordered = [group for first in sorted(groups) for group in groups[first]]
+        unlabelled = look_at(ordered, self._store.earlier_answers(version), self._checker)
         evaluation = summarise(rows, version, self._store.config, unlabelled)
         if version == 0 and len(rows) == len(self._sets.probe):
             store_base(self._store.config, self._sets, evaluation)

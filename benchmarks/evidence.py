@@ -20,7 +20,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,8 +146,8 @@ def measure(config: RunConfig, run: Path | None) -> Json:
 
     What the run has measured itself is taken as it is, if it was measured in the same way.
     """
-    from rlsf_ray.engines.build import build_engine
-    from rlsf_ray.evaluate import evaluate_version, measure_key
+    from rlsf_ray.base_cache import measure_key
+    from rlsf_ray.evaluate import measure_version
     from rlsf_ray.run_store import RunStore
     from rlsf_ray.tasks.sources import load_sets
 
@@ -159,10 +158,7 @@ def measure(config: RunConfig, run: Path | None) -> Json:
         own = store.measured(version, len(sets.probe))
         if own is not None and measure_key(store.config, load_sets(store.config)) == measure_key(config, sets):
             return own
-    with closing(build_engine(config)) as engine:
-        if store is not None:
-            engine.load_version(version, store.read_adapter(version)[0])
-        return evaluate_version(engine, sets, config, version)
+    return measure_version(store, config, sets, version)
 
 
 def _short(row: Json) -> Json:

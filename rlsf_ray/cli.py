@@ -306,15 +306,12 @@ def _evaluate(config: RunConfig, store: RunStore | None, version: int | None, *,
     sets = load_sets(config)
     if not sets.probe:
         raise InputError("there is no probe set to measure on: data.probe is empty; give it a source with answers")
-    from rlsf_ray.engines.build import build_engine
-    from rlsf_ray.evaluate import evaluate_version
+    from rlsf_ray.evaluate import measure_version
 
     console = _console()
-    with console.status("measuring") as spinner, closing(build_engine(config)) as engine:
-        if store is not None and number:
-            engine.load_version(number, store.read_adapter(number)[0])
-        result = evaluate_version(
-            engine, sets, config, number, lambda done: spinner.update(f"measuring: {done}/{len(sets.probe)} questions")
+    with console.status("measuring") as spinner:
+        result = measure_version(
+            store, config, sets, number, lambda done: spinner.update(f"measuring: {done}/{len(sets.probe)} questions")
         )
     if store is not None and keep:
         store.write_evaluation(result)

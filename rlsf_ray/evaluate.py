@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from rlsf_ray import __version__, measures, vitals
-from rlsf_ray.algorithms import agreement, answers, calibration, voting
+from rlsf_ray.algorithms import agreement
 from rlsf_ray.algorithms.agreement import AgreementMap
 from rlsf_ray.algorithms.answers import label_answers
 from rlsf_ray.config import RunConfig
-from rlsf_ray.engines.models import cache_root, find_model
+from rlsf_ray.engines.build import build_engine
 from rlsf_ray.measures import difference, measure, reliability
 from rlsf_ray.records import Group, Json, ProbePrompt, Trace
-from rlsf_ray.rollouts import programs
 from rlsf_ray.rollouts.programs import write_calibration_groups, write_probe_groups
+from rlsf_ray.run_store import RunStore
 from rlsf_ray.stream.guard import Vitals
-from rlsf_ray.tasks import equality
 from rlsf_ray.tasks.equality import AnswerChecker
 from rlsf_ray.tasks.sources import PromptSets
 from rlsf_ray.vitals import take_vitals
 
-logger = logging.getLogger(__name__)
-
 Item = TypeVar("Item")
-JUDGES = (agreement, answers, calibration, equality, measures, programs, vitals, voting)  # what a measure rests on
 LEAST_TRACES = 50  # answered traces that a map of four features needs
 
 
@@ -41,20 +32,64 @@ def evaluate_version(
     sets: PromptSets,
     config: RunConfig,
     version: int,
+    earlier: Json | None = None,
     on_chunk: Callable[[int], None] = lambda done: None,
 ) -> Json:
-    """Write and judge the whole probe set in this process; the calibration prompts first."""
+    """Write and judge the whole probe set in this process; the calibration prompts first.
+
+    `earlier`: the calibration answers of the version before this one, where there is one.
+    """
     with AnswerChecker() as checker:
-        groups, rows = list[Group](), list[Json]()
-        for start, prompts in _chunks(sets.calibration, config.cluster.prompts_per_call):
-            groups += write_calibration_groups(engine, prompts, config=config, version=version, first_sequence=start)
-        unlabelled = look_at(groups, checker)
+        unlabelled, rows = look_at(_calibration_groups(engine, sets, config, version), earlier, checker), list[Json]()
         for start, chunk in _chunks(sets.probe, config.probe_prompts_per_call):
             prompts = [item.prompt for item in chunk]
             written = write_probe_groups(engine, prompts, config=config, version=version, first_sequence=start)
             rows += judge_groups(written, chunk, checker)
             on_chunk(start + len(chunk))
     return summarise(rows, version, config, unlabelled)
+
+
+def measure_version(
+    store: RunStore | None,
+    config: RunConfig,
+    sets: PromptSets,
+    version: int,
+    on_chunk: Callable[[int], None] = lambda done: None,
+) -> Json:
+    """Start the engine of `config` and measure a version of a run; without a run, the base model (version 0)."""
+    with closing(build_engine(config)) as engine:
+        earlier = answers_before(engine, store, config, sets, version) if store else None
+        if store and version:
+            engine.load_version(version, store.read_adapter(version)[0])
+        return evaluate_version(engine, sets, config, version, earlier, on_chunk)
+
+
+def answers_before(engine: Any, store: RunStore, config: RunConfig, sets: PromptSets, version: int) -> Json | None:
+    """{prompt: answers} that the version before `version` writes for the calibration prompts; None for the base model.
+
+    None stands for no answer.
+    """
+    before = store.version_before(version)
+    if before is None:
+        return None
+    if before:
+        engine.load_version(before, store.read_adapter(before)[0])
+    written = _answers(_calibration_groups(engine, sets, config, before))
+    if before:
+        engine.forget_version(before)
+    return written
+
+
+def _calibration_groups(engine: Any, sets: PromptSets, config: RunConfig, version: int) -> list[Group]:
+    return [
+        group
+        for start, prompts in _chunks(sets.calibration, config.cluster.prompts_per_call)
+        for group in write_calibration_groups(engine, prompts, config=config, version=version, first_sequence=start)
+    ]
+
+
+def _answers(groups: Sequence[Group]) -> Json:
+    return {group.prompt.id: [trace.answer_text for trace in group.traces] for group in groups}
 
 
 def _chunks(items: Sequence[Item], size: int) -> Iterator[tuple[int, Sequence[Item]]]:
@@ -68,21 +103,28 @@ class Unlabelled:
 
     map: AgreementMap | None  # None: too few answered traces
     vitals: Vitals | None  # None: there are no calibration prompts
+    answers: Json  # {prompt: answers}, for the version after this one
 
 
-def look_at(groups: Sequence[Group], checker: AnswerChecker) -> Unlabelled:
-    """Fit the map from one trace's features to its agreement with the others, and take the guard's vitals."""
+def look_at(groups: Sequence[Group], earlier: Json | None, checker: AnswerChecker) -> Unlabelled:
+    """Fit the map from one trace's features to its agreement with the others, and take the guard's vitals.
+
+    The others are this version's, and the `earlier` version's answers to the same prompts where there are any.
+    """
+    written = _answers(groups)
     if not groups:
-        return Unlabelled(None, None)
-    rows, shares = list[list[float]](), list[float]()
-    labels = [label_answers([trace.answer_text for trace in group.traces], checker.equal) for group in groups]
-    for group, classes in zip(groups, labels, strict=True):
-        for trace, share in zip(group.traces, agreement.leave_one_out(classes), strict=True):
+        return Unlabelled(None, None, written)
+    rows, shares, labels = list[list[float]](), list[float](), list[list[int]]()
+    for group in groups:
+        own, before = written[group.prompt.id], (earlier or {}).get(group.prompt.id, [])
+        classes = label_answers([*own, *before], checker.equal)
+        labels.append(classes[: len(own)])
+        for trace, share in zip(group.traces, agreement.over_two_versions(classes, len(own)), strict=True):
             if trace.answer:
                 rows.append(trace_features(trace))
                 shares.append(float(share))
     fitted = agreement.fit(np.array(rows), np.array(shares)) if len(rows) >= LEAST_TRACES else None
-    return Unlabelled(fitted, take_vitals(groups, labels))
+    return Unlabelled(fitted, take_vitals(groups, labels), written)
 
 
 def judge_groups(
@@ -128,7 +170,7 @@ def _judged(trace: Trace, gold: str, checker: AnswerChecker) -> Json:
         "answer": trace.answer_text,
         "answer_chars": list(answer.chars) if answer else None,
         "correct": bool(answer and checker.equal(answer.text, gold)),
-        "answer_prob": float(np.exp(trace.logprob[span].sum())) if answer else 0.0,
+        "answer_prob": trace.answer_prob,
         "disparity": float((trace.top1 - trace.top2)[span].mean()) if answer else 0.0,
         "length": len(trace.token_ids),
         "finished": trace.finished,
@@ -156,6 +198,7 @@ def summarise(rows: Sequence[Json], version: int, config: RunConfig, unlabelled:
         "num_samples": config.eval.samples,
         "calibration": fitted.to_json() if fitted else None,
         "vitals": asdict(unlabelled.vitals) if unlabelled.vitals else None,
+        "calibration_answers": unlabelled.answers,
         "metrics": measure(rows) if rows else {},
         "reliability": reliability(rows) if rows else {},
         "questions": list(rows),
@@ -165,59 +208,6 @@ def summarise(rows: Sequence[Json], version: int, config: RunConfig, unlabelled:
 def _with_confidence(sample: Json, fitted: AgreementMap) -> Json:
     found = sample["features"]
     return sample | {"calibrated": float(fitted(np.array([found]))[0]) if found else 0.0}
-
-
-def cached_base(config: RunConfig, sets: PromptSets) -> Json | None:
-    """An earlier evaluation of the same base model on the same probe set with the same settings."""
-    path = _cache_path(config, sets)
-    try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError):
-        return None
-
-
-def store_base(config: RunConfig, sets: PromptSets, evaluation: Json) -> None:
-    """Keep the base model's evaluation for later runs."""
-    path = _cache_path(config, sets)
-    half_made = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        half_made.write_text(json.dumps(evaluation))
-        half_made.replace(path)
-    except OSError as error:  # a cache that cannot be written costs time later, and not this run
-        logger.warning("the base model's evaluation is not kept for other runs: %s", error)
-
-
-def _cache_path(config: RunConfig, sets: PromptSets) -> Path:
-    digest = hashlib.sha256(json.dumps(measure_key(config, sets), sort_keys=True).encode()).hexdigest()[:32]
-    return cache_root() / "evaluations" / f"{digest}.json"
-
-
-def measure_key(config: RunConfig, sets: PromptSets) -> Json:
-    """All that the base model's measure depends on."""
-    return {
-        "judges": [hashlib.sha256(Path(str(part.__file__)).read_bytes()).hexdigest() for part in JUDGES],
-        "package": __version__,
-        "engine": [config.engine, config.engine_args],
-        "model": config.model.model_dump(),
-        "files": _fingerprint(find_model(config.model.name)),
-        "probe": [[item.prompt.id, item.prompt.messages, item.prompt.answer_format, item.gold] for item in sets.probe],
-        "calibration": [[p.id, p.messages, p.answer_format] for p in sets.calibration] + [config.rollout.traces],
-        "sampling": [config.rollout.temperature, config.rollout.max_tokens, config.eval.samples, config.eval.branches],
-        "batch": config.probe_prompts_per_call,
-    }
-
-
-def _fingerprint(folder: Path) -> list[tuple[str, int, str]]:
-    """Name, size and a hash of the first and last megabyte of each weights and config file."""
-    found = []
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".jinja")):
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(1 << 20)
-            file.seek(max(0, size - (1 << 20)))
-            found.append((path.name, size, hashlib.sha256(head + file.read()).hexdigest()))
-    return found
 
 
 def run_summary(store: Any, *, accounting: Json, seconds: float, **more: Any) -> Json:

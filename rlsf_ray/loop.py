@@ -15,13 +15,14 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from rlsf_ray.adapters import scaled
+from rlsf_ray.base_cache import cached_base, store_base
 from rlsf_ray.config import RunConfig
 from rlsf_ray.engines.base import Engine
 from rlsf_ray.engines.build import build_engine
 from rlsf_ray.engines.learner import Learner, pass_order, training_steps
 from rlsf_ray.engines.scorer import Scorer, outcome
 from rlsf_ray.errors import GuardError, InputError, NoPairsError, ServiceError, StorageError
-from rlsf_ray.evaluate import cached_base, evaluate_version, run_summary, store_base
+from rlsf_ray.evaluate import evaluate_version, run_summary
 from rlsf_ray.placement import ONE_GPU, placed
 from rlsf_ray.records import Json, Prompt, StepReport, TrainingGroup
 from rlsf_ray.rollouts.programs import write_groups
@@ -132,7 +133,7 @@ def evaluate(parts: Parts, questions: int | None = None) -> Action:
         evaluation = cached_base(config, sets)
     if evaluation is None:
         parts.tell(f"evaluating version {version}")
-        evaluation = evaluate_version(parts.engine, sets, config, version)
+        evaluation = evaluate_version(parts.engine, sets, config, version, parts.store.earlier_answers(version))
         if version == 0:
             store_base(config, sets, evaluation)
     parts.store.write_evaluation(evaluation)

@@ -12,7 +12,7 @@ from contextlib import closing
 from rlsf_ray.adapters import scaled
 from rlsf_ray.engines.build import build_engine
 from rlsf_ray.errors import InputError
-from rlsf_ray.evaluate import evaluate_version
+from rlsf_ray.evaluate import answers_before, evaluate_version
 from rlsf_ray.records import Json
 from rlsf_ray.run_store import RunStore
 from rlsf_ray.tasks.sources import load_sets
@@ -30,10 +30,11 @@ def mix(store: RunStore, version: int, alphas: Sequence[float], on_alpha: Callab
         raise InputError("there is no probe set to measure on: data.probe is empty; give it a source with answers")
     adapter, points = store.read_adapter(version)[0], []
     with closing(build_engine(config)) as engine:
+        earlier = answers_before(engine, store, config, sets, version)
         for number, alpha in enumerate(sorted(set(alphas)), start=1):
             on_alpha(alpha)
             engine.load_version(number, scaled(adapter, alpha))
-            found = evaluate_version(engine, sets, config, number)
+            found = evaluate_version(engine, sets, config, number, earlier)
             engine.forget_version(number)
             points.append({"alpha": alpha, "metrics": found["metrics"], "vitals": found["vitals"]})
     result: Json = {"version": version, "num_questions": len(sets.probe), "points": points}

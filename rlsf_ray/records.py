@@ -76,6 +76,11 @@ class Trace:
         """The answer as it was written, None without one."""
         return self.answer.text if self.answer else None
 
+    @property
+    def answer_prob(self) -> float:
+        """Probability of the answer's tokens given all before them, 0 without an answer."""
+        return float(np.exp(self.logprob[slice(*self.answer.tokens)].sum(dtype=np.float64))) if self.answer else 0.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:

@@ -218,6 +218,22 @@ class RunStore:
         found: Json | None = self.read_json(_evaluation_path(version))
         return found if found is not None and found["num_questions"] >= questions else None
 
+    def version_before(self, version: int) -> int | None:
+        """The version that `version` was trained from, 0 for the base model, which itself has none before it.
+
+        A version that the guard has made by going back counts as the one whose weights it has.
+        """
+        undone = (self.read_json("state.json") or {}).get("rolled_back")
+        if undone and undone["version"] == version:
+            version = undone["to"]
+        return max((one for one in (0, *self.versions()) if one < version), default=None)
+
+    def earlier_answers(self, version: int) -> Json | None:
+        """{prompt: answers} of the version before to the calibration prompts, None if it was not measured."""
+        before = self.version_before(version)
+        found: Json | None = None if before is None else self.read_json(_evaluation_path(before))
+        return found and found.get("calibration_answers")
+
     def versions(self) -> list[int]:
         """Published versions, oldest first."""
         folders = [name for name in self.names("versions") if name.isdigit()]

@@ -30,7 +30,7 @@ def take_vitals(groups: Sequence[Group], labels: Sequence[Sequence[int]]) -> Vit
         distinct.append(len(set(classes) - {-1}))
         shares += leave_one_out(classes).tolist()
     commonest = Counter(votes).most_common(1)
-    probs = [float(np.exp(t.logprob[slice(*t.answer.tokens)].sum())) for t in traces if t.answer]
+    probs = [trace.answer_prob for trace in traces if trace.answer]
     return Vitals(
         agreement=float(np.mean(shares)),
         answer_prob=float(np.mean(probs)) if probs else 0.0,

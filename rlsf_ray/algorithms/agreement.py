@@ -40,6 +40,21 @@ def leave_one_out(labels: Sequence[int]) -> Floats:
     return np.where(classes >= 0, same / max(1, len(classes) - 1), 0.0)
 
 
+def over_two_versions(labels: Sequence[int], own: int) -> Floats:
+    """Agreement [K] of a version's K = `own` traces, which come first in `labels`, with those and the version before.
+
+    Half of it is `leave_one_out`, half the share of the earlier version's traces with that answer; without any, all is
+    `leave_one_out`. A version agrees with itself on whatever its last training has sharpened, right or wrong; the
+    version before has not seen that. That disagreement of two models tells their error is known (2106.13799).
+    """
+    ours, earlier = np.asarray(labels[:own], dtype=np.int64), np.asarray(labels[own:], dtype=np.int64)
+    alone = leave_one_out(labels[:own])
+    if not len(earlier):
+        return alone
+    same = (ours[:, None] == earlier[None, :]).mean(axis=1)
+    return (alone + np.where(ours >= 0, same, 0.0)) / 2
+
+
 @dataclass(frozen=True, slots=True)
 class AgreementMap:
     """A logistic map of standardised features. `weights` [F + 1], the last one is the intercept."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ from tiny import WATCHED, collapsing, tiny_config
 
 from rlsf_ray import loop
 from rlsf_ray.config import RunConfig
+from rlsf_ray.engines.build import build_engine
 from rlsf_ray.errors import GuardError, InputError, NoPairsError
+from rlsf_ray.evaluate import evaluate_version, measure_version
 from rlsf_ray.records import Json
 from rlsf_ray.run_store import RunStore
+from rlsf_ray.tasks.sources import load_sets
 
 
 def test_a_run_leaves_everything_in_its_directory(config: RunConfig, tmp_path: Path) -> None:
@@ -184,8 +188,8 @@ def test_a_run_goes_back_to_a_version_that_was_trained(
     """Version 2 is said to write nothing but repetitions; version 1 was good."""
     measure = loop.evaluate_version
 
-    def measured(engine: Any, sets: Any, config: RunConfig, version: int) -> Json:
-        found = measure(engine, sets, config, version)
+    def measured(engine: Any, sets: Any, config: RunConfig, version: int, earlier: Json | None) -> Json:
+        found = measure(engine, sets, config, version, earlier)
         return found | {"vitals": found["vitals"] | {"repetition": 0.9}} if version == 2 else found
 
     monkeypatch.setattr(loop, "evaluate_version", measured)
@@ -199,6 +203,26 @@ def test_a_run_goes_back_to_a_version_that_was_trained(
     counts = summary["accounting"]
     assert (counts["trained"], counts["rolled_back"], counts["admitted"]) == (8, 8, 16)
     assert [one["version"] for one in summary["versions"]] == [0, 2, 3]
+    maps = [store.read_json(f"versions/{version:04d}/calibration.json") for version in (1, 2, 3)]
+    assert None not in maps
+    assert maps[0] == maps[2] != maps[1], "counted against the same version before it"
+
+
+def test_a_version_measured_again_has_the_same_map(tiny: Path, tmp_path: Path) -> None:
+    """The run counts agreement against the answers it has kept of version 1; `rlsf eval` has it write them again."""
+    config = tiny_config(tiny, **WATCHED)
+    loop.run(config, str(tmp_path / "run"))
+    store = RunStore.open(str(tmp_path / "run"))
+    kept = store.measured(2, 1)
+    again = measure_version(store, config, load_sets(config), 2)
+    assert kept is not None
+    assert kept["calibration"] is not None
+    for key in ("calibration", "vitals", "questions"):
+        assert again[key] == kept[key]
+    with closing(build_engine(config)) as engine:
+        engine.load_version(2, store.read_adapter(2)[0])
+        alone = evaluate_version(engine, load_sets(config), config, 2)
+    assert alone["calibration"] != kept["calibration"]
 
 
 def test_a_guard_that_only_warns_lets_it_happen_and_one_that_stops_says_why(tiny: Path, tmp_path: Path) -> None:

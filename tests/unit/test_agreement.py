@@ -9,7 +9,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from rlsf_ray.algorithms import agreement
-from rlsf_ray.algorithms.agreement import AgreementMap, fit, leave_one_out
+from rlsf_ray.algorithms.agreement import AgreementMap, fit, leave_one_out, over_two_versions
 
 
 def drawn(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -66,6 +66,13 @@ def test_a_map_comes_back_from_json_as_it_was() -> None:
 def test_agreement_leaves_the_trace_itself_out() -> None:
     assert leave_one_out([0, 0, 1, -1, -1]).tolist() == [0.25, 0.25, 0.0, 0.0, 0.0]
     assert leave_one_out([0]).tolist() == [0.0]
+
+
+def test_agreement_over_two_versions_by_hand() -> None:
+    """Five traces of this version, then four of the one before."""
+    found = over_two_versions([0, 0, 1, -1, 2, 0, 1, -1, 3], 5)
+    assert found.tolist() == [(0.25 + 0.25) / 2, (0.25 + 0.25) / 2, (0.0 + 0.25) / 2, 0.0, 0.0]
+    assert over_two_versions([0, 0, 1], 3).tolist() == leave_one_out([0, 0, 1]).tolist()
 
 
 def test_features_by_hand() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
-from rlsf_ray import evaluate
+from rlsf_ray import base_cache, evaluate
 from rlsf_ray.config import RunConfig
 from rlsf_ray.engines.base import Completion, Request
 from rlsf_ray.records import Answer, Group, IntArray, ProbePrompt, Prompt, Trace
@@ -99,26 +99,26 @@ def test_the_rise_is_paired_over_shared_questions(rows: list[dict[str, Any]]) ->
 def test_the_cache_is_keyed_by_model_probe_set_and_sampling(tiny: Path, config: RunConfig) -> None:
     first, second = probe("a", "4"), probe("b", "7")
     items = sets(first, second)
-    assert evaluate.cached_base(config, items) is None
-    evaluate.store_base(config, items, {"version": 0})
-    assert evaluate.cached_base(config, items) == {"version": 0}
-    assert evaluate.cached_base(tiny_config(tiny, seed=5), items) == {"version": 0}, "the run's seed does not matter"
-    assert evaluate.cached_base(tiny_config(tiny, eval={"samples": 3}), items) is None
-    assert evaluate.cached_base(tiny_config(tiny, rollout={"temperature": 0.5}), items) is None
-    assert evaluate.cached_base(config, sets(first)) is None
-    assert evaluate.cached_base(config, sets(probe("a", "5"), second)) is None
+    assert base_cache.cached_base(config, items) is None
+    base_cache.store_base(config, items, {"version": 0})
+    assert base_cache.cached_base(config, items) == {"version": 0}
+    assert base_cache.cached_base(tiny_config(tiny, seed=5), items) == {"version": 0}, "the run's seed does not matter"
+    assert base_cache.cached_base(tiny_config(tiny, eval={"samples": 3}), items) is None
+    assert base_cache.cached_base(tiny_config(tiny, rollout={"temperature": 0.5}), items) is None
+    assert base_cache.cached_base(config, sets(first)) is None
+    assert base_cache.cached_base(config, sets(probe("a", "5"), second)) is None
     unlabelled = items._replace(calibration=[second.prompt])
-    assert evaluate.cached_base(config, unlabelled) is None
+    assert base_cache.cached_base(config, unlabelled) is None
 
 
 def test_other_weights_are_another_model(tiny: Path, config: RunConfig, tmp_path: Path) -> None:
     for file in tiny.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     copied = tiny_config(tmp_path)
-    evaluate.store_base(copied, sets(probe("a", "4")), {"version": 0})
+    base_cache.store_base(copied, sets(probe("a", "4")), {"version": 0})
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
-    assert evaluate.cached_base(copied, sets(probe("a", "4"))) is None
+    assert base_cache.cached_base(copied, sets(probe("a", "4"))) is None
 
 
 def answered(name: str, draw: np.random.Generator) -> Group:
@@ -133,9 +133,9 @@ def answered(name: str, draw: np.random.Generator) -> Group:
 def test_the_map_tells_agreement_from_one_trace(config: RunConfig) -> None:
     draw = np.random.default_rng(0)
     with AnswerChecker() as checker:
-        unlabelled = evaluate.look_at([answered(str(i), draw) for i in range(30)], checker)
-        assert evaluate.look_at([answered("few", draw)], checker).map is None
-        assert evaluate.look_at([], checker) == evaluate.Unlabelled(None, None)
+        unlabelled = evaluate.look_at([answered(str(i), draw) for i in range(30)], None, checker)
+        assert evaluate.look_at([answered("few", draw)], None, checker).map is None
+        assert evaluate.look_at([], None, checker) == evaluate.Unlabelled(None, None, {})
         written = {"sampled": [answered("q", draw)], "greedy": [group("q", trace(0, None, 0.5))]}
         rows = evaluate.judge_groups(written, [probe("q", "4")], checker)
     found = evaluate.summarise(rows, 1, config, unlabelled)
@@ -146,6 +146,20 @@ def test_the_map_tells_agreement_from_one_trace(config: RunConfig) -> None:
     assert found["calibration"]["num_traces"] == 240
     assert found["vitals"]["parsed"] == 1.0
     assert found["metrics"]["brier_skill_calibrated"] > 0
+
+
+def test_a_version_that_agrees_with_itself_alone_is_half_as_sure() -> None:
+    """Every trace says 4; the version before said 7 for every second prompt."""
+    groups = [group(str(i), *[trace(k, "4", 0.9) for k in range(8)]) for i in range(10)]
+    earlier = {str(i): ["7" if i % 2 else "4.0"] * 8 for i in range(10)}
+    row = np.array([evaluate.trace_features(groups[0].traces[0])])
+    with AnswerChecker() as checker:
+        alone, both = (evaluate.look_at(groups, said, checker) for said in (None, earlier))
+    assert alone.map is not None
+    assert both.map is not None
+    assert alone.map(row)[0] > 0.98
+    assert both.map(row)[0] == pytest.approx(0.75, abs=0.01)
+    assert (both.vitals, both.answers) == (alone.vitals, {str(i): ["4"] * 8 for i in range(10)})
 
 
 class Drawing:

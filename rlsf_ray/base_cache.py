@@ -1,0 +1,76 @@
+"""The base model's measure is the same for every run with the same probe set and settings: it is kept between runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import uuid
+from pathlib import Path
+
+from rlsf_ray import __version__, evaluate, measures, records, vitals
+from rlsf_ray.algorithms import agreement, answers, calibration, voting
+from rlsf_ray.config import RunConfig
+from rlsf_ray.engines.models import cache_root, find_model
+from rlsf_ray.records import Json
+from rlsf_ray.rollouts import programs
+from rlsf_ray.tasks import equality
+from rlsf_ray.tasks.sources import PromptSets
+
+logger = logging.getLogger(__name__)
+
+# What a measure rests on
+JUDGES = (agreement, answers, calibration, equality, evaluate, measures, programs, records, vitals, voting)
+
+
+def cached_base(config: RunConfig, sets: PromptSets) -> Json | None:
+    """An earlier evaluation of the same base model on the same probe set with the same settings."""
+    path = _cache_path(config, sets)
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+
+
+def store_base(config: RunConfig, sets: PromptSets, evaluation: Json) -> None:
+    """Keep the base model's evaluation for later runs."""
+    path = _cache_path(config, sets)
+    half_made = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        half_made.write_text(json.dumps(evaluation))
+        half_made.replace(path)
+    except OSError as error:  # a cache that cannot be written costs time later, and not this run
+        logger.warning("the base model's evaluation is not kept for other runs: %s", error)
+
+
+def _cache_path(config: RunConfig, sets: PromptSets) -> Path:
+    digest = hashlib.sha256(json.dumps(measure_key(config, sets), sort_keys=True).encode()).hexdigest()[:32]
+    return cache_root() / "evaluations" / f"{digest}.json"
+
+
+def measure_key(config: RunConfig, sets: PromptSets) -> Json:
+    """All that the base model's measure depends on."""
+    return {
+        "judges": [hashlib.sha256(Path(str(part.__file__)).read_bytes()).hexdigest() for part in JUDGES],
+        "package": __version__,
+        "engine": [config.engine, config.engine_args],
+        "model": config.model.model_dump(),
+        "files": _fingerprint(find_model(config.model.name)),
+        "probe": [[item.prompt.id, item.prompt.messages, item.prompt.answer_format, item.gold] for item in sets.probe],
+        "calibration": [[p.id, p.messages, p.answer_format] for p in sets.calibration] + [config.rollout.traces],
+        "sampling": [config.rollout.temperature, config.rollout.max_tokens, config.eval.samples, config.eval.branches],
+        "batch": config.probe_prompts_per_call,
+    }
+
+
+def _fingerprint(folder: Path) -> list[tuple[str, int, str]]:
+    """Name, size and a hash of the first and last megabyte of each weights and config file."""
+    found = []
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".jinja")):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(1 << 20)
+            file.seek(max(0, size - (1 << 20)))
+            found.append((path.name, size, hashlib.sha256(head + file.read()).hexdigest()))
+    return found
