@@ -178,9 +178,9 @@ def _reliability(run: RunData) -> str:
         figures.append(figure(CONFIDENCES[key], plots.reliability(old, new), alt))
     note = (
         "On the dashed line confidence equals accuracy; below it the model is over-confident. Calibrated: told from one"
-        " trace by a map that was fitted on unlabelled prompts to the agreement of their traces. Brier skill: above 0"
-        " the confidence says more than the accuracy alone. Risk-coverage: share of wrong answers among the surest,"
-        " mean over all shares that one may keep."
+        " trace by a map that was fitted on unlabelled prompts to the agreement of their traces, those of the version"
+        " before included. Brier skill: above 0 the confidence says more than the accuracy alone. Risk-coverage: share"
+        " of wrong answers among the surest, mean over all shares that one may keep."
     )
     old, new = (e["metrics"] if e else {} for e in (before, after))
     return f'<div class="grid">{"".join(figures)}</div>{_confidences(old, new)}<p class="note">{note}</p>'

@@ -2,7 +2,8 @@
 
 The share of a prompt's other traces with the same answer is a far better calibrated confidence than the answer's own
 probability, but costs K traces. A small logistic map, fitted to that share on unlabelled prompts, tells it from
-statistics of a single trace. No gold answer is used anywhere. This project's own; the share itself is known from
+statistics of a single trace. A trained version counts as others the traces of the version before as well: see
+`over_two_versions`. No gold answer is used anywhere. This project's own; the share itself is known from
 self-consistency (2203.11171).
 """
 
