@@ -62,7 +62,7 @@ def rows() -> list[dict[str, Any]]:
 
 
 def test_metrics_by_hand(rows: list[dict[str, Any]], config: RunConfig) -> None:
-    found = evaluate.summarise(rows, 3, config, evaluate.Unlabelled(None, None))
+    found = evaluate.summarise(rows, 3, config, evaluate.Unlabelled(None, None, {}))
     metrics = found["metrics"]
     assert metrics["greedy_accuracy"] == 0.5
     assert metrics["sampled_accuracy"] == 3 / 8  # two of a, one of b
