@@ -35,6 +35,9 @@ ARITHMETIC = "{{kind: reasoning_gym, name: {name}, count: {count}, options: {{{o
 CELL_S = 5400.0  # the longest that one may take
 ONE_DIGIT = "min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 1"
 TWO_DIGITS = "min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 2"
+TO_FIFTY = "min_numbers: 2, max_numbers: 2, min_value: 1, max_value: 50"
+SHARED = "../shared/data/commonsenseqa"  # beside the checkout
+LETTER = "\\nThink in one or two short sentences, then give the letter of the answer."
 PACKAGES = ("vllm", "peft", "reasoning_gym")
 
 
@@ -45,8 +48,18 @@ def gym(*families: tuple[str, int, str]) -> str:
 
 TASKS: dict[str, list[str]] = {
     "arithmetic": [
-        "data.train=" + gym(("products", 30, ONE_DIGIT), ("chain_sum", 210, TWO_DIGITS)),
+        "data.train=" + gym(("products", 30, ONE_DIGIT), ("chain_sum", 334, TWO_DIGITS)),
         "data.probe=" + gym(("products", 25, ONE_DIGIT), ("chain_sum", 175, TWO_DIGITS)),
+    ],
+    "gcd": ["data.train=" + gym(("gcd", 360, TO_FIFTY)), "data.probe=" + gym(("gcd", 200, TO_FIFTY))],
+    "basic_arithmetic": [  # sums, differences, products and quotients of two numbers, in other words
+        "data.train=" + gym(("basic_arithmetic", 360, TWO_DIGITS)),
+        "data.probe=" + gym(("basic_arithmetic", 200, TWO_DIGITS)),
+    ],
+    "commonsenseqa": [
+        f"data.train=[{{kind: commonsenseqa, path: {SHARED}_train.jsonl, count: 360}}]",
+        f"data.probe=[{{kind: commonsenseqa, path: {SHARED}_dev.jsonl, count: 200}}]",
+        f'data.suffix="{LETTER}"',
     ],
 }
 
@@ -63,7 +76,7 @@ class Row:
 
 EVERY = tuple(TASKS)
 TOO_FAR = ("rounds=5", "learner.learning_rate=4e-4", "eval.during=200")  # driven to collapse, each version measured
-TEMPERATURES = (0.3, 0.5, 0.7, 1.0)  # 0.9 is what every other row is sampled with
+TEMPERATURES = (0.3, 0.45, 0.8, 1.0)  # 0.6 is what every other row is sampled with
 ROWS = {
     "base": Row(None, ("eval.branches=10",), tasks=EVERY),
     **{f"base-t{t}": Row(None, (f"rollout.temperature={t}",)) for t in TEMPERATURES},
