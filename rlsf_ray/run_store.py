@@ -9,9 +9,7 @@ metrics/*.jsonl  tensorboard/  eval/version-0001.json  checkpoints/ (Ray Train's
 
 from __future__ import annotations
 
-import io
 import json
-import math
 import os
 import platform
 import time
@@ -26,6 +24,7 @@ from pydantic import ValidationError
 from rlsf_ray import adapters, tables
 from rlsf_ray.adapters import checksum
 from rlsf_ray.config import RunConfig
+from rlsf_ray.encoding import to_events, to_json
 from rlsf_ray.errors import InputError, WeightsError
 from rlsf_ray.records import Json, WeightsVersion
 from rlsf_ray.storage import Storage, damaged
@@ -71,7 +70,7 @@ class RunStore:
         with storage.lock(".config.lock"):
             theirs = _read_config(storage)
             if theirs is None:
-                storage.write("packages.json", _to_json(_packages()))
+                storage.write("packages.json", to_json(_packages()))
                 storage.write("config.yaml", yaml.safe_dump(ours, sort_keys=False).encode())
             return theirs or ours
 
@@ -110,7 +109,7 @@ class RunStore:
 
     def write_json(self, name: str, obj: Any) -> None:
         """Put a JSON file in place. Numpy numbers become plain ones; nan and inf become null."""
-        self.storage.write(name, _to_json(obj))
+        self.storage.write(name, to_json(obj))
 
     def read_json(self, name: str) -> Any:
         """The content of a JSON file, None where there is none. Raises `StorageError` if it is damaged."""
@@ -144,7 +143,7 @@ class RunStore:
 
     def append_metrics(self, name: str, records: Sequence[Json]) -> None:
         """Add rows to `metrics/<name>.jsonl`, and those of `train` to TensorBoard. One writer for each name."""
-        lines = b"".join(_to_json(record, indent=None) for record in records)
+        lines = b"".join(to_json(record, indent=None) for record in records)
         self.storage.append(f"metrics/{name}.jsonl", lines, separator=b"\n")
         if name == "train":
             self._append_events(name, records)
@@ -162,7 +161,7 @@ class RunStore:
         """TensorBoard reads every event file of a folder, so each process and each resume begins a file of its own."""
         if not self._events_name:
             self._events_name = f"tensorboard/events.out.tfevents.{time.time_ns()}.{os.getpid()}"
-        self.storage.append(self._events_name, _events(name, records))
+        self.storage.append(self._events_name, to_events(name, records))
 
     def write_adapter(
         self, version: int, adapter: Mapping[str, np.ndarray], base_model: str, config: RunConfig
@@ -280,40 +279,3 @@ def _packages() -> Json:
         "python": platform.python_version(),
         "packages": dict(sorted(installed.items(), key=lambda p: p[0].lower())),
     }
-
-
-def _to_json(obj: Any, indent: int | None = 2) -> bytes:
-    return (json.dumps(_plain(obj), indent=indent, allow_nan=False) + "\n").encode()
-
-
-def _plain(obj: Any) -> Any:
-    if isinstance(obj, Mapping):
-        return {str(key): _plain(value) for key, value in obj.items()}
-    if isinstance(obj, np.ndarray | np.generic):
-        return _plain(obj.tolist())
-    if isinstance(obj, list | tuple):
-        return [_plain(value) for value in obj]
-    if isinstance(obj, float) and not math.isfinite(obj):
-        return None
-    return obj
-
-
-def _events(name: str, records: Sequence[Json]) -> bytes:
-    """TensorBoard's records for the numbers of each row, at the row's step and time."""
-    # Imported here: only the trainer writes curves.
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.summary.writer.record_writer import RecordWriter
-
-    buffer = io.BytesIO()
-    writer = RecordWriter(buffer)
-    for record in records:
-        numbers = {key: value for key, value in record.items() if key not in ("time", "step") and _is_number(value)}
-        values = [Summary.Value(tag=f"{name}/{key}", simple_value=value) for key, value in numbers.items()]
-        event = Event(wall_time=record["time"], step=record["step"], summary=Summary(value=values))
-        writer.write(event.SerializeToString())
-    return buffer.getvalue()
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
