@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -36,7 +37,8 @@ CELL_S = 5400.0  # the longest that one may take
 ONE_DIGIT = "min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 1"
 TWO_DIGITS = "min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 2"
 TO_FIFTY = "min_numbers: 2, max_numbers: 2, min_value: 1, max_value: 50"
-SHARED = "../shared/data/commonsenseqa"  # beside the checkout
+DATA = Path(os.environ.get("RLSF_DATA") or Path(__file__).parents[2] / "shared" / "data")
+CSQA = os.path.relpath(DATA / "commonsenseqa")  # its two files as the authors publish them, 1811.00937
 LETTER = "\\nThink in one or two short sentences, then give the letter of the answer."
 PACKAGES = ("vllm", "peft", "reasoning_gym")
 
@@ -48,7 +50,7 @@ def gym(*families: tuple[str, int, str]) -> str:
 
 TASKS: dict[str, list[str]] = {
     "arithmetic": [
-        "data.train=" + gym(("products", 30, ONE_DIGIT), ("chain_sum", 334, TWO_DIGITS)),
+        "data.train=" + gym(("products", 30, ONE_DIGIT), ("chain_sum", 345, TWO_DIGITS)),
         "data.probe=" + gym(("products", 25, ONE_DIGIT), ("chain_sum", 175, TWO_DIGITS)),
     ],
     "gcd": ["data.train=" + gym(("gcd", 360, TO_FIFTY)), "data.probe=" + gym(("gcd", 200, TO_FIFTY))],
@@ -57,8 +59,8 @@ TASKS: dict[str, list[str]] = {
         "data.probe=" + gym(("basic_arithmetic", 200, TWO_DIGITS)),
     ],
     "commonsenseqa": [
-        f"data.train=[{{kind: commonsenseqa, path: {SHARED}_train.jsonl, count: 360}}]",
-        f"data.probe=[{{kind: commonsenseqa, path: {SHARED}_dev.jsonl, count: 200}}]",
+        f"data.train=[{{kind: commonsenseqa, path: {CSQA}_train.jsonl, count: 360}}]",
+        f"data.probe=[{{kind: commonsenseqa, path: {CSQA}_dev.jsonl, count: 200}}]",
         f'data.suffix="{LETTER}"',
     ],
 }
@@ -99,6 +101,11 @@ def cells(only: str = "") -> list[str]:
     """Names of all cells that begin with `only`, the base model first."""
     found = [f"{task}/{row}/{seed}" for row, of in ROWS.items() for task in of.tasks for seed in of.seeds]
     return [name for name in found if name.startswith(only)]
+
+
+def lacks_data(cell: str) -> bool:
+    """Does the cell's task need a file that is not there?"""
+    return cell.startswith("commonsenseqa/") and not Path(f"{CSQA}_train.jsonl").exists()
 
 
 def path_of(cell: str) -> Path:
@@ -199,7 +206,11 @@ def _tell(cell: str) -> Callable[[Json], None]:
 
 def run_missing(names: Sequence[str], runs: Path) -> None:
     """Each cell without a result, in a process of its own."""
-    missing = [name for name in names if not path_of(name).exists()]
+    missing = [name for name in names if not path_of(name).exists() and not lacks_data(name)]
+    if without := {name.split("/")[0] for name in names if lacks_data(name)}:
+        print(
+            f"left out, as {CSQA}_*.jsonl is not there (set RLSF_DATA to its folder): {', '.join(without)}", flush=True
+        )
     minutes = sum(minutes_of(name.split("/")[1]) for name in missing)
     print(f"{len(missing)} of {len(names)} cells to run, about {minutes / 60:.1f} h on two cores", flush=True)
     for name in missing:

@@ -98,35 +98,37 @@ def _calibrated(cells: Sequence[Json]) -> bool:
 
 
 def calibration_against(base: Sequence[Json], ours: Sequence[Json]) -> Json:
-    """{"ece_ratio", "skill", "base_skill"}: [value, low, high] with questions drawn alike for both, all seeds together.
+    """{"ece_ratio", "skill", "base_skill"}: [value, low, high] with questions drawn alike for both.
 
-    Our calibrated confidence against the base model's answer probability: the ratio of the ECEs, and each Brier skill.
+    Our calibrated confidence against the base model's answer probability: the ratio of the ECEs, and each Brier skill,
+    all of them means over the seeds.
     """
-    old, new = _confidence(base, "answer_prob"), _confidence(ours, "calibrated")
-    shared = sorted(old.keys() & new.keys())
+    old = [_confidence(cell, "answer_prob") for cell in base]
+    new = [_confidence(cell, "calibrated") for cell in ours]
+    shared = sorted(set.intersection(*(set(found) for found in (*old, *new))))
     draws = [np.arange(len(shared)), *np.random.default_rng(0).integers(len(shared), size=(500, len(shared)))]
     rows: list[tuple[float, float, float]] = []
     for draw in draws:
-        before, after = (np.concatenate([found[shared[q]] for q in draw]) for found in (old, new))
-        ece = calibration.ece(after[:, 0], after[:, 1]) / (calibration.ece(before[:, 0], before[:, 1]) or np.nan)
-        skills = (
-            calibration.brier_skill(after[:, 0], after[:, 1]),
-            calibration.brier_skill(before[:, 0], before[:, 1]),
-        )
-        rows.append((ece, *skills))
+        names = [shared[q] for q in draw]
+        before, after = (np.mean([_ece_and_skill(found, names) for found in seeds], axis=0) for seeds in (old, new))
+        rows.append((after[0] / (before[0] or np.nan), after[1], before[1]))
     low, high = np.nanquantile(rows[1:], [0.025, 0.975], axis=0)
-    names = ("ece_ratio", "skill", "base_skill")
-    found = {name: [rows[0][k], float(low[k]), float(high[k])] for k, name in enumerate(names)}
+    kinds = ("ece_ratio", "skill", "base_skill")
+    found = {kind: [float(rows[0][k]), float(low[k]), float(high[k])] for k, kind in enumerate(kinds)}
     return {name: values for name, values in found.items() if np.isfinite(values).all()}
 
 
-def _confidence(cells: Sequence[Json], name: str) -> dict[str, Any]:
-    """{question: [samples of all seeds, (confidence, right)]}."""
-    found: dict[str, list[tuple[float, int]]] = defaultdict(list)
-    for cell in cells:
-        for question in cell["questions"]:
-            found[question["id"]] += [(sample[name], sample["right"]) for sample in question["samples"]]
-    return {question: np.array(samples, dtype=float) for question, samples in found.items()}
+def _ece_and_skill(found: dict[str, Any], questions: Sequence[str]) -> tuple[float, float]:
+    told = np.concatenate([found[question] for question in questions])
+    return calibration.ece(told[:, 0], told[:, 1]), calibration.brier_skill(told[:, 0], told[:, 1])
+
+
+def _confidence(cell: Json, name: str) -> dict[str, Any]:
+    """{question: its samples as rows (confidence, right)}."""
+    return {
+        question["id"]: np.array([(sample[name], sample["right"]) for sample in question["samples"]], dtype=float)
+        for question in cell["questions"]
+    }
 
 
 def _pairs(cell: Json) -> float | None:

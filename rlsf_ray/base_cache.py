@@ -50,7 +50,7 @@ def _cache_path(config: RunConfig, sets: PromptSets) -> Path:
 
 
 def measure_key(config: RunConfig, sets: PromptSets) -> Json:
-    """All that the base model's measure depends on."""
+    """All of ours that the base model's measure depends on, but for the engine's own code."""
     return {
         "judges": [hashlib.sha256(Path(str(part.__file__)).read_bytes()).hexdigest() for part in JUDGES],
         "package": __version__,

@@ -58,19 +58,20 @@ def measure_version(
 ) -> Json:
     """Start the engine of `config` and measure a version of a run; without a run, the base model (version 0)."""
     with closing(build_engine(config)) as engine:
+        adapter = store.read_adapter(version)[0] if store and version else None
         earlier = answers_before(engine, store, config, sets, version) if store else None
-        if store and version:
-            engine.load_version(version, store.read_adapter(version)[0])
+        if adapter is not None:
+            engine.load_version(version, adapter)
         return evaluate_version(engine, sets, config, version, earlier, on_chunk)
 
 
 def answers_before(engine: Any, store: RunStore, config: RunConfig, sets: PromptSets, version: int) -> Json | None:
-    """{prompt: answers} that the version before `version` writes for the calibration prompts; None for the base model.
+    """{prompt: answers} that the version before `version` writes for the calibration prompts.
 
-    None stands for no answer.
+    An answer is None where a trace has none; all is None for the base model, and without calibration prompts.
     """
     before = store.version_before(version)
-    if before is None:
+    if before is None or not sets.calibration:
         return None
     if before:
         engine.load_version(before, store.read_adapter(before)[0])
@@ -185,7 +186,7 @@ def trace_features(trace: Trace) -> list[float]:
 
 
 def summarise(rows: Sequence[Json], version: int, config: RunConfig, unlabelled: Unlabelled) -> Json:
-    """What one evaluation file holds: metrics, reliability bins, every answer, calibration.json and the vitals."""
+    """What one evaluation file holds: metrics, reliability bins, judged answers, calibration.json, vitals, answers."""
     fitted = unlabelled.map
     if fitted is not None:
         rows = [

@@ -34,7 +34,7 @@ def mix(store: RunStore, version: int, alphas: Sequence[float], on_alpha: Callab
         for number, alpha in enumerate(sorted(set(alphas)), start=1):
             on_alpha(alpha)
             engine.load_version(number, scaled(adapter, alpha))
-            found = evaluate_version(engine, sets, config, number, earlier)
+            found = evaluate_version(engine, sets, config, number, earlier if alpha else None)
             engine.forget_version(number)
             points.append({"alpha": alpha, "metrics": found["metrics"], "vitals": found["vitals"]})
     result: Json = {"version": version, "num_questions": len(sets.probe), "points": points}

@@ -10,6 +10,7 @@ metrics/*.jsonl  tensorboard/  eval/version-0001.json  checkpoints/ (Ray Train's
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import time
@@ -31,6 +32,8 @@ from rlsf_ray.storage import Storage, damaged
 from rlsf_ray.tables import group_to_row, pair_rows, row_to_group, rows_to_outcome, trace_rows
 
 __all__ = ["RunStore", "checksum", "group_to_row", "pair_rows", "row_to_group", "rows_to_outcome", "trace_rows"]
+
+logger = logging.getLogger(__name__)
 
 CALIBRATION_FILE = "calibration.json"
 
@@ -228,10 +231,21 @@ class RunStore:
         return max((one for one in (0, *self.versions()) if one < version), default=None)
 
     def earlier_answers(self, version: int) -> Json | None:
-        """{prompt: answers} of the version before to the calibration prompts, None if it was not measured."""
+        """{prompt: answers} of the version before to the calibration prompts, None where there is none."""
         before = self.version_before(version)
-        found: Json | None = None if before is None else self.read_json(_evaluation_path(before))
-        return found and found.get("calibration_answers")
+        if before is None:
+            return None
+        found: Json | None = self.read_json(_evaluation_path(before))
+        if found is None or "calibration_answers" not in found:
+            logger.warning(
+                "version %d was not measured by this program, so the confidence of version %d is fitted to its"
+                " agreement with itself alone, and may be too high; `rlsf eval` measures it again",
+                before,
+                version,
+            )
+            return None
+        answers: Json = found["calibration_answers"]
+        return answers
 
     def versions(self) -> list[int]:
         """Published versions, oldest first."""

@@ -44,16 +44,20 @@ def leave_one_out(labels: Sequence[int]) -> Floats:
 def over_two_versions(labels: Sequence[int], own: int) -> Floats:
     """Agreement [K] of a version's K = `own` traces, which come first in `labels`, with those and the version before.
 
-    Half of it is `leave_one_out`, half the share of the earlier version's traces with that answer; without any, all is
-    `leave_one_out`. A version agrees with itself on whatever its last training has sharpened, right or wrong; the
-    version before has not seen that. That disagreement of two models tells their error is known (2106.13799).
+    Half of it is `leave_one_out`, half the share of the earlier version's K traces with that answer; without any, it
+    is `leave_one_out`. A version agrees with itself on whatever its last training has sharpened, right or wrong; the
+    version before has not seen that. That disagreement of two models tells their error is known (2106.13799). The
+    earlier version's k-th trace is left out for the k-th: the two were drawn with one seed.
+    Raises ValueError if the earlier version has another number of traces.
     """
     ours, earlier = np.asarray(labels[:own], dtype=np.int64), np.asarray(labels[own:], dtype=np.int64)
     alone = leave_one_out(labels[:own])
     if not len(earlier):
         return alone
-    same = (ours[:, None] == earlier[None, :]).mean(axis=1)
-    return (alone + np.where(ours >= 0, same, 0.0)) / 2
+    if len(earlier) != own:
+        raise ValueError(f"got {own} traces of a version and {len(earlier)} of the one before, expected as many")
+    same = (ours[:, None] == earlier[None, :]) & ~np.eye(own, dtype=bool)
+    return (alone + np.where(ours >= 0, same.sum(axis=1) / max(1, own - 1), 0.0)) / 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,8 +42,9 @@ def majority(labels: Labels) -> tuple[int, float]:
 def calibrated(labels: Labels, alone: Weights) -> tuple[int, float, float]:
     """(the winner of a vote weighed by `alone` [K], each trace's own calibrated confidence; how sure; how far ahead).
 
-    The confidence joins what one trace expects of the others, as if that were one more trace, with what the others did:
-    (mean confidence of the winner's traces + its other votes) / K. (-1, 0.0, 0.0) if no trace has an answer.
+    The confidence joins what the winner's traces tell, as if that were one more trace, with what the others did: (mean
+    confidence of the winner's traces + its other votes) / K. With more traces it comes near the vote share, which is
+    over-confident in a trained model, as agreement with itself is. (-1, 0.0, 0.0) if no trace has an answer.
     """
     winner, _ = weighted(labels, alone)
     if winner < 0:

@@ -46,14 +46,16 @@ def load_sets(config: RunConfig) -> PromptSets:
 
     The probe set comes first, then `data.calibration` prompts out of the training sources; neither depends on
     `config.seed`. The training prompts and their order do. Each set holds *up to* the counts asked for: a small family
-    may not have more, and calibration takes a quarter of the training prompts at most.
+    may not have more, and calibration takes a quarter of the training prompts at most. A source that is also one of the
+    probe set gives calibration prompts like those, easy and hard ones in the same shares.
     Raises InputError for bad sources, for ids that two sources of a set share, and when no training prompt is left.
     """
     data = config.data
     taken: set[str] = set()
-    labelled = _collect(data.probe, seed=PROBE_SEED, labelled=True, taken=taken)
+    labelled = _draw_probe(data.probe, taken)
     calibration = _set_aside(config, taken)
-    unlabelled = _collect(data.train, seed=config.seed, labelled=False, taken=taken)
+    unlabelled = [q for source in data.train for q in _take(source, seed=config.seed, labelled=False, taken=taken)]
+    _refuse_shared_ids(unlabelled, "train")
     if not unlabelled:
         raise InputError(
             f"no training prompt is left: every prompt of data.train is among the {len(labelled)} of the probe set;"
@@ -74,13 +76,38 @@ def load_sets(config: RunConfig) -> PromptSets:
     )
 
 
+def _draw_probe(sources: Sequence[SourceConfig], taken: set[str]) -> list[Question]:
+    """The probe set's questions; their keys are added to `taken`.
+
+    Of each source a random half of twice as many, so that the other half is as hard: a family's few easy questions
+    come early and only once.
+    """
+    questions = []
+    for source in sources:
+        twice = source.count and 2 * source.count
+        drawn = _take(source, twice, seed=PROBE_SEED, labelled=True, taken=set(taken))
+        random.Random(PROBE_SEED).shuffle(drawn)
+        questions += drawn[: source.count]
+        taken |= {question.key for question in drawn[: source.count]}
+    _refuse_shared_ids(questions, "probe")
+    return questions
+
+
 def _set_aside(config: RunConfig, taken: set[str]) -> list[Question]:
-    """A fair part of all training sources; its keys are added to `taken`."""
+    """Calibration prompts from all training sources; their keys are added to `taken`.
+
+    From a source of the probe set they come out of the half that the probe set has left, in the probe set's shares.
+    """
     if not config.data.calibration:
         return []
-    found = _collect(config.data.train, seed=PROBE_SEED, labelled=False, taken=set(taken))
-    random.Random(PROBE_SEED).shuffle(found)
-    kept = found[: min(config.data.calibration, len(found) // 4)]
+    held_out = {_identity(source): source.count for source in config.data.probe}
+    seen, candidates, available = set(taken), list[Question](), 0
+    for source in config.data.train:
+        found = _take(source, seed=PROBE_SEED, labelled=False, taken=seen)
+        available += len(found)
+        candidates += found[: held_out.get(_identity(source), len(found))]
+    random.Random(PROBE_SEED).shuffle(candidates)
+    kept = candidates[: min(config.data.calibration, available // 4)]
     taken |= {question.key for question in kept}
     return kept
 
@@ -96,24 +123,24 @@ def prompts_of_round(train: Sequence[Prompt], round: int, prompts_per_round: int
     return window
 
 
-def _collect(sources: Sequence[SourceConfig], *, seed: int, labelled: bool, taken: set[str]) -> list[Question]:
-    questions = [q for source in sources for q in _take(source, seed=seed, labelled=labelled, taken=taken)]
+def _refuse_shared_ids(questions: Sequence[Question], section: str) -> None:
     if duplicate := first_duplicate([question.id for question in questions]):
         raise InputError(
-            f"two sources of data.{'probe' if labelled else 'train'} use the id {duplicate[0]!r};"
-            " give the sources distinct ids or file names"
+            f"two sources of data.{section} use the id {duplicate[0]!r}; give the sources distinct ids or file names"
         )
-    return questions
 
 
-def _take(source: SourceConfig, *, seed: int, labelled: bool, taken: set[str]) -> list[Question]:
-    """The first `count` questions whose keys are not in `taken`; their keys are added to it."""
+def _take(
+    source: SourceConfig, count: int | None = None, *, seed: int, labelled: bool, taken: set[str]
+) -> list[Question]:
+    """The first `count` questions (None: `source.count`) whose keys are not in `taken`; their keys are added to it."""
     questions = []
+    count = count or source.count
     for question in _read(source, seed=seed, labelled=labelled):
         if question.key not in taken:
             taken.add(question.key)
             questions.append(question)
-        if len(questions) == source.count:
+        if len(questions) == count:
             break
     if source.count and len(questions) < source.count:
         logger.info("%s: %d of %d prompts found", source.name or source.path, len(questions), source.count)
@@ -121,14 +148,18 @@ def _take(source: SourceConfig, *, seed: int, labelled: bool, taken: set[str]) -
 
 
 def _read(source: SourceConfig, *, seed: int, labelled: bool) -> Iterator[Question]:
-    """Questions in an order that the seed and the source's identity (not its count or folder) decide."""
-    identity = json.dumps([source.kind, source.name, file_stem(source.path or ""), source.options], default=str)
-    seed = spread_seed(identity, seed)
+    """Questions in an order that the seed and the source's identity decide."""
+    seed = spread_seed(_identity(source), seed)
     if source.kind == "reasoning_gym":
         return gym_questions(source, seed=seed, labelled=labelled)
     questions = row_questions(source, labelled=labelled)
     random.Random(seed).shuffle(questions)
     return iter(questions)
+
+
+def _identity(source: SourceConfig) -> str:
+    """What questions a source has; its count and folder do not matter."""
+    return json.dumps([source.kind, source.name, file_stem(source.path or ""), source.options], default=str)
 
 
 def _probe(question: Question, suffix: str, answer_format: str) -> ProbePrompt:

@@ -69,10 +69,17 @@ def test_agreement_leaves_the_trace_itself_out() -> None:
 
 
 def test_agreement_over_two_versions_by_hand() -> None:
-    """Five traces of this version, then four of the one before."""
-    found = over_two_versions([0, 0, 1, -1, 2, 0, 1, -1, 3], 5)
-    assert found.tolist() == [(0.25 + 0.25) / 2, (0.25 + 0.25) / 2, (0.0 + 0.25) / 2, 0.0, 0.0]
-    assert over_two_versions([0, 0, 1], 3).tolist() == leave_one_out([0, 0, 1]).tolist()
+    """Five traces of this version, then five of the one before."""
+    found = over_two_versions([0, 0, 1, -1, 2, 0, 1, 0, -1, 3], 5)
+    assert found.tolist() == [(0.25 + 0.25) / 2, (0.25 + 0.5) / 2, (0.0 + 0.25) / 2, 0.0, 0.0]
+    with pytest.raises(ValueError, match="got 3 traces of a version and 1 of the one before"):
+        over_two_versions([0, 0, 1, 0], 3)
+
+
+def test_a_version_that_has_not_changed_agrees_as_it_agrees_with_itself() -> None:
+    labels = [0, 0, 1, -1, 2, 0, 1]
+    assert over_two_versions(labels * 2, 7).tolist() == leave_one_out(labels).tolist()
+    assert over_two_versions(labels, 7).tolist() == leave_one_out(labels).tolist()
 
 
 def test_features_by_hand() -> None:

@@ -231,7 +231,8 @@ def test_mix_measures_each_alpha_and_the_report_shows_it(watched: Path, capsys) 
     assert [point["alpha"] for point in points] == [0.0, 1.0]
     base, last = (json.loads((watched / f"watched/eval/version-000{v}.json").read_text()) for v in (0, 1))
     for point, one in zip(points, (base, last), strict=True):
-        assert point["metrics"]["sampled_accuracy"] == one["metrics"]["sampled_accuracy"]
+        for figure in ("sampled_accuracy", "ece_calibrated"):
+            assert point["metrics"][figure] == pytest.approx(one["metrics"][figure], abs=1e-6)
     assert exit_code(*arguments, "0,x") == 2
     assert exit_code("report", "watched", "--root", str(watched), "--beside", "watched") == 0
     assert "along alpha" in (watched / "watched" / "report.html").read_text()

@@ -16,6 +16,8 @@ from rlsf_ray.tasks.sources import load_sets
 
 @pytest.mark.parametrize("task", evidence.TASKS)
 def test_no_cell_trains_on_what_is_measured_or_calibrated_with(task: str) -> None:
+    if evidence.lacks_data(f"{task}/base/0"):
+        pytest.skip(f"{evidence.CSQA}_train.jsonl is not there; set RLSF_DATA to its folder")
     judge, measuring = evidence.settings_of(f"{task}/base/0", training=False)
     sets = load_sets(load_config(str(judge), measuring))
     held_out = {item.prompt.key for item in sets.probe} | {prompt.key for prompt in sets.calibration}
@@ -68,6 +70,16 @@ def test_calibration_is_held_against_the_base_models_answer_probability() -> Non
     assert found["ece_ratio"] == [0.0, 0.0, 0.0]  # half of ours is right in every draw
     assert found["skill"][0] == pytest.approx(0.0)
     assert found["base_skill"][0] == pytest.approx(1 - (3 * 0.75**2 + 0.25**2) / 4 / (0.25 * 0.75))
+
+
+def test_seeds_that_err_in_opposite_ways_do_not_cancel() -> None:
+    """One seed is half too sure, the other half too unsure; the base model is off by as much."""
+    base, one, other = (cell(f"t/{name}", [1, 0], [0, 1]) for name in ("base/0", "rlsf/0", "rlsf/1"))
+    for each, name, value in ((base, "answer_prob", 0.9), (one, "calibrated", 0.9), (other, "calibrated", 0.1)):
+        for question in each["questions"]:
+            for sample in question["samples"]:
+                sample[name] = value
+    assert calibration_against([base], [one, other])["ece_ratio"][0] == pytest.approx(1.0)
 
 
 def test_a_collapsed_cell_does_not_break_the_table(tmp_path: Path) -> None:

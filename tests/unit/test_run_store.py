@@ -306,6 +306,22 @@ def test_a_table_without_parts_is_empty_with_its_columns(store):
     assert store.read_table("traces", 4).num_rows == 0
 
 
+def test_the_version_before_skips_numbers_and_follows_the_weights(store, caplog):
+    """Round 2 gave no pairs, so there is no version 2; version 5 has version 3's weights again."""
+    assert store.version_before(0) is None
+    for version in (1, 3, 4, 5):
+        store.write_json(f"versions/{version:04d}/version.json", {})
+    store.write_json("state.json", {"rolled_back": {"from": 4, "to": 3, "version": 5}})
+    assert [store.version_before(version) for version in (1, 3, 4, 5)] == [0, 1, 3, 1]
+    store.write_json("state.json", {"rolled_back": {"from": 4, "to": 0, "version": 5}})
+    assert store.version_before(5) is None
+    assert (store.earlier_answers(5), caplog.records) == (None, [])
+    assert store.earlier_answers(4) is None
+    assert "version 3 was not measured by this program" in caplog.text
+    store.write_json("eval/version-0003.json", {"calibration_answers": {"q": ["4", None]}})
+    assert store.earlier_answers(4) == {"q": ["4", None]}
+
+
 def test_unknown_kinds_and_columns_are_refused(store):
     with pytest.raises(ValueError, match="unknown table 'scores'"):
         store.write_table("scores", 0, 0, [])

@@ -10,6 +10,7 @@ import sys
 import typing
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rlsf_ray import records
@@ -91,6 +92,21 @@ def test_calibration_prompts_are_set_aside_alike_for_every_seed() -> None:
     assert len(set(keys)) == len(keys)
     assert {p.task for p in first.calibration} == {"products", "chain_sum"}
     assert len(sets(0, 1000).calibration) == 128 // 4, "a quarter at most"
+
+
+def test_calibration_prompts_are_as_hard_as_the_probe_set() -> None:
+    """There are about 155 different sums of two one-digit numbers; whoever draws first would get most of them."""
+    options = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
+    source = {"kind": "reasoning_gym", "name": "chain_sum", "options": options}
+    data = {"train": [source | {"count": 1600}], "probe": [source | {"count": 400}], "calibration": 400}
+    found = load_sets(RunConfig(prompts_per_round=100, data=data))
+    easy = [
+        np.mean([bool(re.search(r"(?<!\d)\d [-+] \d(?!\d)", prompt.messages[0][1])) for prompt in prompts])
+        for prompts in ([item.prompt for item in found.probe], found.calibration, found.train)
+    ]
+    assert len(found.probe) == len(found.calibration) == 400
+    assert easy[0] == pytest.approx(easy[1], abs=0.03)
+    assert easy[2] < easy[1] / 2
 
 
 def test_probe_gold_is_the_value_of_the_question() -> None:
