@@ -16,10 +16,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from rlsf_ray.algorithms import agreement, calibration
-from rlsf_ray.algorithms.agreement import features, leave_one_out, over_two_versions
+from rlsf_ray.algorithms.agreement import leave_one_out
 from rlsf_ray.algorithms.answers import label_answers
 from rlsf_ray.config_loading import load_config
 from rlsf_ray.engines.build import build_engine
+from rlsf_ray.evaluate import trace_features
 from rlsf_ray.records import Group, ProbePrompt, Trace
 from rlsf_ray.rollouts.programs import write_groups
 from rlsf_ray.run_store import RunStore
@@ -92,7 +93,7 @@ def statistics(trace: Trace) -> dict[str, float]:
     """All that might tell something of an answered trace."""
     assert trace.answer is not None
     span = slice(*trace.answer.tokens)
-    prob, disparity, length, both = features(trace.logprob, trace.top1, trace.top2, span)
+    prob, disparity, length, both = trace_features(trace)
     before = trace.logprob[: max(1, span.start)]
     return {
         "prob": prob,
@@ -108,9 +109,11 @@ def statistics(trace: Trace) -> dict[str, float]:
 
 
 def study_features() -> None:
-    """Each family: the base model's own answer probability and agreement, then maps over each set of features."""
+    """Each family: the base model's answer probability, its agreement, and maps over each set of features."""
     with closing(build_engine(load_config("rlsf", ENGINE))) as engine, AnswerChecker() as checker:
-        print("family".ljust(20), "right", "answer prob.".rjust(14), *(name.rjust(14) for name in SETS), flush=True)
+        print(
+            "family".ljust(20), "right", *(name.rjust(14) for name in ("answer prob.", "agreement", *SETS)), flush=True
+        )
         table = []
         for family, options in FAMILIES.items():
             source = f"[{{kind: reasoning_gym, name: {family}, count: {QUESTIONS}, options: {{{options}}}}}]"
@@ -129,7 +132,7 @@ def study_features() -> None:
 def features_judged(
     groups: Sequence[Group], probe: Sequence[ProbePrompt], checker: AnswerChecker
 ) -> Iterator[tuple[float, tuple[float, float]]]:
-    """(accuracy of answered traces, (ECE, skill)) of the answer probability and of each set of features."""
+    """(accuracy of answered traces, (ECE, skill)) of the answer probability, of agreement, of each set of features."""
     judgements = [right(group, item.gold, checker) for group, item in zip(groups, probe, strict=True)]
     accuracy = float(np.concatenate(judgements).mean())
     everything = []
@@ -137,9 +140,10 @@ def features_judged(
         labels = label_answers([trace.answer_text for trace in group.traces], checker.equal)
         share = leave_one_out(labels)[[trace.answer is not None for trace in group.traces]]
         everything.append(([statistics(t) for t in group.traces if t.answer], share, is_right))
-    probs = [np.array([[t.answer_prob] for t in g.traces if t.answer]) for g in groups]
-    bare = [Question(rows, share, is_right) for rows, (_, share, is_right) in zip(probs, everything, strict=True)]
-    yield accuracy, judged(lambda rows: rows[:, 0], bare)
+    probs = [np.array([t.answer_prob for t in g.traces if t.answer]) for g in groups]
+    for told in (probs, [share for _, share, _ in everything]):
+        bare = [Question(c[:, None], c, is_right) for c, (_, _, is_right) in zip(told, everything, strict=True)]
+        yield accuracy, judged(lambda rows: rows[:, 0], bare)
     for names in SETS.values():
         questions = [
             Question(np.array([[each[name] for name in names] for each in found]), share, is_right)
@@ -149,7 +153,7 @@ def features_judged(
 
 
 def study_others(path: str) -> None:
-    """Each version of a run: maps to the agreement with its own traces, with those of others, and with both."""
+    """Each version of a run: maps to the share of its own, of other versions' and of both's traces that agree."""
     store = RunStore.open(path)
     config, written = store.config, dict[int, list[Group]]()
     probe = load_sets(config).probe
@@ -161,34 +165,47 @@ def study_others(path: str) -> None:
             written[version] = write_groups(
                 engine, prompts, config=config, round=version, first_sequence=0, version=version
             )
-            line = {
-                name: cross_judged(questions, 4, 5, fit_on_one=True)
-                for name, questions in targets(written, probe, checker).items()
-            }
-            found = "   ".join(f"{name} {ece:.3f} / {skill:+.2f}" for name, (ece, skill) in line.items())
-            print(f"{path} version {version}: {found}", flush=True)
+            before = store.version_before(version)
+            found = [
+                "{} {:.3f} / {:+.2f}".format(name, *cross_judged(questions, 4, 5, fit_on_one=True))
+                for name, questions in targets(written, version, before or 0, probe, checker).items()
+            ]
+            print(f"{path} version {version}: {'   '.join(found)}", flush=True)
             if version:
                 engine.forget_version(version)
 
 
 def targets(
-    written: Mapping[int, Sequence[Group]], probe: Sequence[ProbePrompt], checker: AnswerChecker
+    written: Mapping[int, Sequence[Group]],
+    version: int,
+    before: int,
+    probe: Sequence[ProbePrompt],
+    checker: AnswerChecker,
 ) -> dict[str, list[Question]]:
-    """The newest version's traces with each share that a map could learn."""
-    newest = max(written)
+    """The answered traces of `version` with each share that a map could learn."""
     found: dict[str, list[Question]] = {}
     for index, item in enumerate(probe):
-        group = written[newest][index]
-        answered = [trace for trace in group.traces if trace.answer]
-        if not answered:
-            continue
+        group = written[version][index]
         kept = np.array([trace.answer is not None for trace in group.traces])
-        rows = np.array([features(t.logprob, t.top1, t.top2, slice(*t.answer.tokens)) for t in answered if t.answer])
-        for name, others in (("itself", []), ("before too", [newest - 1]), ("all", [*range(newest)]), ("base", [0])):
-            own = [trace.answer_text for trace in group.traces]
-            theirs = [t.answer_text for v in others if v in written and v < newest for t in written[v][index].traces]
-            share = over_two_versions(label_answers([*own, *theirs], checker.equal), len(own))[kept]
-            found.setdefault(name, []).append(Question(rows, share, right(group, item.gold, checker)))
+        if not kept.any():
+            continue
+        rows = np.array([trace_features(trace) for trace in group.traces if trace.answer])
+        is_right = right(group, item.gold, checker)
+        texts = [[trace.answer_text for trace in written[other][index].traces] for other in written]
+        labels = np.array(label_answers([text for each in texts for text in each], checker.equal))
+        of = dict(zip(written, np.split(labels, np.cumsum([len(each) for each in texts])[:-1]), strict=True))
+        own = leave_one_out(of[version].tolist())
+        share = {other: (of[version][:, None] == of[other][None, :]).mean(axis=1) for other in written}
+        share[version] = own
+        shares = {
+            "itself": own,
+            "itself and before": (own + share[before]) / 2,
+            "all": np.mean(list(share.values()), axis=0),
+            "before": share[before],
+            "base": share[0],
+        }
+        for name, value in shares.items():
+            found.setdefault(name, []).append(Question(rows, value[kept], is_right))
     return found
 
 
