@@ -1,4 +1,4 @@
-"""What should the map of one trace look at, and whose agreement should it learn? Judged with gold answers, afterwards.
+"""Studies of the map from one trace to its confidence, judged with gold answers afterwards.
 
     python benchmarks/confidence_study.py features          # features, on families that evidence.py does not report
     python benchmarks/confidence_study.py others RUN...     # whose traces count, on the probe questions of runs
