@@ -50,7 +50,7 @@ def gym(*families: tuple[str, int, str]) -> str:
 
 TASKS: dict[str, list[str]] = {
     "arithmetic": [
-        "data.train=" + gym(("products", 30, ONE_DIGIT), ("chain_sum", 345, TWO_DIGITS)),
+        "data.train=" + gym(("products", 30, ONE_DIGIT), ("chain_sum", 355, TWO_DIGITS)),
         "data.probe=" + gym(("products", 25, ONE_DIGIT), ("chain_sum", 175, TWO_DIGITS)),
     ],
     "gcd": ["data.train=" + gym(("gcd", 360, TO_FIFTY)), "data.probe=" + gym(("gcd", 200, TO_FIFTY))],

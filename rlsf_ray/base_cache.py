@@ -58,7 +58,7 @@ def measure_key(config: RunConfig, sets: PromptSets) -> Json:
         "model": config.model.model_dump(),
         "files": _fingerprint(find_model(config.model.name)),
         "probe": [[item.prompt.id, item.prompt.messages, item.prompt.answer_format, item.gold] for item in sets.probe],
-        "calibration": [[p.id, p.messages, p.answer_format] for p in sets.calibration] + [config.rollout.traces],
+        "calibration": [[p.id, p.messages, p.answer_format] for p in sets.calibration],
         "sampling": [config.rollout.temperature, config.rollout.max_tokens, config.eval.samples, config.eval.branches],
         "batch": config.probe_prompts_per_call,
     }

@@ -14,7 +14,7 @@ from rlsf_ray.records import Group, IntArray, Json, TrainingGroup
 from rlsf_ray.stream.guard import Vitals
 
 GRAM = 4
-SETTLED = 0.5  # share of the traces with the voted answer
+SETTLED = 0.75  # share of the traces with the voted answer
 
 
 def take_vitals(groups: Sequence[Group], labels: Sequence[Sequence[int]]) -> Vitals:

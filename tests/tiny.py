@@ -134,7 +134,7 @@ WATCHED: dict[str, Any] = {"data": {"calibration": 20, "train": [_SUMS]}}  # as 
 
 def collapsing(model: Path, **changes: Any) -> RunConfig:
     """A run whose first version writes noise, with calibration prompts for the guard to see it by."""
-    return tiny_config(model, **_merge(WATCHED | {"learner": {"learning_rate": 3.0}}, changes))
+    return tiny_config(model, **_merge(WATCHED | {"learner": {"learning_rate": 2.0}}, changes))
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ Span = tuple[int, int]
 
 ELICIT = " So the answer is"  # RLSF 1.1, step 3
 ELICIT_TOKENS = 12
+CALIBRATION_TRACES = 4  # of one prompt: prompts differ more than the traces of a prompt, so many with few say more
 
 
 def sample(config: RunConfig) -> Sampling:
@@ -65,8 +66,8 @@ def write_probe_groups(
 def write_calibration_groups(
     engine: Any, prompts: Sequence[Prompt], *, config: RunConfig, version: int, first_sequence: int
 ) -> list[Group]:
-    """A group of `rollout.traces` samples for each prompt; the seeds do not depend on the run's seed."""
-    kinds = {"calibration": (_sampled(config), config.rollout.traces, "calibration")}
+    """A group of samples for each prompt; their seeds depend neither on the run's seed nor on the version."""
+    kinds = {"calibration": (_sampled(config), CALIBRATION_TRACES, "calibration")}
     return _write_kinds(engine, prompts, kinds, first_sequence, version)["calibration"]
 
 

@@ -46,7 +46,7 @@ def load_sets(config: RunConfig) -> PromptSets:
 
     The probe set comes first, then `data.calibration` prompts out of the training sources; neither depends on
     `config.seed`. The training prompts and their order do. Each set holds *up to* the counts asked for: a small family
-    may not have more, and calibration takes a quarter of the training prompts at most. A source that is also one of the
+    may not have more, and calibration takes half of the training prompts at most. A source that is also one of the
     probe set gives calibration prompts like those, easy and hard ones in the same shares.
     Raises InputError for bad sources, for ids that two sources of a set share, and when no training prompt is left.
     """
@@ -107,7 +107,7 @@ def _set_aside(config: RunConfig, taken: set[str]) -> list[Question]:
         available += len(found)
         candidates += found[: held_out.get(_identity(source), len(found))]
     random.Random(PROBE_SEED).shuffle(candidates)
-    kept = candidates[: min(config.data.calibration, available // 4)]
+    kept = candidates[: min(config.data.calibration, available // 2)]
     taken |= {question.key for question in kept}
     return kept
 

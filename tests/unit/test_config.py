@@ -57,7 +57,7 @@ def test_the_guard_can_be_off_although_yaml_reads_that_as_false(tmp_path) -> Non
 
 def test_overrides_reach_sections_and_list_items_and_the_last_one_wins() -> None:
     config = load_config("rlsf", ["data.train.0.count=5", "seed=1", "seed=2", "learner.learning_rate=1e-4"])
-    assert (config.data.train[0].count, config.data.train[1].count) == (5, 345)
+    assert (config.data.train[0].count, config.data.train[1].count) == (5, 355)
     assert config.seed == 2
     assert config.learner.learning_rate == 1e-4  # YAML reads 1e-4 as text; the config makes it a number
     assert override_config(config, ["rounds=3"]).rounds == 3

@@ -189,7 +189,7 @@ class Drawing:
 def test_no_gold_answer_can_reach_the_map_or_the_guard(tiny: Path) -> None:
     """Whatever the gold answers say, map, confidences and vitals are the same to the last bit; only metrics differ."""
     config = tiny_config(tiny, rollout={"traces": 8})
-    unlabelled = [probe(f"c{i}", "").prompt for i in range(12)]
+    unlabelled = [probe(f"c{i}", "").prompt for i in range(24)]
     found = [
         evaluate.evaluate_version(
             Drawing(), PromptSets([], [probe(f"p{i}", gold) for i in range(6)], unlabelled), config, 1

@@ -260,7 +260,7 @@ def test_planning_imports_no_torch_and_is_quick(tiny: Path, tmp_path: Path) -> N
     done, seconds = processor_seconds(command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("heavy: []\n")
-    assert "361 to train, 90 to calibrate, 150 to probe; longest: " in done.stdout
+    assert "367 to train, 120 to calibrate, 150 to probe; longest: " in done.stdout
     _, floor = processor_seconds([sys.executable, "-c", "import reasoning_gym"])
     assert seconds < max(2.0, 1.5 * floor + 0.5)
     assert list(tmp_path.iterdir()) == []  # it has started and written nothing

@@ -91,7 +91,7 @@ def test_calibration_prompts_are_set_aside_alike_for_every_seed() -> None:
     keys = [p.key for p in (*first.train, *first.calibration, *(item.prompt for item in first.probe))]
     assert len(set(keys)) == len(keys)
     assert {p.task for p in first.calibration} == {"products", "chain_sum"}
-    assert len(sets(0, 1000).calibration) == 128 // 4, "a quarter at most"
+    assert len(sets(0, 1000).calibration) == 128 // 2, "half at most"
 
 
 def test_calibration_prompts_are_as_hard_as_the_probe_set() -> None:
