@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from rlsf_ray.algorithms import voting
 from rlsf_ray.algorithms.agreement import AgreementMap
 from rlsf_ray.algorithms.answers import label_answers
@@ -145,7 +143,7 @@ def _open_engine(store: RunStore, version: int) -> Any:
 
 def confidence(traces: Sequence[Trace], fitted: AgreementMap) -> list[float]:
     """What each trace alone says of its answer; 0 without one."""
-    return [float(fitted(np.array([trace_features(trace)]))[0]) if trace.answer else 0.0 for trace in traces]
+    return [fitted.of_one(trace_features(trace)) if trace.answer else 0.0 for trace in traces]
 
 
 def _vote(traces: Sequence[Trace], fitted: AgreementMap, checker: AnswerChecker) -> tuple[str | None, float, float]:

@@ -208,7 +208,7 @@ def summarise(rows: Sequence[Json], version: int, config: RunConfig, unlabelled:
 
 def _with_confidence(sample: Json, fitted: AgreementMap) -> Json:
     found = sample["features"]
-    return sample | {"calibrated": float(fitted(np.array([found]))[0]) if found else 0.0}
+    return sample | {"calibrated": fitted.of_one(found) if found else 0.0}
 
 
 def run_summary(store: Any, *, accounting: Json, seconds: float, **more: Any) -> Json:

@@ -74,6 +74,10 @@ class AgreementMap:
         design = (np.asarray(rows, dtype=np.float64) - self.mean) / self.scale
         return _sigmoid(design @ np.array(self.weights[:-1]) + self.weights[-1])
 
+    def of_one(self, row: Sequence[float]) -> float:
+        """Expected agreement of the trace with these features [F]."""
+        return float(self(np.array([row]))[0])
+
     def to_json(self) -> dict[str, Any]:
         """What calibration.json holds."""
         return {
