@@ -101,17 +101,22 @@ def test_texts_that_are_equal_are_read_equally(engine: VLLMEngine, other: Any) -
 
 
 def test_each_trace_follows_its_seed_and_carries_the_raw_distribution(engine: VLLMEngine) -> None:
-    once, again = (engine.generate(requests(engine, SAMPLE, 4), 0) for _ in range(2))
-    pairs = [(a, b) for x, y in zip(once, again, strict=True) for a, b in zip(x, y, strict=True)]
-    # rounding depends on who shares a batch and turns a token now and then
-    assert np.mean([a.token_ids[:6].tolist() == b.token_ids[:6].tolist() for a, b in pairs]) > 0.7
+    once, again = (engine.generate(requests(engine, SAMPLE, 8), 0) for _ in range(2))
+
+    def begin_alike(shift: int) -> float:
+        turned = [group[shift:] + group[:shift] for group in again]
+        pairs = [(a, b) for x, y in zip(once, turned, strict=True) for a, b in zip(x, y, strict=True)]
+        return float(np.mean([a.token_ids[:3].tolist() == b.token_ids[:3].tolist() for a, b in pairs]))
+
+    # rounding depends on who shares a batch and turns a token now and then; other seeds agree in about a quarter
+    assert begin_alike(0) > begin_alike(1) + 0.3
     traces = [trace for group in once for trace in group]
     assert len({tuple(trace.token_ids.tolist()) for trace in traces}) > len(traces) / 2
     for trace in traces:
         assert (np.exp(trace.logprob) <= trace.top1 + 1e-4).all()
         assert (trace.top1 >= trace.top2).all()
     texts = [
-        (r.prompt_ids, t.token_ids) for r, group in zip(requests(engine, SAMPLE, 4), once, strict=True) for t in group
+        (r.prompt_ids, t.token_ids) for r, group in zip(requests(engine, SAMPLE, 8), once, strict=True) for t in group
     ]
     read = np.concatenate(engine.logprobs(texts, 0))
     assert np.abs(read - np.concatenate([trace.logprob for trace in traces])).mean() < 0.05
