@@ -40,6 +40,7 @@ TO_FIFTY = "min_numbers: 2, max_numbers: 2, min_value: 1, max_value: 50"
 DATA = Path(os.environ.get("RLSF_DATA") or Path(__file__).parents[2] / "shared" / "data")
 CSQA = os.path.relpath(DATA / "commonsenseqa")  # its two files as the authors publish them, 1811.00937
 LETTER = "\\nThink in one or two short sentences, then give the letter of the answer."
+SHARED = ("engine=vllm", "engine_args={max_model_len: 1024}", "eval.samples=4", "eval.during=0")
 PACKAGES = ("vllm", "peft", "reasoning_gym")
 
 
@@ -124,10 +125,9 @@ def settings_of(cell: str, *, training: bool) -> tuple[str | None, list[str]]:
     """
     task, name, seed = cell.split("/")
     row = ROWS[name]
-    shared = [*TASKS[task], "engine=vllm", "engine_args={max_model_len: 1024}", "eval.samples=4", "eval.during=0"]
     if training:
-        return row.recipe, [*shared, f"seed={seed}", "guard=warn", *row.settings]
-    return "rlsf", [*shared, *(row.settings if row.recipe is None else ())]
+        return row.recipe, [*TASKS[task], *SHARED, f"seed={seed}", "guard=warn", *row.settings]
+    return "rlsf", [*TASKS[task], *SHARED, *(row.settings if row.recipe is None else ())]
 
 
 def run_cell(cell: str, runs: Path, *, anew: bool) -> None:

@@ -1,0 +1,81 @@
+"""Settings tried against each other on development questions: none is among those of the evidence.
+
+    python benchmarks/recipe_study.py ""                                         # the recipe `rlsf` as it is
+    python benchmarks/recipe_study.py "" "loss.nll=1.0" "loss.name=ipo loss.beta=0.5" --seed 11
+
+Each argument is one run: a quoted list of KEY=VALUE, which change the recipe. A line per run: accuracies, calibration
+errors and the Brier skill of the calibrated confidence, of the untrained model (first) and of the last version.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from evidence import SHARED, TASKS
+
+from rlsf_ray import loop
+from rlsf_ray.config import RunConfig
+from rlsf_ray.config_loading import load_config
+from rlsf_ray.records import Json
+from rlsf_ray.tasks.sources import PromptSets, load_sets
+
+QUESTIONS = 150
+DRAWN = 2 * QUESTIONS  # the evidence's and as many again, of each source
+COLUMNS = {
+    "sampled": "sampled_accuracy",
+    "greedy": "greedy_accuracy",
+    "majority": "majority_accuracy",
+    "ECE answer prob.": "ece_answer_prob",
+    "ECE calibrated": "ece_calibrated",
+    "skill": "brier_skill_calibrated",
+    "length": "mean_length",
+}
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("changes", nargs="+", metavar="SETTINGS", help='KEY=VALUE ..., "" for the recipe as it is')
+    parser.add_argument("--recipe", default="rlsf")
+    parser.add_argument("--seed", type=int, default=10, help="the evidence has 0, 1, 2")
+    parser.add_argument("--runs", type=Path, default=Path("runs/recipe_study"), help="where the run directories lie")
+    options = parser.parse_args()
+    loop.load_sets = development_sets
+    print(" | ".join(["settings", *COLUMNS, "pairs", "minutes"]), flush=True)
+    for changes in options.changes:
+        start = time.time()
+        config = load_config(options.recipe, [*_shared(), f"seed={options.seed}", *changes.split()])
+        root = options.runs.absolute() / f"{options.recipe} {changes} {options.seed}".replace("/", "-")
+        summary = loop.run(config, str(root))
+        first, *_, last = summary["versions"]
+        cells = [f"{_shown(first, name)} -> {_shown(last, name)}" for name in COLUMNS.values()]
+        minutes = f"{(time.time() - start) / 60:.1f}"
+        print(" | ".join([changes or options.recipe, *cells, str(summary["training"]["pairs"]), minutes]), flush=True)
+
+
+def development_sets(config: RunConfig) -> PromptSets:
+    """The arithmetic task's sets, its probe set without the questions that the evidence measures on."""
+    reported = {item.prompt.key for item in load_sets(load_config("rlsf", TASKS["arithmetic"])).probe}
+    sets = load_sets(config)
+    return sets._replace(
+        train=[prompt for prompt in sets.train if prompt.key not in reported],
+        probe=[item for item in sets.probe if item.prompt.key not in reported][:QUESTIONS],
+        calibration=[prompt for prompt in sets.calibration if prompt.key not in reported],
+    )
+
+
+def _shared() -> list[str]:
+    train, probe = TASKS["arithmetic"]
+    wider = probe.replace("count: 175", f"count: {175 + DRAWN}")
+    return [train, wider, "data.calibration=160", *SHARED, "guard=warn"]  # of 160 about 120 are none of the evidence's
+
+
+def _shown(version: Json, name: str) -> str:
+    value = version["metrics"].get(name)
+    return "-" if value is None else f"{value:.3f}"
+
+
+if __name__ == "__main__":
+    main()
