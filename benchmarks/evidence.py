@@ -30,6 +30,7 @@ from evidence_table import write_table
 from rlsf_ray.config import RunConfig
 from rlsf_ray.config_loading import load_config
 from rlsf_ray.records import Json
+from rlsf_ray.run_store import RunStore
 
 RESULTS = Path(__file__).parent / "results" / "evidence"
 ARITHMETIC = "{{kind: reasoning_gym, name: {name}, count: {count}, options: {{{options}}}}}"
@@ -149,8 +150,9 @@ def run_cell(cell: str, runs: Path, *, anew: bool) -> None:
         "recipe": recipe,
         "settings": overrides if recipe else measuring,
         "machine": machine_facts(*PACKAGES),
-        "minutes": round((time.time() - start) / 60, 1),
+        "minutes": round((summary["seconds"]["total"] if summary else time.time() - start) / 60, 1),
         "training": {key: summary.get(key) for key in ("accounting", "guard", "training")} if summary else None,
+        "guard_saw": RunStore.open(str(run)).read_json("state.json")["guard"] if recipe else None,
         "sampled_by_version": {v["version"]: v["metrics"]["sampled_accuracy"] for v in summary.get("versions", ())},
         **{key: result[key] for key in ("version", "metrics", "reliability", "calibration", "vitals")},
         "questions": [_short(row) for row in result["questions"]],
@@ -168,7 +170,6 @@ def measure(config: RunConfig, run: Path | None) -> Json:
     """
     from rlsf_ray.base_cache import measure_key
     from rlsf_ray.evaluate import measure_version
-    from rlsf_ray.run_store import RunStore
     from rlsf_ray.tasks.sources import load_sets
 
     sets, store, version = load_sets(config), None, 0

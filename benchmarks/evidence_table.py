@@ -13,6 +13,7 @@ import numpy as np
 from rlsf_ray.algorithms import calibration, voting
 from rlsf_ray.measures import STATISTICS
 from rlsf_ray.records import Json
+from rlsf_ray.stream.guard import Guard, Vitals
 
 COMMAND = "python benchmarks/evidence.py --table"
 METRICS = {
@@ -77,8 +78,8 @@ def table_of(rows: dict[str, list[Json]]) -> Json:
             entry["against_base"] = calibration_against(rows["base"], cells)
         entry["confidence"] = confidence_of(cells)
         entry["by_version"] = cells[0].get("sampled_by_version")
-        entry["guard"] = (cells[0]["training"] or {}).get("guard")
-        entry["guard_stops"] = sum(_stopped(cell) for cell in cells)
+        entry["rolled_back"] = ((cells[0]["training"] or {}).get("guard") or {}).get("rolled_back")
+        entry["verdicts"] = [_verdicts(cell) for cell in cells]
         found[name] = entry
     return found
 
@@ -201,9 +202,14 @@ def _samples(questions: Sequence[Json]) -> tuple[Any, Any]:
     return np.array([s["answer_prob"] for s in samples]), np.array([float(s["right"]) for s in samples])
 
 
-def _stopped(cell: Json) -> bool:
-    verdicts = ((cell["training"] or {}).get("guard") or {}).get("verdicts") or []
-    return any(verdict["found"] == "stop" for verdict in verdicts)
+def _verdicts(cell: Json) -> list[Json]:
+    """What the guard as it is now says of the versions that the cell's run made, where it has something to say."""
+    guard, found = Guard(), []
+    for one in cell.get("guard_saw") or ():
+        verdict = guard.observe(one["version"], Vitals.from_json(one["vitals"]))
+        if verdict.action != "go_on":
+            found.append({"version": one["version"], "found": verdict.action, "reasons": list(verdict.reasons)})
+    return found
 
 
 def _spread(values: Sequence[float | None]) -> list[float] | None:
@@ -260,12 +266,17 @@ def _collapse(rows: Json) -> list[str]:
         known = {int(version): f"{value:.3f}" for version, value in row["by_version"].items()}
         lines.append(_line([name, *(known.get(version, "-") for version in versions)]))
     for name, row in both.items():
-        for verdict in row["guard"]["verdicts"]:
+        for verdict in row["verdicts"][0]:
             reasons = "; ".join(verdict["reasons"])
             lines += ["", f"- {name}, version {verdict['version']}, {verdict['found']}: {reasons}"]
-        if back := row["guard"]["rolled_back"]:
+        if back := row["rolled_back"]:
             lines += ["", f"- {name}: version {back['version']} has the content of version {back['to']} again"]
     return lines
+
+
+def _stops(row: Json) -> int:
+    """Seeds in which the guard would stop the run."""
+    return sum(any(verdict["found"] == "stop" for verdict in verdicts) for verdicts in row["verdicts"])
 
 
 def _main(rows: Json) -> list[str]:
@@ -273,7 +284,7 @@ def _main(rows: Json) -> list[str]:
     lines = [_line(head), _line(["---"] * len(head))]
     for name, row in rows.items():
         values = [_number(row["metrics"].get(metric), 1 if metric == "mean_length" else 3) for metric in METRICS]
-        lines.append(_line([name, row["seeds"], _number(row["pairs"], 0), *values, row["guard_stops"]]))
+        lines.append(_line([name, row["seeds"], _number(row["pairs"], 0), *values, _stops(row)]))
     return lines
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import evidence
 import pytest
 from evidence_table import calibration_against, difference, table_of, write_table
+from vitals_data import HEALTHY
 
 from rlsf_ray.config_loading import load_config
 from rlsf_ray.tasks.sources import load_sets
@@ -94,22 +96,22 @@ def test_a_collapsed_cell_does_not_break_the_table(tmp_path: Path) -> None:
 
 
 def test_the_table_shows_what_the_guard_did(tmp_path: Path) -> None:
-    verdict = {"version": 2, "found": "stop", "action": "stop", "reasons": ["length is 3"]}
-    told = {"verdicts": [verdict], "rolled_back": None}
-    went_back = told | {"rolled_back": {"from": 2, "to": 1, "version": 3}}
+    saw = [{"version": v, "vitals": asdict(replace(HEALTHY, length=of))} for v, of in ((0, 40.0), (1, 38.0), (2, 3.0))]
+    went_back = {"from": 2, "to": 1, "version": 3}
     folder = tmp_path / "evidence"
     folder.mkdir()
-    for name, guard, versions in (
-        ("collapse", told, {"0": 0.1, "1": 0.3, "2": 0.05}),
+    for name, back, versions in (
+        ("collapse", None, {"0": 0.1, "1": 0.3, "2": 0.05}),
         ("collapse_guarded", went_back, {"0": 0.1, "1": 0.3, "2": 0.05, "3": 0.3}),
     ):
-        one = cell(f"t/{name}/0", [1, 0], [0, 0]) | {"training": {"guard": guard, "training": {"pairs": 7}}}
-        (folder / f"{name}.json").write_text(json.dumps(one | {"sampled_by_version": versions}))
+        one = cell(f"t/{name}/0", [1, 0], [0, 0]) | {"sampled_by_version": versions, "guard_saw": saw}
+        one["training"] = {"guard": {"rolled_back": back}, "training": {"pairs": 7}}
+        (folder / f"{name}.json").write_text(json.dumps(one))
     write_table(folder)
     lines = (tmp_path / "evidence.md").read_text().splitlines()
     assert "| collapse | 0.100 | 0.300 | 0.050 | - |" in lines
     assert "| collapse_guarded | 0.100 | 0.300 | 0.050 | 0.300 |" in lines
-    assert "- collapse, version 2, stop: length is 3" in lines
+    assert "- collapse, version 2, stop: length is 3, base model 40, expected at least 16" in lines
     assert "- collapse_guarded: version 3 has the content of version 1 again" in lines
 
 

@@ -32,7 +32,6 @@ def test_a_model_that_gets_surer_shorter_and_more_unanimous_goes_on() -> None:
     ("name", "value", "numbers"),
     [
         ("commonest", 0.36, "commonest is 0.36, base model 0.1, expected at most 0.35"),
-        ("surprisal", 0.12, "surprisal is 0.12, base model 0.5, expected at least 0.125"),
         ("surprisal", 0.9, "surprisal is 0.9, base model 0.5, expected at most 0.875"),
         ("length", 15.0, "length is 15, base model 40, expected at least 16"),
         ("length", 125.0, "length is 125, base model 40, expected at most 120"),
@@ -50,6 +49,7 @@ def test_each_sign_of_collapse_stops_the_run_with_its_numbers(name: str, value: 
 @pytest.mark.parametrize(
     ("name", "value", "numbers"),
     [
+        ("surprisal", 0.12, "surprisal is 0.12, base model 0.5, expected at least 0.125"),
         ("distinct", 0.7, "distinct is 0.7, base model 4, expected at least 0.8"),
         ("kl", 0.6, "kl is 0.6, base model 0, expected at most 0.5"),
         ("logprob_gap", 1.2, "logprob_gap is 1.2, base model 0, expected at most 1"),
@@ -82,11 +82,22 @@ def test_a_number_that_json_does_not_know_is_a_reason_to_stop_in_the_next_life_t
     assert Guard(json.loads(kept)).observe(1, HEALTHY) == verdict
 
 
-def test_votes_that_change_for_most_prompts_are_a_warning() -> None:
-    other = replace(HEALTHY, votes={prompt: "5" if int(prompt) < 8 else "4" for prompt in HEALTHY.votes})
-    verdict = guard().observe(1, other)
-    assert verdict.action == "warn"
-    assert "67%" in verdict.reasons[0]
+def test_a_model_that_hardly_varies_its_words_is_collapse_and_a_sure_one_a_warning() -> None:
+    verdict = guard(HEALTHY).observe(2, replace(HEALTHY, surprisal=0.02))
+    assert verdict.action == "stop"
+    assert verdict.reasons[0] == "surprisal is 0.02, base model 0.5, expected at least 0.025"
+
+
+@pytest.mark.parametrize(("prompts", "action"), [(12, "warn"), (24, "stop")])
+def test_settled_votes_that_mostly_change_are_collapse_where_there_are_many(prompts: int, action: str) -> None:
+    before = {str(prompt): "4" for prompt in range(prompts)}
+    now = {prompt: "5" if int(prompt) < prompts * 2 / 3 else "4" for prompt in before}
+    watching = Guard()
+    watching.observe(0, replace(HEALTHY, votes=before))
+    verdict = watching.observe(1, replace(HEALTHY, votes=now))
+    assert (verdict.action, verdict.reasons) == (
+        action, (f"67% of {prompts} settled votes changed, expected at most 50%",)
+    )  # fmt: skip
     assert flipped({"a": "1"}, {"b": "1"}) == flipped({"a": "1"}, {"a": "2"}) == 0.0  # too few to say
 
 
