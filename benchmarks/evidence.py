@@ -3,7 +3,7 @@
     python benchmarks/evidence.py                           # every cell that has no result yet; says first how long
     python benchmarks/evidence.py --only arithmetic/rlsf    # the cells whose name begins so
     python benchmarks/evidence.py --cell arithmetic/rlsf/0  # one cell, again
-    python benchmarks/evidence.py --table                   # evidence.md and evidence.json from the committed results
+    python benchmarks/evidence.py --table                   # evidence.md, evidence.json and README's table from them
 
 A cell trains with a recipe (or not at all: the base model) and then measures the last version on the task's probe set.
 It is kept under results/evidence/ when it is done, so an interrupted call goes on where it stopped. The train and the
@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench_common import machine_facts
+from evidence_markdown import put_summary
 from evidence_table import write_table
 
 from rlsf_ray.config import RunConfig
@@ -234,7 +235,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/evidence"), help="where the run directories lie")
     options = parser.parse_args()
     if options.table:
-        write_table(RESULTS)
+        put_summary(Path(__file__).parents[1] / "README.md", write_table(RESULTS))
     elif options.cell:
         run_cell(options.cell, options.runs.absolute(), anew=not options.go_on)
     else:

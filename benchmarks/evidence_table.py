@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from evidence_markdown import METRICS, WAYS, lines_of
 
 from rlsf_ray.algorithms import calibration, voting
 from rlsf_ray.measures import STATISTICS
@@ -16,38 +17,11 @@ from rlsf_ray.records import Json
 from rlsf_ray.stream.guard import Guard, Vitals
 
 COMMAND = "python benchmarks/evidence.py --table"
-METRICS = {
-    "greedy_accuracy": "greedy",
-    "sampled_accuracy": "sampled",
-    "majority_accuracy": "majority",
-    "ece_answer_prob": "ECE, answer prob.",
-    "ece_calibrated": "ECE, calibrated",
-    "brier_skill_answer_prob": "skill, answer prob.",
-    "brier_skill_calibrated": "skill, calibrated",
-    "parsed": "parsed",
-    "mean_length": "length",
-}
-WAYS = {
-    "greedy_accuracy": "greedy",
-    "sampled_accuracy": "sampled",
-    "majority_accuracy": "majority",
-    "borda_accuracy": "Borda",
-    "cot_max_accuracy": "CoT-decoding (10), max",
-    "cot_aggregated_accuracy": "CoT-decoding (10), aggregated",
-}
 CONFIDENCES = ("answer_prob", "temperature_scaled", "disparity", "calibrated", "agreement", "voted", "vote_share")
-DIFFERENCES = (
-    ("base", "sampled"),
-    ("base", "greedy"),
-    ("base", "majority"),
-    ("best", "sampled"),
-    ("random_pairs", "sampled"),
-)
-COMPARED = {"base": "base", "best": "base at its best temperature", "random_pairs": "random pairs"}
 
 
-def write_table(folder: Path) -> None:
-    """Write evidence.md and evidence.json beside `folder` from its cells, and print the table."""
+def write_table(folder: Path) -> Json:
+    """Write evidence.md and evidence.json beside `folder` from its cells, print the table, and return its figures."""
     cells = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     tasks: dict[str, dict[str, list[Json]]] = defaultdict(lambda: defaultdict(list))
     for cell in cells:
@@ -55,10 +29,11 @@ def write_table(folder: Path) -> None:
         tasks[task][row].append(cell)
     table = {task: table_of(rows) for task, rows in tasks.items()}
     facts = {"command": COMMAND, "machines": _distinct(cell["machine"] for cell in cells), "tasks": table}
-    text = "\n".join(_lines(facts))
+    text = "\n".join(lines_of(facts))
     (folder.parent / "evidence.json").write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n")
     (folder.parent / "evidence.md").write_text(text + "\n")
     print(text)
+    return facts
 
 
 def table_of(rows: dict[str, list[Json]]) -> Json:
@@ -224,119 +199,3 @@ def _distinct(items: Any) -> list[Json]:
         if item not in found:
             found.append(item)
     return found
-
-
-def _lines(facts: Json) -> list[str]:
-    lines = [
-        "# Evidence",
-        "",
-        f"Written by `{facts['command']}` from `results/evidence/`. A figure of several seeds is",
-    ]
-    lines[-1] += (
-        " the mean [smallest, largest], one of a single seed has its 95 % interval. Intervals and differences are over"
-        " questions, paired. The base model has one seed: every trace has a seed of its own, whatever the run's."
-    )
-    lines += ["", "A cell again: `python benchmarks/evidence.py --cell TASK/ROW/SEED`; rows of one seed have seed 0."]
-    for machine in facts["machines"]:
-        lines += ["", "Measured with " + ", ".join(f"{key} {value}" for key, value in machine.items()) + "."]
-    for task, rows in facts["tasks"].items():
-        lines += [
-            "",
-            f"## {task}",
-            "",
-            *_main(rows),
-            "",
-            *_differences(rows),
-            "",
-            *_ways(rows),
-            "",
-            *_confidences(rows),
-        ]
-        if "collapse" in rows:
-            lines += ["", "### Driven to collapse, without and with the guard", "", *_collapse(rows)]
-    return lines
-
-
-def _collapse(rows: Json) -> list[str]:
-    """Sampled accuracy of each version of the two runs, and what the guard said."""
-    both = {name: rows[name] for name in ("collapse", "collapse_guarded") if name in rows}
-    versions = sorted({int(version) for row in both.values() for version in row["by_version"]})
-    lines = [_line(["sampled accuracy", *(f"version {v}" for v in versions)]), _line(["---"] * (1 + len(versions)))]
-    for name, row in both.items():
-        known = {int(version): f"{value:.3f}" for version, value in row["by_version"].items()}
-        lines.append(_line([name, *(known.get(version, "-") for version in versions)]))
-    for name, row in both.items():
-        for verdict in row["verdicts"][0]:
-            reasons = "; ".join(verdict["reasons"])
-            lines += ["", f"- {name}, version {verdict['version']}, {verdict['found']}: {reasons}"]
-        if back := row["rolled_back"]:
-            lines += ["", f"- {name}: version {back['version']} has the content of version {back['to']} again"]
-    return lines
-
-
-def _stops(row: Json) -> int:
-    """Seeds in which the guard would stop the run."""
-    return sum(any(verdict["found"] == "stop" for verdict in verdicts) for verdicts in row["verdicts"])
-
-
-def _main(rows: Json) -> list[str]:
-    head = ["row", "seeds", "pairs", *METRICS.values(), "guard would stop"]
-    lines = [_line(head), _line(["---"] * len(head))]
-    for name, row in rows.items():
-        values = [_number(row["metrics"].get(metric), 1 if metric == "mean_length" else 3) for metric in METRICS]
-        lines.append(_line([name, row["seeds"], _number(row["pairs"], 0), *values, _stops(row)]))
-    return lines
-
-
-def _differences(rows: Json) -> list[str]:
-    """Rises of accuracy, and the calibrated confidence against the base model's answer probability."""
-    head = [f"{kind} - {COMPARED[other]}" for other, kind in DIFFERENCES]
-    lines = [_line(["row", *head, "share of the gain of rlsf", "ECE, calibrated / base's answer prob.", "skill"])]
-    lines.append(_line(["---"] * (len(head) + 4)))
-    whole = ((rows.get("rlsf") or {}).get("from_base") or {}).get("sampled")
-    for name, row in rows.items():
-        rises = [(row.get(f"from_{other}") or {}).get(kind) for other, kind in DIFFERENCES]
-        share = f"{rises[0][0] / whole[0]:.2f}" if rises[0] and whole and whole[0] else "-"
-        against = row.get("against_base") or {}
-        ends = (_number(against.get("ece_ratio"), 2), _number(against.get("skill")))
-        lines.append(_line([name, *map(_signed, rises), share, *ends]))
-    return lines
-
-
-def _ways(rows: Json) -> list[str]:
-    """Every way to answer, where the base model has them all."""
-    names = [name for name in ("base", "rlsf") if name in rows]
-    lines = [_line(["accuracy", *names]), _line(["---"] * (1 + len(names)))]
-    for metric, title in WAYS.items():
-        lines.append(_line([title, *(_number(rows[name]["metrics"].get(metric)) for name in names)]))
-    return lines
-
-
-def _confidences(rows: Json) -> list[str]:
-    lines = [_line(["confidence", *STATISTICS]), _line(["---"] * (1 + len(STATISTICS)))]
-    for name in ("base", "rlsf", "random_pairs"):
-        for confidence, values in (rows[name]["confidence"] if name in rows else {}).items():
-            lines.append(
-                _line(
-                    [
-                        f"{name}: {confidence}",
-                        *("-" if values[kind] is None else f"{values[kind]:.3f}" for kind in STATISTICS),
-                    ]
-                )
-            )
-    return lines
-
-
-def _line(cells: Sequence[Any]) -> str:
-    return "| " + " | ".join(map(str, cells)) + " |"
-
-
-def _number(value: list[float] | None, digits: int = 3) -> str:
-    if value is None:
-        return "-"
-    mean, low, high = value
-    return f"{mean:.{digits}f}" if low == high else f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
-
-def _signed(value: list[float] | None) -> str:
-    return "-" if value is None else f"{value[0]:+.3f} [{value[1]:+.3f}, {value[2]:+.3f}]"

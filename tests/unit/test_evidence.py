@@ -9,6 +9,7 @@ from typing import Any
 
 import evidence
 import pytest
+from evidence_markdown import MARKS, summary
 from evidence_table import calibration_against, difference, table_of, write_table
 from vitals_data import HEALTHY
 
@@ -135,3 +136,12 @@ def test_the_table_compares_with_the_base_its_best_temperature_and_random_pairs(
     text = (tmp_path / "evidence.md").read_text()
     assert "| rlsf | 1 | - |" in text
     assert "+0.750" in text
+
+
+def test_the_readme_shows_the_summary_of_the_committed_figures() -> None:
+    results = Path(evidence.__file__).parent / "results"
+    facts = json.loads((results / "evidence.json").read_text())
+    readme = (results.parents[1] / "README.md").read_text()
+    shown = readme[readme.index(MARKS[0]) + len(MARKS[0]) : readme.index(MARKS[1])]
+    assert shown.strip().splitlines() == summary(facts)
+    assert "\n".join(summary(facts)) in (results / "evidence.md").read_text()
