@@ -85,7 +85,7 @@ TEMPERATURES = (0.3, 0.45, 0.8, 1.0)  # 0.6 is what every other row is sampled w
 ROWS = {
     "base": Row(None, ("eval.branches=10",), tasks=EVERY),
     **{f"base-t{t}": Row(None, (f"rollout.temperature={t}",)) for t in TEMPERATURES},
-    "rlsf": Row("rlsf", seeds=(0, 1, 2), tasks=EVERY),
+    "rlsf": Row("rlsf", ("guard=roll_back",), seeds=(0, 1, 2), tasks=EVERY),  # as it ships
     "random_pairs": Row("random_pairs", seeds=(0, 1, 2), tasks=EVERY),
     "rlsf_best_worst": Row("rlsf_best_worst", seeds=(0, 1, 2)),
     "rlsf_paper": Row("rlsf_paper", seeds=(0, 1, 2)),
@@ -123,7 +123,7 @@ def minutes_of(row: str) -> float:
 def settings_of(cell: str, *, training: bool) -> tuple[str | None, list[str]]:
     """(recipe, overrides) of a cell: for its training, or for measuring, which is alike for every row of a task.
 
-    A training run knows the probe set, to keep away from it. Its guard only warns: a control that collapses must show.
+    A training run knows the probe set, to keep away from it. The guard of a control only warns: its collapse must show.
     """
     task, name, seed = cell.split("/")
     row = ROWS[name]

@@ -87,7 +87,7 @@ SIGNS = (
     Sign("kl", most=0.5, action="warn"),
     Sign("logprob_gap", most=1.0, action="warn"),
 )
-FLIPS = 0.5  # share of settled votes that changed from one version to the next: more is collapse (one run: 0.64 of 81)
+FLIPS = 0.4  # share of settled votes that changed from one version to the next: at least half of these were wrong
 LEAST_VOTES, MANY_VOTES = 8, 20  # settled for both versions: to speak of a share; to stop a run for it
 SURER, TWICE = 0.15, 2.0  # answer probability that rises so much, and more than twice as much as agreement
 LEAST_PROMPTS = 20  # with fewer a sign may be chance: a warning at most
