@@ -61,6 +61,7 @@ def test_vitals_by_hand() -> None:
     found = take_vitals(groups, labels)
     assert found.agreement == pytest.approx((1 / 3 + 1 / 3) / 12)
     assert found.answer_prob == pytest.approx((0.5 + 0.25 + 0.5 + 0.5) / 4)
+    assert found.votes == {}  # two of four traces settle nothing
     assert found.commonest == pytest.approx(2 / 3)  # "4" and "4.0"; c has no vote
     assert found.prompts == 3
     assert found.distinct == pytest.approx((2 + 1 + 0) / 3)
