@@ -2,6 +2,7 @@
 
     python benchmarks/recipe_study.py ""                                         # the recipe `rlsf` as it is
     python benchmarks/recipe_study.py "" "loss.nll=1.0" "loss.name=ipo loss.beta=0.5" --seed 11
+    python benchmarks/recipe_study.py "" "pairs.min_chosen=3.0" --task gcd
 
 Each argument is one run: a quoted list of KEY=VALUE, which change the recipe. A line per run: accuracies, calibration
 errors and the Brier skill of the calibrated confidence, of the untrained model (first) and of the last version.
@@ -10,7 +11,10 @@ errors and the Brier skill of the calibrated confidence, of the untrained model 
 from __future__ import annotations
 
 import argparse
+import re
+import shlex
 import time
+from functools import partial
 from pathlib import Path
 
 from evidence import SHARED, TASKS
@@ -39,15 +43,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("changes", nargs="+", metavar="SETTINGS", help='KEY=VALUE ..., "" for the recipe as it is')
     parser.add_argument("--recipe", default="rlsf")
+    parser.add_argument("--task", default="arithmetic", choices=[name for name in TASKS if name != "commonsenseqa"])
     parser.add_argument("--seed", type=int, default=10, help="the evidence has 0, 1, 2")
     parser.add_argument("--runs", type=Path, default=Path("runs/recipe_study"), help="where the run directories lie")
     options = parser.parse_args()
-    loop.load_sets = development_sets
+    loop.load_sets = partial(development_sets, task=options.task)
     print(" | ".join(["settings", *COLUMNS, "pairs", "minutes"]), flush=True)
     for changes in options.changes:
         start = time.time()
-        config = load_config(options.recipe, [*_shared(), f"seed={options.seed}", *changes.split()])
-        root = options.runs.absolute() / f"{options.recipe} {changes} {options.seed}".replace("/", "-")
+        config = load_config(options.recipe, [*_shared(options.task), f"seed={options.seed}", *shlex.split(changes)])
+        root = options.runs.absolute() / options.task / f"{options.recipe} {changes} {options.seed}".replace("/", "-")
         summary = loop.run(config, str(root))
         first, *_, last = summary["versions"]
         cells = [f"{_shown(first, name)} -> {_shown(last, name)}" for name in COLUMNS.values()]
@@ -55,9 +60,9 @@ def main() -> None:
         print(" | ".join([changes or options.recipe, *cells, str(summary["training"]["pairs"]), minutes]), flush=True)
 
 
-def development_sets(config: RunConfig) -> PromptSets:
-    """The arithmetic task's sets, its probe set without the questions that the evidence measures on."""
-    reported = {item.prompt.key for item in load_sets(load_config("rlsf", TASKS["arithmetic"])).probe}
+def development_sets(config: RunConfig, task: str) -> PromptSets:
+    """The task's sets, its probe set without the questions that the evidence measures on."""
+    reported = {item.prompt.key for item in load_sets(load_config("rlsf", TASKS[task])).probe}
     sets = load_sets(config)
     return sets._replace(
         train=[prompt for prompt in sets.train if prompt.key not in reported],
@@ -66,9 +71,10 @@ def development_sets(config: RunConfig) -> PromptSets:
     )
 
 
-def _shared() -> list[str]:
-    train, probe = TASKS["arithmetic"]
-    wider = probe.replace("count: 175", f"count: {175 + DRAWN}")
+def _shared(task: str) -> list[str]:
+    train, probe = TASKS[task]
+    *_, last = re.finditer(r"count: (\d+)", probe)
+    wider = f"{probe[: last.start(1)]}{int(last[1]) + DRAWN}{probe[last.end(1) :]}"
     return [train, wider, "data.calibration=160", *SHARED, "guard=warn"]  # of 160 about 120 are none of the evidence's
 
 
