@@ -37,7 +37,8 @@ class ScorerWorker:
                 self._buffer = self._job.actor("pair_buffer")
                 pool = config.cluster.scorers
                 scorer = Scorer(config, threads=pool.threads, device=device(pool))
-                scorer.load()
+                scorer.judge.load()
+                self._weights = self._job.actor("weight_store")
                 self._scorer = scorer
 
     def process(self, boxed: list[Any], round: int, part: int) -> tuple[list[Outcome], Json]:
@@ -50,6 +51,7 @@ class ScorerWorker:
 
         self.prepare()
         groups: list[Group] = ray.get(boxed[0], timeout=self._store.config.cluster.deadline_s)
+        self._fetch({group.version for group in groups})
         with self._computing, self._cores.turn():
             start = time.time()
             scored, training = self._score(groups)
@@ -60,6 +62,16 @@ class ScorerWorker:
         skipped = [one.group.sequence for one in scored if not one.pairs]
         ray.get(self._buffer.put.remote(round, part, training, skipped))
         return [outcome(one) for one in scored], done
+
+    def _fetch(self, versions: set[int]) -> None:
+        """Hold the adapters of these versions, where the signal is to be read with them."""
+        judge, deadline_s = self._scorer.judge, self._store.config.cluster.deadline_s
+        for version in sorted(versions):
+            if not judge.holds(version):
+                _, _, boxed = ray.get(self._weights.get.remote(version), timeout=deadline_s)
+                adapter, _ = ray.get(boxed[0], timeout=deadline_s)
+                with self._computing:
+                    judge.load_version(version, adapter)
 
     def _score(self, groups: list[Group]) -> tuple[list[ScoredGroup], list[TrainingGroup]]:
         scored = self._scorer.score(groups)

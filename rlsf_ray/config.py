@@ -212,6 +212,8 @@ class RunConfig(_Section):
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
     signal: Annotated[str, _one_of("signal", tuple(SIGNALS))] = "disparity"
+    # Who is asked how sure it is: the version that wrote a trace, or the base model. A second is only compared.
+    judges: tuple[Literal["live", "frozen"], ...] = Field(default=("live",), min_length=1, max_length=2)
     pairs: PairsConfig = PairsConfig()
     loss: LossConfig = LossConfig()
     learner: LearnerConfig = LearnerConfig()
@@ -240,6 +242,8 @@ class RunConfig(_Section):
         if self.engine != "vllm" and (self.engine_args or self.swap):
             found = f"engine_args {sorted(self.engine_args)}" if self.engine_args else f"swap={self.swap}"
             raise ValueError(f"{found} is for vLLM, got engine={self.engine}; set engine: vllm")
+        if len(set(self.judges)) < len(self.judges):
+            raise ValueError(f"judges are compared with each other, got {list(self.judges)}; name each once")
         if self.pairs.rule == "all_above" and self.pairs.min_chosen > 1.0:
             raise ValueError(
                 f"pairs.min_chosen is compared with a score of at most 1 under all_above, got {self.pairs.min_chosen};"

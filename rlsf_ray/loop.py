@@ -205,6 +205,7 @@ def _deliver(parts: Parts) -> None:
     version, adapter = parts.state.admission.newest, parts.learner.adapter()
     parts.store.write_adapter(version, adapter, parts.config.model.name, parts.config)
     parts.engine.load_version(version, adapter)
+    parts.scorer.judge.load_version(version, adapter)
 
 
 def _state(store: RunStore) -> RunState:

@@ -110,7 +110,7 @@ class ScoredGroup:
     """A group with one score for each trace (nan: absent), its answer classes and its pairs.
 
     `labels` [K] numbers the distinct answers (equal answers share a number, -1: no answer).
-    `reason` names why there are no pairs; None when there are some.
+    `reason` names why there are no pairs; None when there are some. `second_scores`: by the second judge, if any.
     """
 
     group: Group
@@ -119,6 +119,7 @@ class ScoredGroup:
     labels: tuple[int, ...]
     pairs: tuple[Pair, ...]
     reason: str | None = None
+    second_scores: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         num_traces = len(self.group.traces)

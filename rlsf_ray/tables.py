@@ -41,6 +41,7 @@ _TRACES = {
     "label": pa.int32(),
     "signal": pa.string(),
     "score": pa.float64(),
+    "second_score": pa.float64(),
     "reason": pa.string(),
 }
 
@@ -102,7 +103,8 @@ def trace_rows(scored: ScoredGroup) -> list[Json]:
         "reason": scored.reason,
     }
     rows = []
-    for trace, label, score in zip(group.traces, scored.labels, scored.scores, strict=True):
+    second = scored.second_scores or (math.nan,) * len(group.traces)
+    for trace, label, *scores in zip(group.traces, scored.labels, scored.scores, second, strict=True):
         own = {name: getattr(trace, name) for name in ("index", "seed", "version", "text", "finished")}
         arrays = {name: getattr(trace, name) for name in ("token_ids", "logprob", "top1", "top2")}
         answer = trace.answer
@@ -111,7 +113,8 @@ def trace_rows(scored: ScoredGroup) -> list[Json]:
             "answer_chars": answer and answer.chars,
             "answer_tokens": answer and answer.tokens,
         }
-        rows.append({**shared, "trace_id": trace.id, **own, **arrays, **span, "label": label, "score": _or_null(score)})
+        by_judge = dict(zip(("score", "second_score"), map(_or_null, scores), strict=True))
+        rows.append({**shared, "trace_id": trace.id, **own, **arrays, **span, "label": label, **by_judge})
     return rows
 
 

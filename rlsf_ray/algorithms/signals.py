@@ -1,19 +1,41 @@
-"""Signals: the traces of one group -> one score for each trace, from statistics the engine took while generating.
+"""Signals: the traces of one group -> one score for each trace, from statistics of the traces' tokens.
 
-K traces of a group, T tokens of one trace. An absent score is nan: the trace has no answer, or was cut off at the
-token limit. Scores are comparable within a group only.
+K traces of a group, T tokens of one trace. An absent score is nan: the trace was cut off at the token limit or, where
+the signal is about answers, has none. Scores are comparable within a group only. A signal says what it needs:
+
+    text, logprob, top2   the engine gives them while it writes: free
+    distribution          one reading of the finished trace by the scorer, over the whole vocabulary
+    probe                 one reading of a question about the answer, by the scorer
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float32]
 Scores = NDArray[np.float64]
+TOP = 20  # tokens of the `top_` statistics, which are other quantities than those over the whole vocabulary
+
+
+class Distribution(NamedTuple):
+    """Statistics [T] of the distributions that a trace's tokens were drawn from, at temperature 1, in nats.
+
+    `certainty` is KL(U || p) for the uniform U over the vocabulary; the `top_` ones are of the TOP likeliest tokens,
+    their probabilities made to sum to 1.
+    """
+
+    logprob: FloatArray
+    top1: FloatArray
+    top2: FloatArray
+    entropy: FloatArray
+    certainty: FloatArray
+    top_entropy: FloatArray
+    top_certainty: FloatArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +43,7 @@ class TraceStats:
     """What signals may read of one trace. Probabilities are of the raw distribution (temperature 1).
 
     `logprob`, `top1`, `top2` [T]; `span` [start, end) are the answer's tokens; `label` is its answer class (-1: none).
+    `distribution` and `p_true` are there for a signal that needs them; `p_true` is nan without an answer.
     """
 
     logprob: FloatArray
@@ -29,6 +52,8 @@ class TraceStats:
     span: tuple[int, int] | None
     label: int
     finished: bool
+    distribution: Distribution | None = None
+    p_true: float = float("nan")
 
     def __post_init__(self) -> None:
         if not len(self.logprob) == len(self.top1) == len(self.top2):
@@ -63,12 +88,65 @@ def answer_prob_mean(traces: Sequence[TraceStats]) -> Scores:
 
 
 def mean_logprob(traces: Sequence[TraceStats]) -> Scores:
-    """Mean log-probability of all tokens of the trace, in nats; not bounded below."""
-    return _each_answer(traces, lambda trace, _: float(np.mean(_float64(trace.logprob))))
+    """Mean log-probability of the trace's tokens, in nats. PRISM's trajectory entropy, negated."""
+    return _each_finished(traces, lambda trace: np.mean(_float64(trace.logprob)))
+
+
+def trajectory_logprob(traces: Sequence[TraceStats]) -> Scores:
+    """Log-probability of the whole trace, in nats. EM-RL-sequence 2505.15134, RLIF 2506.17219; favours short traces."""
+    return _each_finished(traces, lambda trace: np.sum(_float64(trace.logprob)))
+
+
+def token_entropy(traces: Sequence[TraceStats]) -> Scores:
+    """Minus the mean entropy of the tokens' distributions, in nats. RENT 2505.22660, RLIF 2506.17219."""
+    return _each_finished(traces, lambda trace: -np.mean(_float64(_read(trace).entropy)))
+
+
+def self_certainty(traces: Sequence[TraceStats]) -> Scores:
+    """Mean KL(U || p) over the tokens, in nats. 2502.18581; the reward of Intuitor 2505.19590.
+
+    Not minus the entropy, which is log V - KL(p || U): it is ruled by how unlikely the unlikely tokens are.
+    """
+    return _each_finished(traces, lambda trace: np.mean(_float64(_read(trace).certainty)))
+
+
+def top_entropy(traces: Sequence[TraceStats]) -> Scores:
+    """`token_entropy` over the TOP likeliest tokens: another quantity, blind to the tail."""
+    return _each_finished(traces, lambda trace: -np.mean(_float64(_read(trace).top_entropy)))
+
+
+def top_certainty(traces: Sequence[TraceStats]) -> Scores:
+    """`self_certainty` over the TOP likeliest tokens: another quantity, blind to the tail."""
+    return _each_finished(traces, lambda trace: np.mean(_float64(_read(trace).top_certainty)))
+
+
+def p_true(traces: Sequence[TraceStats]) -> Scores:
+    """Probability that the model calls the answer true, over the sum for all the group's answers where that exceeds 1.
+
+    P(True) 2207.05221. The other answers are the distractors: a model that calls everything true is sure of nothing.
+    """
+    found = {trace.label: trace.p_true for trace in traces if trace.answer_tokens is not None}
+    whole = max(1.0, float(np.nansum(list(found.values()))))
+    return _each_answer(traces, lambda trace, _: trace.p_true / whole)
+
+
+def majority(traces: Sequence[TraceStats]) -> Scores:
+    """1 for the commonest answer, 0 for others and none; all absent on a tie. TTRL 2504.16084, SRT 2505.21444.
+
+    `self_consistency` is its soft form. A tie is no vote (TTRL would draw one): with K different answers nothing speaks
+    for any of them.
+    """
+    answered = _answered(traces)
+    labels = np.array([trace.label for trace in traces])
+    found, counts = np.unique(labels[answered], return_counts=True)
+    if not len(found) or (counts == counts.max()).sum() > 1:
+        return np.full(len(traces), np.nan)
+    votes = np.where(answered & (labels == found[counts.argmax()]), 1.0, 0.0)
+    return np.where([trace.finished for trace in traces], votes, np.nan)
 
 
 def self_consistency(traces: Sequence[TraceStats]) -> Scores:
-    """Share of ALL K traces that give this trace's answer, in (0, 1]. TTRL 2504.16084 and others."""
+    """Share of ALL K traces that give this trace's answer, in (0, 1]. EMPO 2504.05812's cluster share, and others."""
     return _share(traces, np.where(_answered(traces), 1.0, 0.0), total=float(len(traces)))
 
 
@@ -82,17 +160,25 @@ def disparity_vote(traces: Sequence[TraceStats]) -> Scores:
 class Signal:
     """A signal's function, what it needs of a trace, and whether its scores lie in [0, 1]."""
 
-    fn: Callable[[Sequence[TraceStats]], Scores]
-    needs: frozenset[str]
-    bounded: bool
+    fn: Callable[[Sequence[TraceStats]], Sequence[float] | Scores]
+    needs: frozenset[str] = frozenset({"text", "logprob", "top2"})
+    bounded: bool = False
 
 
 _TEXT = frozenset({"text"})
+_LOGPROB, _DISTRIBUTION = frozenset({"logprob"}), frozenset({"distribution"})
 SIGNALS: dict[str, Signal] = {
     "disparity": Signal(disparity, _TEXT | {"top2"}, bounded=True),
     "answer_prob": Signal(answer_prob, _TEXT | {"logprob"}, bounded=True),
     "answer_prob_mean": Signal(answer_prob_mean, _TEXT | {"logprob"}, bounded=True),
-    "mean_logprob": Signal(mean_logprob, _TEXT | {"logprob"}, bounded=False),
+    "mean_logprob": Signal(mean_logprob, _LOGPROB, bounded=False),
+    "trajectory_logprob": Signal(trajectory_logprob, _LOGPROB, bounded=False),
+    "token_entropy": Signal(token_entropy, _DISTRIBUTION, bounded=False),
+    "self_certainty": Signal(self_certainty, _DISTRIBUTION, bounded=False),
+    "top_entropy": Signal(top_entropy, _DISTRIBUTION, bounded=False),
+    "top_certainty": Signal(top_certainty, _DISTRIBUTION, bounded=False),
+    "p_true": Signal(p_true, _TEXT | {"probe"}, bounded=True),
+    "majority": Signal(majority, _TEXT, bounded=True),
     "self_consistency": Signal(self_consistency, _TEXT, bounded=True),
     "disparity_vote": Signal(disparity_vote, _TEXT | {"top2"}, bounded=True),
 }
@@ -102,6 +188,15 @@ def _each_answer(traces: Sequence[TraceStats], score: Callable[[TraceStats, slic
     spans = [trace.answer_tokens for trace in traces]
     scores = [np.nan if span is None else score(trace, span) for trace, span in zip(traces, spans, strict=True)]
     return np.array(scores, dtype=np.float64)
+
+
+def _each_finished(traces: Sequence[TraceStats], score: Callable[[TraceStats], np.floating]) -> Scores:
+    return np.array([float(score(trace)) if trace.finished else np.nan for trace in traces], dtype=np.float64)
+
+
+def _read(trace: TraceStats) -> Distribution:
+    assert trace.distribution is not None, "this signal needs the distribution"
+    return trace.distribution
 
 
 def _share(traces: Sequence[TraceStats], weights: Scores, total: float) -> Scores:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -189,17 +190,27 @@ def load_adapter(wrapped: Any, adapter: Mapping[str, np.ndarray]) -> None:
         parameter.data.copy_(torch.tensor(adapter[name]))
 
 
-def body_and_head(model: Any) -> tuple[Any, Callable[[torch.Tensor], torch.Tensor]]:
+@dataclass(frozen=True, slots=True)
+class Head:
+    """From hidden states [N, D] to logits [N, V]. `weight` [V, D], `bias` [V]."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    cap: float | None  # final soft-capping (Gemma)
+
+    def __call__(self, hidden: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
+        """Logits, or only those of the vocabulary's `columns`."""
+        bias = None if self.bias is None else self.bias[columns]
+        logits = torch.nn.functional.linear(hidden, self.weight[columns], bias)
+        return self.cap * torch.tanh(logits / self.cap) if self.cap else logits
+
+
+def body_and_head(model: Any) -> tuple[Any, Head]:
     """(body that returns hidden states, function from hidden states to logits) of a causal LM, adapter or not."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     output = inner.get_output_embeddings()
     cap = getattr(inner.config, "final_logit_softcapping", None)
-
-    def head(hidden: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = output(hidden)
-        return cap * torch.tanh(logits / cap) if cap else logits
-
-    return inner.get_decoder(), head
+    return inner.get_decoder(), Head(output.weight, getattr(output, "bias", None), cap)
 
 
 @torch.no_grad()

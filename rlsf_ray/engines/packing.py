@@ -43,11 +43,20 @@ def can_share_prompt(model: Any) -> bool:
 
 def trace_logprobs(model: Any, rows: Sequence[Row]) -> list[list[torch.Tensor]]:
     """For each row, the log-probs [T] of each trace's tokens given the prompt; float32, with gradients if enabled."""
-    read = _read_shared if can_share_prompt(model) else _read_plain
-    hidden, targets = read(model, rows)
+    hidden, targets = hidden_states(model, rows)
     _, head = body_and_head(model)
-    logprob = -torch.nn.functional.cross_entropy(head(hidden).float(), targets, reduction="none")
-    pieces = iter(logprob.split([len(trace) for row in rows for trace in row.traces]))
+    return by_trace(-torch.nn.functional.cross_entropy(head(hidden).float(), targets, reduction="none"), rows)
+
+
+def hidden_states(model: Any, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(hidden states [N, D] that predict the completion tokens, those tokens [N]), trace by trace, row by row."""
+    read = _read_shared if can_share_prompt(model) else _read_plain
+    return read(model, rows)
+
+
+def by_trace(values: torch.Tensor, rows: Sequence[Row]) -> list[list[torch.Tensor]]:
+    """Cut what stands for the completion tokens [N, ...] into pieces: for each row, for each trace [T, ...]."""
+    pieces = iter(values.split([len(trace) for row in rows for trace in row.traces]))
     return [[next(pieces) for _ in row.traces] for row in rows]
 
 
@@ -58,6 +67,13 @@ def read_texts(model: Any, texts: Sequence[tuple[IntArray, IntArray]], max_token
     Passes hold at most `max_tokens` tokens with padding (one text at least).
     """
     rows = [Row(prompt_ids, [token_ids]) for prompt_ids, token_ids in texts]
+    return [
+        found[0].float().cpu().numpy() for part in in_passes(rows, max_tokens) for found in trace_logprobs(model, part)
+    ]
+
+
+def in_passes(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:
+    """Cut rows, in their order, into passes of at most `max_tokens` tokens with padding (one row at least)."""
     passes: list[list[Row]] = []
     longest = 0
     for row in rows:
@@ -66,7 +82,7 @@ def read_texts(model: Any, texts: Sequence[tuple[IntArray, IntArray]], max_token
             passes.append([])
             longest = row.num_tokens
         passes[-1].append(row)
-    return [found[0].float().cpu().numpy() for part in passes for found in trace_logprobs(model, part)]
+    return passes
 
 
 def _read_shared(model: Any, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,43 +4,45 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 
 from rlsf_ray.algorithms.answers import label_answers
 from rlsf_ray.algorithms.preferences import RULES, Candidates, Limits
-from rlsf_ray.algorithms.signals import SIGNALS, Signal, TraceStats
+from rlsf_ray.algorithms.signals import SIGNALS, Signal
 from rlsf_ray.choices import choose
 from rlsf_ray.config import RunConfig
-from rlsf_ray.engines.lora import check_logits
-from rlsf_ray.engines.models import load_model
-from rlsf_ray.engines.packing import Row, trace_logprobs
+from rlsf_ray.engines.judge import Judge
 from rlsf_ray.records import Group, Outcome, Pair, ScoredGroup, TrainingGroup, TrainingTrace
 from rlsf_ray.tasks.equality import AnswerChecker
 
 
 class Scorer:
-    """Signals and pairs are pure functions; the model is loaded only when reference log-probs are asked for."""
+    """Signals and pairs are pure functions; the model is loaded only when one of its judgements is asked for."""
 
     def __init__(self, config: RunConfig, *, threads: int = 0, device: str | None = None) -> None:
         if threads:
             torch.set_num_threads(threads)
-        self._config, self._device = config, device
-        self._signal = choose(SIGNALS, config.signal, "signal")
+        self._config = config
+        chosen = choose(SIGNALS, config.signal, "signal")
+        self._signal = chosen if isinstance(chosen, Signal) else Signal(chosen)
         self._rule = choose(RULES, config.pairs.rule, "pairs.rule")
         self._checker = AnswerChecker()
-        self._model: Any = None
+        self.judge = Judge(config, self._signal.needs, device)
 
     def score(self, groups: Sequence[Group]) -> list[ScoredGroup]:
         """Scores, answer classes and pairs of each group."""
-        return [self._score_one(group) for group in groups]
+        labels = [label_answers([t.answer_text for t in group.traces], self._checker.equal) for group in groups]
+        by_judge = [
+            [np.asarray(self._signal.fn(stats), dtype=np.float64) for stats in self.judge.stats(groups, labels, who)]
+            for who in self._config.judges
+        ]
+        return [self._decide(*one) for one in zip(groups, labels, zip(*by_judge, strict=True), strict=True)]
 
-    def _score_one(self, group: Group) -> ScoredGroup:
-        answers = [trace.answer_text for trace in group.traces]
-        labels = label_answers(answers, self._checker.equal)
-        scores = np.asarray(self._score_function()(trace_stats(group, labels)), dtype=np.float64)
+    def _decide(self, group: Group, labels: Sequence[int], by_judge: Sequence[np.ndarray]) -> ScoredGroup:
+        """The first judge's scores count; a second's are kept beside them."""
+        scores, *others = by_judge
         limits = self._config.pairs
         decision = self._rule(
             Candidates(
@@ -63,31 +65,20 @@ class Scorer:
             group=group,
             signal=self._config.signal,
             scores=tuple(float(score) for score in scores),
+            second_scores=tuple(float(score) for score in others[0]) if others else None,
             labels=tuple(labels),
             pairs=tuple(Pair(chosen=c, rejected=r, weight=w, margin=m) for c, r, w, m in decision.pairs),
             reason=decision.reason,
         )
 
-    def _score_function(self) -> Any:
-        return self._signal.fn if isinstance(self._signal, Signal) else self._signal
-
-    def load(self) -> None:
-        """Load the base model now, and not with the first group that has pairs."""
-        if self._model is None:
-            self._model = load_model(self._config.model, device=self._device)
-            check_logits(self._model)
-
     def training_groups(self, scored: Sequence[ScoredGroup]) -> list[TrainingGroup]:
         """Groups that have pairs, reduced to the traces in use, with reference log-probs."""
         return [self._training_group(one) for one in scored if one.pairs]
 
-    @torch.inference_mode()
     def _training_group(self, scored: ScoredGroup) -> TrainingGroup:
-        self.load()
         group = scored.group
         used = sorted({index for pair in scored.pairs for index in (pair.chosen, pair.rejected)})
-        row = Row(group.prompt_ids, [group.traces[k].token_ids for k in used])
-        (reference,) = trace_logprobs(self._model, [row])
+        reference = self.judge.reference(group.prompt_ids, [group.traces[k].token_ids for k in used])
         return TrainingGroup(
             id=group.id,
             round=group.round,
@@ -95,9 +86,7 @@ class Scorer:
             prompt_id=group.prompt.id,
             signal=scored.signal,
             prompt_ids=group.prompt_ids,
-            traces=tuple(
-                _training_trace(scored, k, values.cpu().numpy()) for k, values in zip(used, reference, strict=True)
-            ),
+            traces=tuple(_training_trace(scored, k, values) for k, values in zip(used, reference, strict=True)),
             pairs=tuple(
                 Pair(
                     chosen=used.index(pair.chosen),
@@ -111,21 +100,6 @@ class Scorer:
 
     def close(self) -> None:
         self._checker.close()
-
-
-def trace_stats(group: Group, labels: Sequence[int]) -> list[TraceStats]:
-    """What signals may see of each trace."""
-    return [
-        TraceStats(
-            logprob=trace.logprob,
-            top1=trace.top1,
-            top2=trace.top2,
-            span=trace.answer.tokens if trace.answer else None,
-            label=label,
-            finished=trace.finished,
-        )
-        for trace, label in zip(group.traces, labels, strict=True)
-    ]
 
 
 def outcome(scored: ScoredGroup) -> Outcome:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from rlsf_ray.algorithms.signals import SIGNALS, TraceStats
+from rlsf_ray.algorithms.signals import SIGNALS, Distribution, TraceStats
 
 
 def trace(
@@ -28,6 +29,7 @@ def trace(
         span=span,
         label=label,
         finished=finished,
+        p_true=0.5 if label >= 0 else math.nan,
     )
 
 
@@ -80,7 +82,9 @@ def test_disparity_vote_without_any_disparity_is_zero() -> None:
     assert scores("disparity_vote", trace(0.5, span=(0, 1))) == [0.0]
 
 
-@pytest.mark.parametrize("name", SIGNALS)
+@pytest.mark.parametrize(
+    "name", [name for name, signal in SIGNALS.items() if "text" in signal.needs and name != "majority"]
+)
 def test_score_is_absent_without_an_answer_and_for_a_trace_that_was_cut_off(name: str) -> None:
     assert np.isnan(scores(name, *group())).tolist() == [False, False, False, True, True]
 
@@ -88,7 +92,7 @@ def test_score_is_absent_without_an_answer_and_for_a_trace_that_was_cut_off(name
 @pytest.mark.parametrize("name", [name for name, signal in SIGNALS.items() if signal.bounded])
 def test_bounded_signals_stay_in_the_unit_interval(name: str) -> None:
     rng = np.random.default_rng(0)
-    traces = [trace(*rng.uniform(0.5, 1.0, size=6), span=(2, 5), label=k % 3) for k in range(8)]
+    traces = [trace(*rng.uniform(0.5, 1.0, size=6), span=(2, 5), label=k % 3) for k in range(7)]  # no tie
     values = SIGNALS[name].fn(traces)
     assert ((values >= 0.0) & (values <= 1.0)).all()
 
@@ -105,3 +109,97 @@ def test_everything_but_the_losses_imports_without_torch() -> None:
     modules = [f"rlsf_ray.algorithms.{name}" for name in ("answers", "signals", "preferences", "voting", "calibration")]
     code = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+def read(*rows: tuple[float, ...], finished: bool = True) -> TraceStats:
+    """A trace of which only entropy, certainty and their top forms are told, one row a token."""
+    columns = np.array(rows, dtype=np.float32).T
+    nothing = np.zeros(len(rows), dtype=np.float32)
+    seen = Distribution(nothing, nothing, nothing, *columns)
+    return TraceStats(
+        logprob=nothing, top1=nothing, top2=nothing, span=None, label=-1, finished=finished, distribution=seen
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("token_entropy", -2.0), ("self_certainty", 6.0), ("top_entropy", -1.0), ("top_certainty", 4.0)],
+)
+def test_distribution_signals_are_means_over_the_whole_trace_and_need_no_answer(name: str, expected: float) -> None:
+    # entropy, certainty, top_entropy, top_certainty of two tokens
+    one, cut = read((1.0, 5.0, 0.5, 3.0), (3.0, 7.0, 1.5, 5.0)), read((1.0, 5.0, 0.5, 3.0), finished=False)
+    found = scores(name, one, cut)
+    assert found[0] == pytest.approx(expected)
+    assert math.isnan(found[1])  # absent, not 0
+
+
+def test_trajectory_logprob_is_the_sum() -> None:
+    # ln 1/8 + ln 1/2 = -4 ln 2; a trace without an answer has one too
+    assert scores("trajectory_logprob", trace(0.125, 0.5, span=None, label=-1)) == pytest.approx([-4 * math.log(2)])
+
+
+def test_majority_gives_one_to_the_commonest_answer_and_abstains_on_a_tie() -> None:
+    votes = [trace(0.5, span=(0, 1), label=label) for label in (0, 1, 1)]
+    silent, cut = trace(0.5, span=None, label=-1), trace(0.5, span=(0, 1), label=0, finished=False)
+    np.testing.assert_equal(scores("majority", *votes, silent, cut), [0.0, 1.0, 1.0, 0.0, math.nan])
+    tied = [*votes, trace(0.5, span=(0, 1), label=0)]  # two each; the cut-off trace for 0 casts no vote
+    assert np.isnan(scores("majority", *tied, cut)).all()
+    assert np.isnan(scores("majority", silent)).all()
+
+
+def test_p_true_is_shared_among_the_answers_called_true() -> None:
+    def claim(label: int, p_true: float) -> TraceStats:
+        return replace(trace(0.5, span=(0, 1), label=label), p_true=p_true)
+
+    # answers 0 and 1 are called true with 0.9 and 0.6: sum 1.5, however many traces give them
+    assert scores("p_true", claim(0, 0.9), claim(0, 0.9), claim(1, 0.6)) == pytest.approx([0.6, 0.6, 0.4])
+    # below 1 nothing is shared: a lone doubtful answer stays doubtful
+    assert scores("p_true", claim(0, 0.2)) == pytest.approx([0.2])
+
+
+def test_entropy_and_trajectory_rewards_are_equal_in_expectation() -> None:
+    """E[-log p(trace)] = E[sum of the tokens' entropies]: the partial equivalence of RLIF 2506.17219, by enumeration.
+
+    A model over tokens 0, 1, 2 (0 ends), at most three tokens, whose distribution depends on the token before.
+    """
+    rows = np.array([[0.2, 0.5, 0.3], [0.6, 0.3, 0.1], [0.1, 0.1, 0.8]])
+    entropies = -(rows * np.log(rows)).sum(1)
+    surprise = entropy = mean_surprise = mean_entropy = 0.0
+
+    def follow(before: int, p: float, logp: float, summed: float, length: int) -> None:
+        nonlocal surprise, entropy, mean_surprise, mean_entropy
+        for token in range(3):
+            now, log_now, ent_now = (
+                p * rows[before, token],
+                logp + math.log(rows[before, token]),
+                summed + entropies[before],
+            )
+            if token == 0 or length == 2:
+                surprise, entropy = surprise - now * log_now, entropy + now * ent_now
+                mean_surprise -= now * log_now / (length + 1)
+                mean_entropy += now * ent_now / (length + 1)
+            else:
+                follow(token, now, log_now, ent_now, length + 1)
+
+    follow(0, 1.0, 0.0, 0.0, 0)
+    assert surprise == pytest.approx(entropy, rel=1e-12)
+    assert abs(mean_surprise - mean_entropy) > 0.01  # divided by length they are different objectives
+
+
+def test_self_certainty_is_ruled_by_the_tail_and_entropy_is_not() -> None:
+    """A token of no weight made e^100 times less likely: KL(U || p) rises by 100 / V, the entropy stays."""
+    size = 50
+    logits = np.zeros(size)
+    logits[0], logits[1] = 20.0, -20.0
+    lower = logits.copy()
+    lower[1] -= 100.0
+
+    def entropy(values: np.ndarray) -> float:
+        p = np.exp(values - np.log(np.exp(values).sum()))
+        return float(-(p * np.log(np.maximum(p, 1e-300))).sum())
+
+    def certainty(values: np.ndarray) -> float:
+        return float(np.log(np.exp(values).sum()) - values.mean() - math.log(size))
+
+    assert certainty(lower) - certainty(logits) == pytest.approx(100 / size)
+    assert entropy(lower) == pytest.approx(entropy(logits), abs=1e-9)

@@ -1,0 +1,178 @@
+"""The model as a judge: it reads finished traces again, for what the generator's own statistics do not hold.
+
+`live` is the version that wrote the traces, `frozen` the base model. Both lie in one set of weights: the base model
+with or without the version's adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from rlsf_ray.algorithms.signals import Distribution, TraceStats
+from rlsf_ray.config import RunConfig
+from rlsf_ray.engines.distribution import read_distributions
+from rlsf_ray.engines.lora import add_adapter, check_logits, load_adapter
+from rlsf_ray.engines.models import load_model, load_tokenizer
+from rlsf_ray.engines.packing import Row, in_passes, read_texts, trace_logprobs
+from rlsf_ray.engines.tokens import encode_prompt, encode_text
+from rlsf_ray.errors import EngineError
+from rlsf_ray.records import Group, IntArray, Prompt
+
+Who = Literal["live", "frozen"]
+READ_BY_SCORER = frozenset({"distribution", "probe"})  # needs of a signal that no generator supplies
+P_TRUE = "\n\nProposed answer: {answer}\n\nIs the proposed answer true or false? Reply with one word, True or False."
+
+
+class Judge:
+    """One base model, loaded when it is first asked, and the adapters of the versions whose traces may come."""
+
+    def __init__(self, config: RunConfig, needs: frozenset[str], device: str | None) -> None:
+        self._config, self._device = config, device
+        self._needs = needs
+        self._reads = {who: self._must_read(who) for who in config.judges}
+        self.takes_versions = self._reads.get("live", False)
+        self._adapters: dict[int, Mapping[str, np.ndarray]] = {}
+        self._active = 0
+        self._model: Any = None
+        self._tokenizer: Any = None
+
+    def _must_read(self, who: Who) -> bool:
+        return bool(self._needs & READ_BY_SCORER) or (who == "frozen" and bool(self._needs - {"text"}))
+
+    def load(self) -> None:
+        """Load the base model now, and not with the first group that needs it."""
+        if self._model is None:
+            model = load_model(self._config.model, device=self._device)
+            check_logits(model)
+            if self.takes_versions:
+                model = add_adapter(model, self._config.learner, seed=0, dtype=model.dtype).eval()
+            self._model = model
+
+    def holds(self, version: int) -> bool:
+        """Can it read what this version wrote?"""
+        return not version or not self.takes_versions or version in self._adapters
+
+    def load_version(self, version: int, adapter: Mapping[str, np.ndarray]) -> None:
+        """Keep a version's adapter, and the newest few before it."""
+        if self.takes_versions:
+            self._adapters[version] = adapter
+            for old in sorted(self._adapters)[: -(self._config.cluster.max_staleness + 2)]:
+                del self._adapters[old]
+
+    def stats(self, groups: Sequence[Group], labels: Sequence[Sequence[int]], who: Who) -> list[list[TraceStats]]:
+        """What signals may see of each trace, as the generator noted it or as `who` reads it now."""
+        found = [trace_stats(group, classes) for group, classes in zip(groups, labels, strict=True)]
+        if not self._reads[who]:
+            return found
+        self.load()
+        for index, (group, classes) in enumerate(zip(groups, labels, strict=True)):
+            with self._as(who, group.version):
+                read = self._distributions(group)
+                true = self._p_true(group, classes) if "probe" in self._needs else {}
+            found[index] = [_read_again(one, seen, true) for one, seen in zip(found[index], read, strict=True)]
+        return found
+
+    @torch.inference_mode()
+    def reference(self, prompt_ids: IntArray, traces: Sequence[IntArray]) -> list[np.ndarray]:
+        """The frozen base model's log-probs [T] of each trace's tokens."""
+        self.load()
+        with self._as("frozen", 0):
+            (found,) = trace_logprobs(self._model, [Row(prompt_ids, traces)])
+        return [values.cpu().numpy() for values in found]
+
+    @contextmanager
+    def _as(self, who: Who, version: int) -> Iterator[None]:
+        if not self.takes_versions:  # there is no adapter on the model
+            yield
+        elif who == "frozen" or version == 0:
+            with self._model.disable_adapter():
+                yield
+        else:
+            if version != self._active:
+                if version not in self._adapters:
+                    raise EngineError(
+                        f"version {version} is not loaded (loaded: {sorted(self._adapters)}); load it first"
+                    )
+                load_adapter(self._model, self._adapters[version])
+                self._active = version
+            yield
+
+    def _distributions(self, group: Group) -> list[Distribution]:
+        """Of each trace; traces with the same tokens are read once."""
+        different = {trace.token_ids.tobytes(): trace.token_ids for trace in group.traces}
+        rows = _rows(group.prompt_ids, list(different.values()), self._config.learner.max_tokens_per_pass)
+        passes = in_passes(rows, self._config.learner.max_tokens_per_pass)
+        read = [one for part in passes for row in read_distributions(self._model, part) for one in row]
+        of = dict(zip(different, read, strict=True))
+        return [of[trace.token_ids.tobytes()] for trace in group.traces]
+
+    def _p_true(self, group: Group, labels: Sequence[int]) -> dict[int, float]:
+        """p(True) / (p(True) + p(False)) as a reply to whether an answer is true; of each answer class."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self._config.model)
+        words = [encode_text(self._tokenizer, word) for word in ("True", "False")]
+        texts, answers = list[tuple[IntArray, IntArray]](), dict[int, str]()
+        for trace, label in zip(group.traces, labels, strict=True):
+            if label >= 0 and trace.answer is not None:
+                answers.setdefault(label, trace.answer.text)
+        for answer in answers.values():
+            asked = encode_prompt(self._tokenizer, self._config.model, _probe(group.prompt, answer))
+            texts += [(asked, word) for word in words]
+        sums = [
+            float(values.sum()) for values in read_texts(self._model, texts, self._config.learner.max_tokens_per_pass)
+        ]
+        return {label: float(1 / (1 + np.exp(sums[2 * i + 1] - sums[2 * i]))) for i, label in enumerate(answers)}
+
+
+def trace_stats(group: Group, labels: Sequence[int]) -> list[TraceStats]:
+    """What signals may see of each trace, by the generator that wrote it."""
+    return [
+        TraceStats(
+            logprob=trace.logprob,
+            top1=trace.top1,
+            top2=trace.top2,
+            span=trace.answer.tokens if trace.answer else None,
+            label=label,
+            finished=trace.finished,
+        )
+        for trace, label in zip(group.traces, labels, strict=True)
+    ]
+
+
+def _read_again(noted: TraceStats, seen: Distribution, p_true: Mapping[int, float]) -> TraceStats:
+    return TraceStats(
+        logprob=seen.logprob,
+        top1=seen.top1,
+        top2=seen.top2,
+        span=noted.span,
+        label=noted.label,
+        finished=noted.finished,
+        distribution=seen,
+        p_true=p_true.get(noted.label, float("nan")),
+    )
+
+
+def _probe(prompt: Prompt, answer: str) -> Prompt:
+    *before, (role, content) = prompt.messages
+    return Prompt(
+        id=prompt.id,
+        messages=(*before, (role, content + P_TRUE.format(answer=answer))),
+        task=prompt.task,
+        key=prompt.key,
+    )
+
+
+def _rows(prompt_ids: IntArray, traces: Sequence[IntArray], max_tokens: int) -> list[Row]:
+    """The prompt with as many traces as `max_tokens` hold (one at least), and again with the next."""
+    parts: list[list[IntArray]] = []
+    for trace in traces:
+        if parts and len(prompt_ids) + sum(map(len, parts[-1])) + len(trace) <= max_tokens:
+            parts[-1].append(trace)
+        else:
+            parts.append([trace])
+    return [Row(prompt_ids, part) for part in parts]

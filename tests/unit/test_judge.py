@@ -1,0 +1,143 @@
+"""The model as a judge: the right weights read the right tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from group_data import group, trace
+from tiny import tiny_config
+
+from rlsf_ray.config import RunConfig
+from rlsf_ray.engines.judge import P_TRUE, Judge
+from rlsf_ray.engines.learner import Learner
+from rlsf_ray.engines.models import load_model, load_tokenizer
+from rlsf_ray.engines.scorer import Scorer
+from rlsf_ray.engines.tokens import encode_prompt
+from rlsf_ray.errors import EngineError
+
+DISTRIBUTION = frozenset({"distribution"})
+
+
+def config(tiny: Path, **more: object) -> RunConfig:
+    return tiny_config(tiny, pairs={"rule": "best_worst"}, **more)
+
+
+def moved_adapter(tiny: Path, scale: float = 0.3) -> dict[str, np.ndarray]:
+    """An adapter that does something: B is drawn, not zero."""
+    rng = np.random.default_rng(1)
+    zero = Learner(config(tiny)).adapter()
+    return {n: (rng.normal(size=a.shape) * scale).astype(np.float32) if "lora_B" in n else a for n, a in zero.items()}
+
+
+@pytest.fixture
+def both(tiny: Path) -> Judge:
+    judge = Judge(config(tiny, judges=["live", "frozen"]), DISTRIBUTION, "cpu")
+    judge.load_version(3, moved_adapter(tiny))
+    return judge
+
+
+def test_the_frozen_judge_is_the_base_model_and_the_live_one_has_the_adapter(both: Judge, tiny: Path) -> None:
+    one = group(trace(0, "2", 0.5), trace(1, "3", 0.5))
+    live, frozen = (both.stats([one], [[0, 1]], who)[0] for who in ("live", "frozen"))
+    learner = Learner(config(tiny))
+    texts = [(one.prompt_ids, t.token_ids) for t in one.traces]
+    for expected, found in zip(learner.logprobs(texts), frozen, strict=True):
+        np.testing.assert_allclose(found.logprob, expected, atol=1e-4)
+    learner.set_adapter(moved_adapter(tiny))
+    for expected, found, other in zip(learner.logprobs(texts), live, frozen, strict=True):
+        np.testing.assert_allclose(found.logprob, expected, atol=1e-4)
+        assert np.abs(found.logprob - other.logprob).max() > 0.05
+    assert (live[0].span, live[0].label, live[1].label) == ((2, 3), 0, 1)
+    for values, again in zip(both.reference(*_texts(one)), frozen, strict=True):  # after the live judge has read
+        np.testing.assert_allclose(values, again.logprob, atol=1e-4)
+
+
+def _texts(one: object) -> tuple[np.ndarray, list[np.ndarray]]:
+    return one.prompt_ids, [t.token_ids for t in one.traces]  # type: ignore[attr-defined]
+
+
+def test_a_version_that_it_does_not_hold_is_refused_by_name(both: Judge, tiny: Path) -> None:
+    assert both.holds(3)
+    assert both.holds(0)
+    assert not both.holds(2)
+    fresh = Judge(config(tiny), DISTRIBUTION, "cpu")
+    with pytest.raises(EngineError, match=r"version 3 is not loaded \(loaded: \[\]\)"):
+        fresh.stats([group(trace(0, "2", 0.5))], [[0]], "live")
+
+
+def test_only_the_newest_versions_are_kept(tiny: Path) -> None:
+    judge, adapter = Judge(config(tiny, cluster={"max_staleness": 1}), DISTRIBUTION, "cpu"), moved_adapter(tiny)
+    for version in range(1, 6):
+        judge.load_version(version, adapter)
+    assert [version for version in range(1, 6) if judge.holds(version)] == [3, 4, 5]
+
+
+def test_twins_are_read_once_and_long_groups_in_parts(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rlsf_ray.engines import judge as module
+
+    sizes: list[list[int]] = []
+    real = module.read_distributions
+    monkeypatch.setattr(
+        module, "read_distributions", lambda m, rows: sizes.append([len(r.traces) for r in rows]) or real(m, rows)
+    )
+    traces = [trace(0, "2", 0.5), trace(1, "3", 0.5), trace(0, "2", 0.5), trace(2, "4", 0.5)]
+    # a row of the prompt (3 tokens) with two traces (4 each) has 11 tokens, with three 15
+    narrow = config(tiny, judges=["frozen"], learner={"max_tokens_per_pass": 12})
+    found = Judge(narrow, DISTRIBUTION, "cpu").stats([group(*traces)], [[0, 1, 0, 2]], "frozen")[0]
+    assert sizes == [[2], [1]]
+    np.testing.assert_array_equal(found[0].distribution.entropy, found[2].distribution.entropy)
+    wide = Judge(config(tiny, judges=["frozen"]), DISTRIBUTION, "cpu").stats(
+        [group(*traces)], [[0, 1, 0, 2]], "frozen"
+    )[0]
+    for one, other in zip(found, wide, strict=True):
+        np.testing.assert_allclose(np.stack(one.distribution), np.stack(other.distribution), atol=1e-4)
+
+
+def test_p_true_is_the_share_of_true_between_the_two_words(tiny: Path) -> None:
+    """Against the model's own next-token distributions after the question is asked."""
+    made = config(tiny, judges=["frozen"])
+    one = group(trace(0, "2", 0.5), trace(1, "3", 0.5), trace(2, None, 0.5))
+    found = Judge(made, frozenset({"probe"}), "cpu").stats([one], [[0, 1, -1]], "frozen")[0]
+    model, tokenizer = load_model(made.model, device="cpu"), load_tokenizer(made.model)
+
+    def chance(answer: str, word: str) -> float:
+        asked = type(one.prompt)(
+            id="p", messages=(("user", "1 + 1 =" + P_TRUE.format(answer=answer)),), task="t", key="1 + 1"
+        )
+        before = encode_prompt(tokenizer, made.model, asked).tolist()
+        ids = tokenizer(word, add_special_tokens=False)["input_ids"]
+        with torch.inference_mode():
+            logs = model(torch.tensor([before + ids])).logits[0].log_softmax(-1)
+        return float(sum(logs[len(before) - 1 + i, token] for i, token in enumerate(ids)).exp())
+
+    for answer, stats in (("2", found[0]), ("3", found[1])):
+        yes, no = chance(answer, "True"), chance(answer, "False")
+        assert stats.p_true == pytest.approx(yes / (yes + no), abs=1e-4)
+    assert np.isnan(found[2].p_true)
+
+
+@pytest.fixture
+def side_by_side(tiny: Path) -> Iterator[Scorer]:
+    made = Scorer(config(tiny, signal="self_certainty", judges=["frozen", "live"]))
+    made.judge.load_version(3, moved_adapter(tiny))
+    yield made
+    made.close()
+
+
+def test_the_first_judge_decides_and_the_second_is_kept_beside_it(side_by_side: Scorer) -> None:
+    scored = side_by_side.score([group(trace(0, "2", 0.5), trace(1, "3", 0.5))])[0]
+    assert scored.second_scores is not None
+    assert scored.scores != scored.second_scores
+    best = int(np.argmax(scored.scores))
+    assert [(pair.chosen, pair.rejected) for pair in scored.pairs] == [(best, 1 - best)]
+
+
+def test_what_the_generator_noted_is_not_read_again(tiny: Path) -> None:
+    scorer = Scorer(config(tiny, signal="disparity"))
+    scorer.score([group(trace(0, "2", 0.5), trace(1, "3", 0.7))])
+    assert scorer.judge._model is None
+    scorer.close()
