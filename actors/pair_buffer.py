@@ -51,10 +51,10 @@ class PairBuffer:
         """Of the prompts whose traces are stored and that were filtered, or whose pairs are held here."""
         columns = ["group_id", "sequence", "token_ids", "finished", "answer", "reason"]
         traces = self._store.read_table("traces", round).select(columns).sort_by("sequence").to_pylist()
-        pairs = self._queue.num_pairs(round)
+        pairs = self._queue.num_examples(round)
         groups = [list(rows) for _, rows in groupby(traces, key=lambda row: row["sequence"])]
         outcomes = [rows_to_outcome(rows, pairs.get(rows[0]["sequence"], 0)) for rows in groups]
-        return [outcome for outcome in outcomes if outcome.num_pairs or outcome.reason is not None]
+        return [outcome for outcome in outcomes if outcome.num_examples or outcome.reason is not None]
 
     async def put(self, round: int, part: int, groups: Sequence[TrainingGroup], skipped: Sequence[int]) -> int:
         """Take a batch: stored first, then let in as there is room. Returns how many groups were new."""
@@ -78,7 +78,7 @@ class PairBuffer:
         async with self._changed:
             self._queue.skip(round, sequences)
             self._changed.notify_all()
-            held = set(self._queue.num_pairs(round)) & set(sequences)
+            held = set(self._queue.num_examples(round)) & set(sequences)
         outcomes = await asyncio.to_thread(self._outcomes, round) if held else []
         return [outcome for outcome in outcomes if outcome.sequence in held]
 

@@ -26,7 +26,8 @@ from actors.job import Job, event
 from actors.weight_store import ADAPTER_FILE
 from rlsf_ray.adapters import CANARY_FILE, canaries_to_bytes, checksum
 from rlsf_ray.engines.base import logprob_noise
-from rlsf_ray.engines.learner import Learner, pass_order, training_steps
+from rlsf_ray.engines.learner import Learner
+from rlsf_ray.engines.steps import StepSize, pass_order, training_steps
 from rlsf_ray.errors import DrainedError, NonFiniteLossError, RlsfError, StorageError, WeightsError
 from rlsf_ray.loop import step_row
 from rlsf_ray.records import Json, TrainingGroup
@@ -110,7 +111,7 @@ class Worker:
     def _lead(self, round: int) -> list[TrainingGroup]:
         """Rank 0's round: lease, send each step to the others, train. Returns the round's groups."""
         groups: list[TrainingGroup] = []
-        size = self._config.learner.pairs_per_step
+        size = self._config.examples_per_step
         try:
             for pass_index in range(self._config.learner.epochs):
                 arriving = self._leased(round, groups)
@@ -170,9 +171,10 @@ class Worker:
                 start = time.time()
                 report = self._learner.train_step(
                     step[self._rank :: self._world],
-                    total_pairs=sum(len(group.pairs) for group in step),
+                    size=StepSize.of(step),
                     round=round,
                     pass_index=pass_index,
+                    newest=self._versions[-1],
                     all_reduce=_sum_over_ranks if self._world > 1 else None,
                 )
         except NonFiniteLossError as error:

@@ -27,8 +27,9 @@ from rlsf_ray.adapters import checksum
 from rlsf_ray.config import PoolConfig, RunConfig
 from rlsf_ray.engines.base import Adapter
 from rlsf_ray.engines.build import build_engine
-from rlsf_ray.engines.learner import Learner, training_steps
+from rlsf_ray.engines.learner import Learner
 from rlsf_ray.engines.scorer import Scorer
+from rlsf_ray.engines.steps import StepSize, training_steps
 from rlsf_ray.errors import WeightsError
 from rlsf_ray.records import Canary, Json, TrainingGroup, WeightsVersion
 from rlsf_ray.rollouts.programs import write_groups
@@ -113,7 +114,7 @@ def _steps(config: RunConfig, groups: Sequence[TrainingGroup], rate: float) -> I
     while True:
         for step in training_steps(groups, config.learner.pairs_per_step):
             before = learner.adapter()
-            learner.train_step(step, total_pairs=sum(len(g.pairs) for g in step), round=0, pass_index=0)
+            learner.train_step(step, size=StepSize.of(step), round=0, pass_index=0)
             yield learner.adapter(), learner.canaries(groups, before)
 
 

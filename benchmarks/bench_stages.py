@@ -99,10 +99,10 @@ def measure_alone(config: RunConfig) -> Json:
 
 def _train(learner: Any, groups: Sequence[TrainingGroup], config: RunConfig, turn: int) -> int:
     """One pass over the groups; returns the tokens it read."""
-    from rlsf_ray.engines.learner import training_steps
+    from rlsf_ray.engines.steps import StepSize, training_steps
 
     for step in training_steps(groups, config.learner.pairs_per_step):
-        learner.train_step(step, total_pairs=sum(len(group.pairs) for group in step), round=turn, pass_index=0)
+        learner.train_step(step, size=StepSize.of(step), round=turn, pass_index=0)
     return sum(group.num_tokens for group in groups)
 
 

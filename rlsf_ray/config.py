@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from rlsf_ray.algorithms.advantages import RULES as ADVANTAGE_RULES
 from rlsf_ray.algorithms.preferences import RULES
 from rlsf_ray.algorithms.signals import SIGNALS
 
@@ -139,6 +140,20 @@ class LossConfig(_Section):
     nll: float = Field(default=0.2, ge=0.0)  # weight of the chosen trace's mean token NLL (an anchor)
 
 
+class AdvantagesConfig(_Section):
+    """Scored group -> an advantage for each trace, and their loss. Where it is set, it stands in place of pairs."""
+
+    rule: Annotated[str, _one_of("advantage rule", tuple(ADVANTAGE_RULES))] = "group_norm"
+    traces_per_step: PositiveInt = 64
+    normalise: Literal["trace", "token", "constant"] = "trace"  # by the trace's length, all tokens, the token limit
+    clip: float = Field(default=0.2, gt=0.0, lt=1.0)
+    clip_high: PositiveFloat = 0.2  # DAPO 2503.14476: 0.28
+    kl: float = Field(default=0.0, ge=0.0)  # weight of the KL divergence from the base model
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    entropy_bonus: float = Field(default=0.0, ge=0.0)  # weight of the tokens' mean entropy, in nats
+    max_weight: PositiveFloat = 2.0  # the most that a token of an older version may weigh
+
+
 class LearnerConfig(_Section):
     """How the adapter is trained."""
 
@@ -216,6 +231,7 @@ class RunConfig(_Section):
     judges: tuple[Literal["live", "frozen"], ...] = Field(default=("live",), min_length=1, max_length=2)
     pairs: PairsConfig = PairsConfig()
     loss: LossConfig = LossConfig()
+    advantages: AdvantagesConfig | None = None  # None: learn from pairs
     learner: LearnerConfig = LearnerConfig()
     cluster: ClusterConfig = ClusterConfig()
     eval: EvalConfig = EvalConfig()
@@ -254,6 +270,8 @@ class RunConfig(_Section):
                 f"pairs.rule={self.pairs.rule} adds up scores as weights of answers and needs a signal between 0 and 1,"
                 f" got signal={self.signal}; use answer_prob, or pairs.rule=best_worst"
             )
+        if self.advantages is not None:
+            self._check_advantages()
         if self.loss.name == "ipo" and self.loss.label_smoothing:
             raise ValueError(
                 f"ipo has no label smoothing, got loss.label_smoothing={self.loss.label_smoothing}; set it to 0"
@@ -265,3 +283,20 @@ class RunConfig(_Section):
                 f" got {trainers.gpus} for {trainers.count}; set it to 1"
             )
         return self
+
+    @property
+    def examples_per_step(self) -> int:
+        """Pairs, or traces with an advantage, of one optimiser step."""
+        return self.advantages.traces_per_step if self.advantages else self.learner.pairs_per_step
+
+    def _check_advantages(self) -> None:
+        if self.rollout.name == "cot_decoding" or self.rollout.temperature != 1.0:
+            raise ValueError(
+                "advantages need traces as the policy draws them, got"
+                f" rollout.name={self.rollout.name}, rollout.temperature={self.rollout.temperature}; set"
+                " rollout.temperature: 1.0 (and rollout.name: sample), or leave `advantages` out to learn from pairs"
+            )
+        if given := self.model_fields_set & {"pairs", "loss"}:
+            raise ValueError(
+                f"`advantages` stand in place of pairs, got {' and '.join(sorted(given))} too; leave one of them out"
+            )

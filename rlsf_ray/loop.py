@@ -19,8 +19,9 @@ from rlsf_ray.base_cache import cached_base, store_base
 from rlsf_ray.config import RunConfig
 from rlsf_ray.engines.base import Engine
 from rlsf_ray.engines.build import build_engine
-from rlsf_ray.engines.learner import Learner, pass_order, training_steps
+from rlsf_ray.engines.learner import Learner
 from rlsf_ray.engines.scorer import Scorer, outcome
+from rlsf_ray.engines.steps import StepSize, pass_order, training_steps
 from rlsf_ray.errors import GuardError, InputError, NoPairsError, ServiceError, StorageError
 from rlsf_ray.evaluate import evaluate_version, run_summary
 from rlsf_ray.placement import ONE_GPU, placed
@@ -177,12 +178,12 @@ def generate_and_score(parts: Parts, round: int, prompts: Sequence[Prompt]) -> l
 
 def train_round(parts: Parts, round: int, groups: Sequence[TrainingGroup]) -> list[StepReport]:
     """`epochs` passes over the round's groups: the first in admission order, the others shuffled."""
-    settings, reports = parts.config.learner, list[StepReport]()
-    for pass_index in range(settings.epochs):
-        order = pass_order(groups, parts.config.seed, round, pass_index)
-        for step in training_steps(order, settings.pairs_per_step):
-            total = sum(len(group.pairs) for group in step)
-            report = parts.learner.train_step(step, total_pairs=total, round=round, pass_index=pass_index)
+    config, newest, reports = parts.config, parts.state.admission.newest, list[StepReport]()
+    for pass_index in range(config.learner.epochs):
+        order = pass_order(groups, config.seed, round, pass_index)
+        for step in training_steps(order, config.examples_per_step):
+            size = StepSize.of(step)
+            report = parts.learner.train_step(step, size=size, round=round, pass_index=pass_index, newest=newest)
             reports.append(report)
             parts.store.append_metrics("train", [step_row(report)])
             parts.state.counts["steps"] += 1
@@ -245,6 +246,6 @@ def _checkpoint(version: int) -> str:
 def step_row(report: StepReport) -> Json:
     """One line of metrics/train.jsonl: means over the step's pairs."""
     row: Json = {"time": time.time(), "round": report.round, "step": report.step, "pass": report.pass_index}
-    row |= {"num_pairs": report.num_pairs, **report.means()}
+    row |= {"num_examples": report.num_examples, **report.means()}
     row |= {"grad_norm": report.grad_norm, "learning_rate": report.learning_rate}
     return row | {"logprob_gap": report.logprob_gap}

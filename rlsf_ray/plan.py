@@ -159,14 +159,15 @@ def _describe_pool(role: str, pool: PoolConfig) -> str:
 
 
 def _most_steps(config: RunConfig, prompts_per_round: int) -> int:
-    """Every prompt gives as many pairs as the rule allows; the last step of a pass may be short."""
+    """Every prompt gives as many examples as the rule allows; the last step of a pass may be short."""
     all_pairs = config.rollout.traces * (config.rollout.traces - 1) // 2
-    pairs = prompts_per_round * min(config.pairs.max_pairs or all_pairs, all_pairs)
-    return config.rounds * config.learner.epochs * math.ceil(pairs / config.learner.pairs_per_step)
+    most = config.rollout.traces if config.advantages else min(config.pairs.max_pairs or all_pairs, all_pairs)
+    return config.rounds * config.learner.epochs * math.ceil(prompts_per_round * most / config.examples_per_step)
 
 
 def _functions(config: RunConfig) -> dict[str, str]:
-    return {"signal": config.signal, "pairs.rule": config.pairs.rule, "rollout.name": config.rollout.name}
+    learning = {"advantages.rule": config.advantages.rule} if config.advantages else {"pairs.rule": config.pairs.rule}
+    return {"signal": config.signal, **learning, "rollout.name": config.rollout.name}
 
 
 def _check_engine(config: RunConfig) -> None:

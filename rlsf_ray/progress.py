@@ -61,7 +61,7 @@ def line(status: Json) -> str:
     if status.get("prompts_total"):
         parts.append(f"prompts {status.get('prompts_done', 0)}/{status['prompts_total']}")
     parts.append(f"traces {status.get('traces', 0)} ({float(status.get('traces_per_s') or 0.0):.1f}/s)")
-    parts += [f"{name} {status.get(name, 0)}" for name in ("pairs", "steps", "version")]
+    parts += [f"{name} {status.get(name, 0)}" for name in (_examples(status), "steps", "version")]
     if status.get("swaps"):
         parts.append(_swaps(status))
     if status.get("verdicts"):
@@ -71,6 +71,11 @@ def line(status: Json) -> str:
     if status.get("message"):
         parts.append(str(status["message"]))
     return " | ".join(parts)
+
+
+def _examples(status: Json) -> str:
+    """What the run learns from."""
+    return "credited traces" if "credited traces" in status else "pairs"
 
 
 def panel(status: Json) -> Panel:
@@ -84,7 +89,7 @@ def panel(status: Json) -> Panel:
     rows = [
         f"{_round(status)}   version {status.get('version', 0)}{eta}",
         f"traces {status.get('traces', 0)} ({float(status.get('traces_per_s') or 0.0):.1f}/s)   "
-        f"pairs {status.get('pairs', 0)}   steps {status.get('steps', 0)}",
+        f"{_examples(status)} {status.get(_examples(status), 0)}   steps {status.get('steps', 0)}",
     ]
     if status.get("swaps"):
         rows.append(_swaps(status))

@@ -107,17 +107,19 @@ class Pair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredGroup:
-    """A group with one score for each trace (nan: absent), its answer classes and its pairs.
+    """A group with one score for each trace (nan: absent), its answer classes, and its pairs or advantages.
 
-    `labels` [K] numbers the distinct answers (equal answers share a number, -1: no answer).
-    `reason` names why there are no pairs; None when there are some. `second_scores`: by the second judge, if any.
+    `labels` [K] numbers the distinct answers (equal answers share a number, -1: no answer). `advantages` [K] are absent
+    (nan) for traces that take no part. `reason` names why nothing is learned from the group; None when something is.
+    `second_scores`: by the second judge, if any.
     """
 
     group: Group
     signal: str
     scores: tuple[float, ...]
     labels: tuple[int, ...]
-    pairs: tuple[Pair, ...]
+    pairs: tuple[Pair, ...] = ()
+    advantages: tuple[float, ...] = ()
     reason: str | None = None
     second_scores: tuple[float, ...] | None = None
 
@@ -127,8 +129,11 @@ class ScoredGroup:
             raise ValueError(
                 f"group {self.group.id}: {num_traces} traces, {len(self.scores)} scores, {len(self.labels)} labels"
             )
-        if bool(self.pairs) == (self.reason is not None):
-            raise ValueError(f"group {self.group.id}: needs either pairs or a reason, got {self.pairs}, {self.reason}")
+        if bool(self.pairs) + bool(self.advantages) + (self.reason is not None) != 1:
+            raise ValueError(
+                f"group {self.group.id}: needs pairs, advantages or a reason, got {self.pairs}, {self.advantages},"
+                f" {self.reason}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +148,7 @@ class TrainingTrace:
     token_ids: IntArray  # [T]
     logprob: FloatArray  # [T], by the generator that wrote them
     reference_logprob: FloatArray  # [T], of the frozen base model
+    advantage: float = 0.0  # where the group has no pairs
 
     def __post_init__(self) -> None:
         if not len(self.token_ids) == len(self.logprob) == len(self.reference_logprob):
@@ -154,7 +160,7 @@ class TrainingTrace:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingGroup:
-    """A prompt with the traces that stand in its pairs, each once. `pairs` index `traces`."""
+    """A prompt with the traces that are learned from, each once; by `pairs`, which index them, or by advantages."""
 
     id: str
     round: int
@@ -164,6 +170,11 @@ class TrainingGroup:
     prompt_ids: IntArray  # [P]
     traces: tuple[TrainingTrace, ...]
     pairs: tuple[Pair, ...]
+
+    @property
+    def num_examples(self) -> int:
+        """What the loss is a sum over: pairs or, without any, traces."""
+        return len(self.pairs) or len(self.traces)
 
     @property
     def num_tokens(self) -> int:
@@ -181,7 +192,7 @@ class Outcome:
     num_tokens: int
     num_cut_off: int
     num_parsed: int
-    num_pairs: int
+    num_examples: int
     reason: str | None
 
 
@@ -206,19 +217,19 @@ class Canary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """One optimiser step: sums over pairs, divided by the reader."""
+    """One optimiser step: sums over examples (pairs, or traces with an advantage), divided by the reader."""
 
     round: int
     step: int
     pass_index: int
-    num_pairs: int
-    sums: dict[str, float] = field(default_factory=dict)  # loss, margin, accuracy, ...
+    num_examples: int
+    sums: dict[str, float] = field(default_factory=dict)  # loss and others, by the objective's names
     grad_norm: float = 0.0
     learning_rate: float = 0.0
     logprob_gap: float = 0.0  # root mean square over tokens, in nats: the trainer's log-prob minus the generator's
 
     def means(self) -> dict[str, float]:
-        return {name: value / max(1, self.num_pairs) for name, value in self.sums.items()}
+        return {name: value / max(1, self.num_examples) for name, value in self.sums.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -226,7 +226,7 @@ def _training(run: RunData) -> str:
         figure(name.capitalize(), plots.curve(run.train, key, name), f"{name} over training steps")
         for key, name in names.items()
     )
-    pairs = sum(row.get("num_pairs") or 0 for row in run.train)
+    pairs = sum(row.get("num_examples") or 0 for row in run.train)
     note = (
         f"Steps: {len(run.train)}; pairs over all passes: {pairs}. Dotted lines: a new round begins. Log-prob gap: of"
         " the trainer to the generator on the tokens it wrote; with fresh weights only the engines' rounding, then it"

@@ -42,6 +42,7 @@ _TRACES = {
     "signal": pa.string(),
     "score": pa.float64(),
     "second_score": pa.float64(),
+    "advantage": pa.float64(),
     "reason": pa.string(),
 }
 
@@ -71,6 +72,7 @@ _TRAINING_TRACE = {
     "token_ids": _TOKENS,
     "logprob": _FLOATS,
     "reference_logprob": _FLOATS,
+    "advantage": pa.float64(),
 }
 _PAIR = {"chosen": pa.int32(), "rejected": pa.int32(), "weight": pa.float64(), "margin": pa.float64()}
 _GROUPS = {
@@ -103,8 +105,9 @@ def trace_rows(scored: ScoredGroup) -> list[Json]:
         "reason": scored.reason,
     }
     rows = []
-    second = scored.second_scores or (math.nan,) * len(group.traces)
-    for trace, label, *scores in zip(group.traces, scored.labels, scored.scores, second, strict=True):
+    absent = (math.nan,) * len(group.traces)
+    numbers = (scored.scores, scored.second_scores or absent, scored.advantages or absent)
+    for trace, label, *found in zip(group.traces, scored.labels, *numbers, strict=True):
         own = {name: getattr(trace, name) for name in ("index", "seed", "version", "text", "finished")}
         arrays = {name: getattr(trace, name) for name in ("token_ids", "logprob", "top1", "top2")}
         answer = trace.answer
@@ -113,12 +116,12 @@ def trace_rows(scored: ScoredGroup) -> list[Json]:
             "answer_chars": answer and answer.chars,
             "answer_tokens": answer and answer.tokens,
         }
-        by_judge = dict(zip(("score", "second_score"), map(_or_null, scores), strict=True))
-        rows.append({**shared, "trace_id": trace.id, **own, **arrays, **span, "label": label, **by_judge})
+        judged = dict(zip(("score", "second_score", "advantage"), map(_or_null, found), strict=True))
+        rows.append({**shared, "trace_id": trace.id, **own, **arrays, **span, "label": label, **judged})
     return rows
 
 
-def rows_to_outcome(rows: Sequence[Json], num_pairs: int) -> Outcome:
+def rows_to_outcome(rows: Sequence[Json], num_examples: int) -> Outcome:
     """How a group ended, from its rows in the table of traces."""
     return Outcome(
         group_id=rows[0]["group_id"],
@@ -127,7 +130,7 @@ def rows_to_outcome(rows: Sequence[Json], num_pairs: int) -> Outcome:
         num_tokens=sum(len(row["token_ids"] or ()) for row in rows),
         num_cut_off=sum(not row["finished"] for row in rows),
         num_parsed=sum(row["answer"] is not None for row in rows),
-        num_pairs=num_pairs,
+        num_examples=num_examples,
         reason=rows[0]["reason"],
     )
 

@@ -94,7 +94,7 @@ def train_rows() -> list[dict]:
     for step in range(1, 61):
         progress = step / 60
         row = {"time": START + 90 + 4 * step, "round": int(step > 30), "step": step, "pass": (step - 1) % 30 // 10}
-        row |= {"num_pairs": 8, "loss": 0.69 - 0.3 * progress + 0.06 * rng.normal()}
+        row |= {"num_examples": 8, "loss": 0.69 - 0.3 * progress + 0.06 * rng.normal()}
         row |= {"margin": 1.2 * progress + 0.1 * rng.normal(), "accuracy": min(1.0, 0.5 + 0.4 * progress)}
         row |= {"logprob_gap": 0.055 + 0.004 * ((step - 1) % 30)}
         rows.append({**row, "nll": 0.4, "grad_norm": 1.1, "learning_rate": 5e-5})

@@ -121,6 +121,8 @@ def tiny_config(model: Path, **changes: Any) -> RunConfig:
         },
         "eval": {"samples": 2},
     }
+    if "advantages" in changes:
+        del settings["pairs"]
     return RunConfig.model_validate(_merge(settings, changes))
 
 

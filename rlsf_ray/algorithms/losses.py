@@ -1,10 +1,13 @@
-"""Pair losses: log-probabilities of whole traces -> a loss with its sums. Source: DPO 2305.18290, IPO 2310.12036.
+"""Losses: log-probabilities of traces -> a loss with its sums. Source: DPO 2305.18290, IPO 2310.12036, GRPO 2402.03300.
 
-N pairs over K traces. A log-probability is the sum over a trace's completion tokens, in nats. Losses are sums over
-pairs: the caller divides by the pairs of its whole step, so a step may be cut into passes at will.
+Pair losses: N pairs over K traces; a log-probability is the sum over a trace's completion tokens, in nats. Losses of
+advantages: N completion tokens of all traces. Both are sums: the caller divides by the size of its whole step, so a
+step may be cut into passes at will.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +86,32 @@ def pair_loss(
     anchors = -(policy / lengths_K)[chosen_N]
     loss = (weights_N * (losses + nll * anchors)).sum()
     return loss, _sums(loss, beta * (policy - reference), anchors, chosen_N, rejected_N)
+
+
+def policy_gradient(policy_N: Tensor, old_N: Tensor, advantages_N: Tensor, *, clip: float, clip_high: float) -> Tensor:
+    """Clipped policy-gradient loss of each token [N]: PPO 1707.06347, GRPO 2402.03300, "clip-higher" DAPO 2503.14476.
+
+    min(r A, clamp(r, 1 - clip, 1 + clip_high) A) with r = exp(policy - old), negated.
+    """
+    ratio = (policy_N - old_N).exp()
+    return -torch.minimum(ratio * advantages_N, ratio.clamp(1.0 - clip, 1.0 + clip_high) * advantages_N)
+
+
+def importance_weights(policy_N: Tensor, written_N: Tensor, *, most: float) -> Tensor:
+    """exp(policy - written), at most `most`, without a gradient: for what an older version wrote. IMPALA 1802.01561."""
+    return (policy_N.detach() - written_N).exp().clamp(max=most)
+
+
+def kl_penalty(policy_N: Tensor, reference_N: Tensor, estimator: Literal["k1", "k2", "k3"]) -> Tensor:
+    """Estimate of KL(policy || reference) at each token [N] that the policy drew, in nats. Schulman's k1, k2, k3.
+
+    With d = reference - policy: k1 = -d (its gradient is 0 in expectation: a measure, not a pull), k2 = d^2 / 2 (the
+    gradient of the true KL), k3 = exp(d) - 1 - d (never negative, unbiased; GRPO's).
+    """
+    gap = reference_N - policy_N
+    if estimator == "k1":
+        return -gap
+    return gap.square() / 2 if estimator == "k2" else gap.exp() - 1.0 - gap
 
 
 def _sums(loss: Tensor, rewards_K: Tensor, anchors: Tensor, chosen_N: Tensor, rejected_N: Tensor) -> dict[str, float]:

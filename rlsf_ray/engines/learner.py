@@ -1,17 +1,13 @@
-"""DPO on a LoRA adapter: groups in, optimiser steps out. Each trace is read once however many pairs it stands in."""
+"""Training of a LoRA adapter: groups in, optimiser steps out."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from safetensors.torch import load, save
 
-from rlsf_ray.algorithms.losses import pair_loss
 from rlsf_ray.config import RunConfig
 from rlsf_ray.engines.lora import (
     adapter_arrays,
@@ -22,12 +18,13 @@ from rlsf_ray.engines.lora import (
     sums_at_once,
 )
 from rlsf_ray.engines.models import load_model
-from rlsf_ray.engines.packing import Row, read_texts, trace_logprobs
+from rlsf_ray.engines.objectives import GAP_SQUARES, GAP_TOKENS, objective_of
+from rlsf_ray.engines.packing import read_texts
+from rlsf_ray.engines.steps import StepSize, passes
 from rlsf_ray.errors import NonFiniteLossError
 from rlsf_ray.records import Canary, FloatArray, IntArray, StepReport, TrainingGroup
 
 CANARIES, CANARY_CANDIDATES = 16, 32  # traces that prove a version, chosen among so many
-GAP_SQUARES, GAP_TOKENS = "gap_squares", "gap_tokens"  # sums over tokens, unlike the others of a step
 AllReduce = Callable[[list[torch.Tensor]], None]  # sums each tensor over the workers, in place
 
 
@@ -41,6 +38,7 @@ class Learner:
         base = load_model(config.model, device=device)
         check_logits(base)
         self._model = add_adapter(base, config.learner, seed=config.seed, dtype=torch.float32)
+        self._objective = objective_of(config)
         self._parameters = [p for p in self._model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(self._parameters, lr=config.learner.learning_rate, weight_decay=0.0)
         self._step = 0
@@ -49,53 +47,30 @@ class Learner:
         self,
         groups: Sequence[TrainingGroup],
         *,
-        total_pairs: int,
+        size: StepSize,
         round: int,
         pass_index: int,
+        newest: int = 0,
         all_reduce: AllReduce | None = None,
     ) -> StepReport:
-        """One optimiser step on `groups`, this worker's share of a step of `total_pairs` pairs.
+        """One optimiser step on `groups`, this worker's share of a step of that size.
 
-        Raises NonFiniteLossError, before the weights are touched, if loss or gradient is nan or inf.
+        `newest`: the version that is trained on. Raises NonFiniteLossError, before the weights are touched, if loss or
+        gradient is nan or inf.
         """
         self._optimizer.zero_grad(set_to_none=False)
         sums: dict[str, float] = {}
         for batch in passes(groups, self._config.learner.max_tokens_per_pass):
-            loss, values = self._loss(batch)
-            (loss / total_pairs).backward()
+            loss, values = self._objective(self._model, batch, size, newest)
+            (loss / size.examples).backward()
             for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + value
         if all_reduce is not None:
             sums = self._reduce(sums, all_reduce)
-        return self._apply(groups, sums, total_pairs, round, pass_index)
-
-    def _loss(self, groups: Sequence[TrainingGroup]) -> tuple[torch.Tensor, dict[str, float]]:
-        """Sum of the pair losses of `groups` from one pass, and the sums to report."""
-        settings = self._config.loss
-        rows = [Row(group.prompt_ids, [trace.token_ids for trace in group.traces]) for group in groups]
-        policy = [trace for row in trace_logprobs(self._model, rows) for trace in row]
-        first = np.cumsum([0, *(len(group.traces) for group in groups)])  # of each group among all traces
-        traces = [trace for group in groups for trace in group.traces]
-        pairs = [(start, pair) for start, group in zip(first, groups, strict=False) for pair in group.pairs]
-        device = policy[0].device
-        loss, sums = pair_loss(
-            settings.name,
-            torch.stack([values.sum() for values in policy]),
-            torch.tensor([float(t.reference_logprob.sum(dtype=np.float64)) for t in traces], device=device),
-            torch.tensor([len(trace.token_ids) for trace in traces], device=device),
-            torch.tensor([start + pair.chosen for start, pair in pairs], device=device),
-            torch.tensor([start + pair.rejected for start, pair in pairs], device=device),
-            torch.tensor([pair.weight for _, pair in pairs], device=device),
-            beta=settings.beta,
-            label_smoothing=settings.label_smoothing,
-            nll=settings.nll,
-        )
-        written = torch.from_numpy(np.concatenate([trace.logprob for trace in traces])).to(device)
-        gap = (torch.cat(policy).detach() - written).double()
-        return loss, sums | {GAP_SQUARES: float(gap @ gap), GAP_TOKENS: float(len(gap))}
+        return self._apply(groups, sums, size.examples, round, pass_index)
 
     def _reduce(self, sums: dict[str, float], all_reduce: AllReduce) -> dict[str, float]:
-        names = ["accuracy", "chosen_reward", "loss", "margin", "nll", "rejected_reward", GAP_SQUARES, GAP_TOKENS]
+        names = self._objective.names
         values = torch.tensor([sums.get(name, 0.0) for name in names], dtype=torch.float64)
         for parameter in self._parameters:
             if parameter.grad is None:  # a worker whose share of the step was empty
@@ -105,7 +80,7 @@ class Learner:
         return dict(zip(names, values.tolist(), strict=True))
 
     def _apply(
-        self, groups: Sequence[TrainingGroup], sums: dict[str, float], total_pairs: int, round: int, pass_index: int
+        self, groups: Sequence[TrainingGroup], sums: dict[str, float], examples: int, round: int, pass_index: int
     ) -> StepReport:
         settings = self._config.learner
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, settings.max_grad_norm))
@@ -124,7 +99,7 @@ class Learner:
             round=round,
             step=self._step,
             pass_index=pass_index,
-            num_pairs=total_pairs,
+            num_examples=examples,
             sums=sums,
             grad_norm=norm,
             learning_rate=rate,
@@ -192,76 +167,3 @@ class Learner:
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self._step = int(tensors["step"])
-
-
-def training_steps(groups: Iterable[TrainingGroup], pairs_per_step: int) -> Iterator[list[TrainingGroup]]:
-    """Cut a stream of groups into optimiser steps: a step closes once it holds `pairs_per_step` pairs."""
-    step: list[TrainingGroup] = []
-    for group in groups:
-        step.append(group)
-        if sum(len(member.pairs) for member in step) >= pairs_per_step:
-            yield step
-            step = []
-    if step:
-        yield step
-
-
-def pass_order(groups: Sequence[TrainingGroup], seed: int, round: int, pass_index: int) -> list[TrainingGroup]:
-    """Pass 0 goes in admission order, as the groups arrive; later passes are shuffled by seed, round and pass."""
-    ordered = sorted(groups, key=lambda group: group.sequence)
-    if pass_index == 0:
-        return ordered
-    digest = hashlib.sha256(f"{seed}/{round}/{pass_index}".encode()).digest()
-    order = np.random.default_rng(int.from_bytes(digest[:8], "big")).permutation(len(ordered))
-    return [ordered[i] for i in order]
-
-
-def passes(groups: Sequence[TrainingGroup], max_tokens: int) -> Iterator[list[TrainingGroup]]:
-    """Cut a step into forward/backward passes of at most `max_tokens` tokens with padding (one pair at least).
-
-    Groups of similar length go together; the order within a step does not change its gradient.
-    """
-    parts = [part for group in groups for part in split_group(group, max_tokens)]
-    batch: list[TrainingGroup] = []
-    for part in sorted(parts, key=lambda part: part.num_tokens):
-        if batch and (len(batch) + 1) * part.num_tokens > max_tokens:
-            yield batch
-            batch = []
-        batch.append(part)
-    if batch:
-        yield batch
-
-
-def split_group(group: TrainingGroup, max_tokens: int) -> list[TrainingGroup]:
-    """Split a group's pairs so that each part reads at most `max_tokens` tokens (one pair at least).
-
-    The loss is a sum over pairs, so the parts add up to the group; a trace may be read in several parts.
-    """
-    if group.num_tokens <= max_tokens:
-        return [group]
-    parts: list[TrainingGroup] = []
-    for pair in group.pairs:
-        wider = _with_pairs(group, [*parts[-1].pairs, pair]) if parts else None
-        if wider is not None and _used_tokens(wider) <= max_tokens:
-            parts[-1] = wider
-        else:
-            parts.append(_with_pairs(group, [pair]))
-    return [_only_used(part) for part in parts]
-
-
-def _with_pairs(group: TrainingGroup, pairs: Sequence[Any]) -> TrainingGroup:
-    return replace(group, pairs=tuple(pairs))
-
-
-def _used(group: TrainingGroup) -> list[int]:
-    return sorted({index for pair in group.pairs for index in (pair.chosen, pair.rejected)})
-
-
-def _used_tokens(group: TrainingGroup) -> int:
-    return len(group.prompt_ids) + sum(len(group.traces[k].token_ids) for k in _used(group))
-
-
-def _only_used(group: TrainingGroup) -> TrainingGroup:
-    used = _used(group)
-    pairs = [replace(p, chosen=used.index(p.chosen), rejected=used.index(p.rejected)) for p in group.pairs]
-    return replace(group, traces=tuple(group.traces[k] for k in used), pairs=tuple(pairs))

@@ -48,6 +48,18 @@ def trace_logprobs(model: Any, rows: Sequence[Row]) -> list[list[torch.Tensor]]:
     return by_trace(-torch.nn.functional.cross_entropy(head(hidden).float(), targets, reduction="none"), rows)
 
 
+def trace_logprobs_and_entropies(
+    model: Any, rows: Sequence[Row], *, gradient: bool
+) -> tuple[list[list[torch.Tensor]], torch.Tensor]:
+    """`trace_logprobs`, and the entropy [N] of every token's distribution; `gradient`: through the entropies too."""
+    hidden, targets = hidden_states(model, rows)
+    _, head = body_and_head(model)
+    logs = head(hidden).float().log_softmax(-1)
+    with torch.set_grad_enabled(gradient and torch.is_grad_enabled()):
+        entropy = -(logs.exp() * logs).sum(-1)
+    return by_trace(logs.gather(1, targets[:, None])[:, 0], rows), entropy
+
+
 def hidden_states(model: Any, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
     """(hidden states [N, D] that predict the completion tokens, those tokens [N]), trace by trace, row by row."""
     read = _read_shared if can_share_prompt(model) else _read_plain

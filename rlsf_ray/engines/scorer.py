@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
+from rlsf_ray.algorithms import advantages
 from rlsf_ray.algorithms.answers import label_answers
 from rlsf_ray.algorithms.preferences import RULES, Candidates, Limits
 from rlsf_ray.algorithms.signals import SIGNALS, Signal
@@ -28,6 +31,9 @@ class Scorer:
         chosen = choose(SIGNALS, config.signal, "signal")
         self._signal = chosen if isinstance(chosen, Signal) else Signal(chosen)
         self._rule = choose(RULES, config.pairs.rule, "pairs.rule")
+        self._credit: advantages.Rule | None = None
+        if config.advantages is not None:
+            self._credit = choose(advantages.RULES, config.advantages.rule, "advantages.rule")
         self._checker = AnswerChecker()
         self.judge = Judge(config, self._signal.needs, device)
 
@@ -43,6 +49,20 @@ class Scorer:
     def _decide(self, group: Group, labels: Sequence[int], by_judge: Sequence[np.ndarray]) -> ScoredGroup:
         """The first judge's scores count; a second's are kept beside them."""
         scores, *others = by_judge
+        return ScoredGroup(
+            group=group,
+            signal=self._config.signal,
+            scores=tuple(float(score) for score in scores),
+            second_scores=tuple(float(score) for score in others[0]) if others else None,
+            labels=tuple(labels),
+            **(self._advantages(group, scores, self._credit) if self._credit else self._pairs(group, labels, scores)),
+        )
+
+    def _advantages(self, group: Group, scores: np.ndarray, rule: advantages.Rule) -> dict[str, Any]:
+        found = advantages.credit(scores, np.asarray([trace.finished for trace in group.traces]), rule)
+        return {"advantages": found.advantages, "reason": found.reason}
+
+    def _pairs(self, group: Group, labels: Sequence[int], scores: np.ndarray) -> dict[str, Any]:
         limits = self._config.pairs
         decision = self._rule(
             Candidates(
@@ -61,23 +81,17 @@ class Scorer:
             ),
             np.random.default_rng(_seed(self._config.seed, group.id)),
         )
-        return ScoredGroup(
-            group=group,
-            signal=self._config.signal,
-            scores=tuple(float(score) for score in scores),
-            second_scores=tuple(float(score) for score in others[0]) if others else None,
-            labels=tuple(labels),
-            pairs=tuple(Pair(chosen=c, rejected=r, weight=w, margin=m) for c, r, w, m in decision.pairs),
-            reason=decision.reason,
-        )
+        pairs = tuple(Pair(chosen=c, rejected=r, weight=w, margin=m) for c, r, w, m in decision.pairs)
+        return {"pairs": pairs, "reason": decision.reason}
 
     def training_groups(self, scored: Sequence[ScoredGroup]) -> list[TrainingGroup]:
-        """Groups that have pairs, reduced to the traces in use, with reference log-probs."""
-        return [self._training_group(one) for one in scored if one.pairs]
+        """Groups that something is learned from, reduced to the traces in use, with reference log-probs."""
+        return [self._training_group(one) for one in scored if one.reason is None]
 
     def _training_group(self, scored: ScoredGroup) -> TrainingGroup:
         group = scored.group
         used = sorted({index for pair in scored.pairs for index in (pair.chosen, pair.rejected)})
+        used = used or [k for k, advantage in enumerate(scored.advantages) if not math.isnan(advantage)]
         reference = self.judge.reference(group.prompt_ids, [group.traces[k].token_ids for k in used])
         return TrainingGroup(
             id=group.id,
@@ -112,7 +126,7 @@ def outcome(scored: ScoredGroup) -> Outcome:
         num_tokens=sum(len(trace.token_ids) for trace in traces),
         num_cut_off=sum(not trace.finished for trace in traces),
         num_parsed=sum(trace.answer is not None for trace in traces),
-        num_pairs=len(scored.pairs),
+        num_examples=len(scored.pairs) or sum(not math.isnan(a) for a in scored.advantages),
         reason=scored.reason,
     )
 
@@ -128,6 +142,7 @@ def _training_trace(scored: ScoredGroup, index: int, reference: np.ndarray) -> T
         token_ids=trace.token_ids,
         logprob=trace.logprob,
         reference_logprob=reference.astype(np.float32),
+        advantage=scored.advantages[index] if scored.advantages else 0.0,
     )
 
 

@@ -84,10 +84,10 @@ class PairQueue:
         self._leased = {key: group for key, group in self._leased.items() if key[0] >= self._rounds_ended}
         self._skipped = {key for key in self._skipped if key[0] >= self._rounds_ended}
 
-    def num_pairs(self, round: int) -> dict[int, int]:
-        """Sequence -> pairs of the groups held for a round, waiting or leased."""
+    def num_examples(self, round: int) -> dict[int, int]:
+        """Sequence -> examples of the groups held for a round, waiting or leased."""
         held = self._waiting | self._leased
-        return {sequence: len(held[r, sequence].pairs) for r, sequence in sorted(held) if r == round}
+        return {sequence: held[r, sequence].num_examples for r, sequence in sorted(held) if r == round}
 
 
 def unknown(queue: PairQueue, groups: Sequence[TrainingGroup]) -> list[TrainingGroup]:

@@ -29,7 +29,8 @@ class RunState:
             self.admission.end_round(round, version)
         self._ended: list[list[int | None]] = list(saved.get("ended", ()))
         self.ledger = Ledger.from_json(saved.get("ledger", {}))
-        self.counts = {"traces": 0, "tokens": 0, "pairs": 0, "parsed": 0, "cut_off": 0, "steps": 0}
+        self._examples = "credited traces" if config.advantages else "pairs"  # what is learned from
+        self.counts = {"traces": 0, "tokens": 0, self._examples: 0, "parsed": 0, "cut_off": 0, "steps": 0}
         self.counts |= saved.get("counts", {})
         self.state: str = saved.get("state", "starting")
         self.message = ""
@@ -57,7 +58,8 @@ class RunState:
 
     def _count(self, outcomes: Iterable[Outcome]) -> None:
         for outcome in outcomes:
-            for name in ("traces", "tokens", "pairs", "parsed", "cut_off"):
+            self.counts[self._examples] += outcome.num_examples
+            for name in ("traces", "tokens", "parsed", "cut_off"):
                 self.counts[name] += getattr(outcome, f"num_{name}")
 
     def committed(self, round: int, version: int, sequences: Sequence[int], vitals: Json) -> None:
@@ -140,12 +142,12 @@ class RunState:
     def _seconds_left(self, scored: float) -> float | None:
         """From the share of prompts that are `scored` and the share of optimiser steps done, half and half.
 
-        How many steps there will be is guessed from the pairs so far.
+        How many steps there will be is guessed from the examples so far.
         """
         if self.state == "done":
             return None
-        learner = self._config.learner
-        expected = self.counts["pairs"] / scored * learner.epochs / learner.pairs_per_step if scored else 0.0
+        passes = self._config.learner.epochs / self._config.examples_per_step  # steps of an example
+        expected = self.counts[self._examples] / scored * passes if scored else 0.0
         if not expected:
             return None
         share = (scored + min(1.0, self.counts["steps"] / expected)) / 2
@@ -186,6 +188,11 @@ class RunState:
                 f"every batch failed, {totals['failed']} of {totals['admitted']} prompts ({counts}); expected pairs"
                 " from at least one; look at the logs of the generators and scorers, then run under another --run name"
             )
+        if self._config.advantages:
+            return NoPairsError(
+                f"no prompt gave traces with different scores ({counts}); expected at least one in the run. Raise"
+                " rollout.traces, raise rollout.max_tokens if traces were cut off, or choose another signal"
+            )
         return NoPairsError(
             f"no prompt gave a preference pair ({counts}); expected at least one in the run."
             " Raise rollout.temperature or rollout.traces so that answers differ, raise rollout.max_tokens if traces"
@@ -225,7 +232,7 @@ class RunState:
             "prompts_total": total,
             "traces": self.counts["traces"],
             "traces_per_s": (self.counts["traces"] - self._traces_before) / elapsed if elapsed > 0 else 0.0,
-            "pairs": self.counts["pairs"],
+            self._examples: self.counts[self._examples],
             "steps": self.counts["steps"],
             **self.shares(),
             "eta_s": self._seconds_left((done + waiting) / total),

@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for the regenerate command
 
 from tiny import tiny_config, tiny_model
 
-from rlsf_ray.engines.learner import Learner, training_steps
+from rlsf_ray.engines.learner import Learner
+from rlsf_ray.engines.steps import StepSize, training_steps
 from rlsf_ray.records import Pair, TrainingGroup, TrainingTrace
 
 GOLDEN = Path(__file__).with_name("losses.json")
@@ -67,7 +68,7 @@ def losses(folder: Path) -> dict[str, list[float]]:
     for name, loss in SETTINGS.items():
         learner = Learner(tiny_config(model, loss=loss, learner={"learning_rate": 1e-2, "warmup_steps": 2}))
         found[name] = [
-            learner.train_step(step, total_pairs=4, round=0, pass_index=0).means()["loss"]
+            learner.train_step(step, size=StepSize(4, 0), round=0, pass_index=0).means()["loss"]
             for step in training_steps(groups(), 4)
         ]
     return found

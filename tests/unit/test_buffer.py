@@ -115,5 +115,5 @@ def test_ending_rounds_keeps_what_later_rounds_hold() -> None:
     queue.put(group(0))
     queue.put(group(0, round=1))
     queue.end_rounds(1)
-    assert queue.num_pairs(0) == {}
-    assert queue.num_pairs(1) == {0: len(group(0, round=1).pairs)}
+    assert queue.num_examples(0) == {}
+    assert queue.num_examples(1) == {0: len(group(0, round=1).pairs)}

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from tiny import tiny_config
 
-from rlsf_ray.engines.learner import Learner, pass_order, passes, split_group, training_steps
+from rlsf_ray.engines.learner import Learner
 from rlsf_ray.engines.models import load_model
+from rlsf_ray.engines.steps import StepSize, pass_order, passes, split_group, training_steps
 from rlsf_ray.errors import NonFiniteLossError, WeightsError
 from rlsf_ray.records import Pair, TrainingGroup, TrainingTrace
 
@@ -60,7 +61,7 @@ def learner(tiny: Path, **changes: Any) -> Learner:
 
 def gradients(made: Learner, groups: list[TrainingGroup], **kwargs: Any) -> torch.Tensor:
     total = sum(len(g.pairs) for g in GROUPS)
-    made.train_step(groups, total_pairs=total, round=0, pass_index=0, **kwargs)
+    made.train_step(groups, size=StepSize(total, 0), round=0, pass_index=0, **kwargs)
     return torch.cat([p.grad.flatten() for p in made._parameters if p.grad is not None])
 
 
@@ -118,7 +119,7 @@ def test_two_shares_summed_are_one_whole_step(tiny: Path) -> None:
 
 def test_a_worker_without_groups_takes_part(tiny: Path) -> None:
     made = learner(tiny)
-    report = made.train_step([], total_pairs=1, round=0, pass_index=0, all_reduce=lambda tensors: None)
+    report = made.train_step([], size=StepSize(1, 0), round=0, pass_index=0, all_reduce=lambda tensors: None)
     assert report.grad_norm == 0.0
 
 
@@ -145,24 +146,24 @@ def test_the_gap_to_the_generator_is_a_root_mean_square_over_tokens_and_ranks(ti
                 tensor += other
             calls.append([])
 
-    alone = learner(tiny).train_step(groups, total_pairs=5, round=0, pass_index=0)
+    alone = learner(tiny).train_step(groups, size=StepSize(5, 0), round=0, pass_index=0)
     assert alone.logprob_gap == pytest.approx(expected, rel=1e-3)
-    learner(tiny).train_step(groups[:1], total_pairs=5, round=0, pass_index=0, all_reduce=add)
-    both = learner(tiny).train_step(groups[1:], total_pairs=5, round=0, pass_index=0, all_reduce=add)
+    learner(tiny).train_step(groups[:1], size=StepSize(5, 0), round=0, pass_index=0, all_reduce=add)
+    both = learner(tiny).train_step(groups[1:], size=StepSize(5, 0), round=0, pass_index=0, all_reduce=add)
     assert both.logprob_gap == pytest.approx(expected, rel=1e-3)
     assert "gap" not in " ".join(both.means())
 
 
 def test_training_prefers_the_chosen_traces(tiny: Path) -> None:
     made = learner(tiny, loss={"nll": 0.0})
-    reports = [made.train_step(GROUPS, total_pairs=6, round=0, pass_index=p) for p in range(12)]
+    reports = [made.train_step(GROUPS, size=StepSize(6, 0), round=0, pass_index=p) for p in range(12)]
     assert reports[-1].means()["loss"] < reports[0].means()["loss"]
     assert reports[-1].means()["margin"] > reports[0].means()["margin"] + 0.1
 
 
 def test_warm_up_then_constant(tiny: Path) -> None:
     made = learner(tiny, learner={"warmup_steps": 4, "learning_rate": 1e-3})
-    rates = [made.train_step(GROUPS[:1], total_pairs=2, round=0, pass_index=0).learning_rate for _ in range(6)]
+    rates = [made.train_step(GROUPS[:1], size=StepSize(2, 0), round=0, pass_index=0).learning_rate for _ in range(6)]
     np.testing.assert_allclose(rates, [0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3])
 
 
@@ -170,7 +171,7 @@ def test_a_non_finite_loss_is_typed_names_the_batch_and_leaves_the_weights(tiny:
     made = learner(tiny)
     before = made.adapter()
     with pytest.raises(NonFiniteLossError, match=r"r0/7"):
-        made.train_step([group(7, reference=float("nan"))], total_pairs=2, round=0, pass_index=0)
+        made.train_step([group(7, reference=float("nan"))], size=StepSize(2, 0), round=0, pass_index=0)
     for name, array in made.adapter().items():
         np.testing.assert_array_equal(array, before[name])
 

@@ -16,7 +16,7 @@ def outcome(sequence: int, reason: str | None) -> Outcome:
         num_tokens=10,
         num_cut_off=0,
         num_parsed=2,
-        num_pairs=0 if reason else 1,
+        num_examples=0 if reason else 1,
         reason=reason,
     )
 

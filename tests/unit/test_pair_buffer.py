@@ -96,7 +96,7 @@ def test_a_new_life_finds_the_groups_that_were_put_and_why_the_others_are_missin
     async def second_life() -> None:
         buffer = PairBuffer(job, "pair_buffer")
         found = (await buffer.prepare(0))[0]
-        ends = [(outcome.sequence, outcome.num_pairs, outcome.reason) for outcome in found]
+        ends = [(outcome.sequence, outcome.num_examples, outcome.reason) for outcome in found]
         assert ends == [(0, 1, None), (1, 0, "tie"), (2, 0, "tie")]
         assert await buffer.put(0, 0, [group(0)], [1]) == 0  # told again: not taken twice
         lease = await buffer.lease(0, 0, 8, 1.0)
@@ -118,7 +118,7 @@ def test_a_batch_that_is_put_again_while_the_first_put_waits_is_stored_whole(job
         await buffer.prepare(0)
         batch = [group(0), group(1), group(2)]
         first = asyncio.create_task(buffer.put(0, 0, batch, []))
-        while len(buffer._queue.num_pairs(0)) < 2:
+        while len(buffer._queue.num_examples(0)) < 2:
             await asyncio.sleep(0.01)
         first.cancel()
         second = asyncio.create_task(buffer.put(0, 0, batch, []))
@@ -166,7 +166,7 @@ def test_giving_a_batch_up_keeps_what_was_put_and_skips_the_rest(job: Job) -> No
         await buffer.prepare(0)
         await buffer.put(0, 0, [group(0)], [])
         held = await buffer.give_up(0, [0, 1])
-        assert [(outcome.sequence, outcome.num_pairs) for outcome in held] == [(0, 1)]
+        assert [(outcome.sequence, outcome.num_examples) for outcome in held] == [(0, 1)]
         assert await buffer.put(0, 0, [group(1)], []) == 0  # too late: it counts as failed
         await _has_only(buffer, 0, size=2)
 

@@ -172,7 +172,7 @@ def test_a_run_that_has_only_begun_says_what_is_missing(tmp_path):
 def test_a_drained_run_shows_the_before_without_an_after(tmp_path):
     full, part = make_run(str(tmp_path / "full")), bare_run(str(tmp_path / "part"))
     part.write_json("eval/version-0000.json", full.read_json("eval/version-0000.json"))
-    part.append_metrics("train", [{"time": 0.0, "step": 1, "round": 0, "num_pairs": 8, "loss": 0.7, "margin": None}])
+    part.append_metrics("train", [{"time": 0.0, "step": 1, "round": 0, "num_examples": 8, "loss": 0.7, "margin": None}])
     page = Page(render(read_run(part)))
     assert "no measurement both before and after" in page.text["header"]
     assert "A version after training was not measured" in page.text["results"]
@@ -183,10 +183,10 @@ def test_a_drained_run_shows_the_before_without_an_after(tmp_path):
 
 def test_a_step_that_was_run_again_after_a_resume_counts_once(tmp_path):
     store = make_run(str(tmp_path))
-    store.append_metrics("train", [{"time": 0.0, "step": 60, "round": 1, "num_pairs": 2, "loss": 0.1}])
+    store.append_metrics("train", [{"time": 0.0, "step": 60, "round": 1, "num_examples": 2, "loss": 0.1}])
     run = read_run(store)
     assert len(run.train) == 60
-    assert run.train[-1]["num_pairs"] == 2
+    assert run.train[-1]["num_examples"] == 2
 
 
 def test_the_report_of_a_run_on_an_object_store():

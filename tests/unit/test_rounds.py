@@ -261,7 +261,7 @@ def test_pairs_that_a_dead_scorer_had_put_are_not_lost(tmp_path: Path) -> None:
     """Prompts 0 and 1 go out together and the scorer dies three times, once after the buffer took prompt 1."""
     made, _, _ = make(tmp_path, a=dead)
     put = Outcome(
-        group_id="g", sequence=1, num_traces=4, num_tokens=9, num_cut_off=0, num_parsed=4, num_pairs=2, reason=None
+        group_id="g", sequence=1, num_traces=4, num_tokens=9, num_cut_off=0, num_parsed=4, num_examples=2, reason=None
     )
     asked: list[Any] = []
 

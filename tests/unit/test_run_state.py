@@ -23,7 +23,7 @@ def outcome(sequence: int, reason: str | None) -> Outcome:
         num_tokens=40,
         num_cut_off=1,
         num_parsed=3,
-        num_pairs=0 if reason else 2,
+        num_examples=0 if reason else 2,
         reason=reason,
     )
 

@@ -42,7 +42,7 @@ def test_a_filtered_group_says_why(scorer: Scorer) -> None:
     assert scored.pairs == ()
     assert scored.reason == "one_answer"
     ended = outcome(scored)
-    assert (ended.num_traces, ended.num_tokens, ended.num_parsed, ended.num_pairs) == (2, 8, 2, 0)
+    assert (ended.num_traces, ended.num_tokens, ended.num_parsed, ended.num_examples) == (2, 8, 2, 0)
     assert scorer.training_groups([scored]) == []
 
 
