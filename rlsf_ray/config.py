@@ -118,16 +118,25 @@ class RolloutConfig(_Section):
     max_tokens: PositiveInt = 80
 
 
+Score = Annotated[float, Field(ge=0.0)]
+
+
 class PairsConfig(_Section):
     """Scored group -> pairs."""
 
     rule: Annotated[str, _one_of("pair rule", tuple(RULES))] = "voted"
     max_pairs: PositiveInt | None = 3  # cap for each prompt
-    min_chosen: float = Field(default=0.0, ge=0.0)  # least score of a chosen trace (voted: of the whole answer)
+    # Least score of a chosen trace (voted: of the whole answer); several: for the first round, the second, ...
+    min_chosen: Score | Annotated[tuple[Score, ...], Field(min_length=1)] = 0.0
     min_gap: float = Field(default=0.0, ge=0.0)  # least score gap within a pair
     same_answer: bool = False  # may both traces of a pair give the same answer?
     max_length_ratio: float | None = Field(default=None, gt=1.0)  # longer over shorter trace, in tokens
     weight: Literal["one", "gap", "exp_gap"] = "one"  # how much a pair counts in the loss
+
+    def least_chosen(self, round: int) -> float:
+        """`min_chosen` in a round; the last of several stays."""
+        limits = self.min_chosen if isinstance(self.min_chosen, tuple) else (self.min_chosen,)
+        return limits[min(round, len(limits) - 1)]
 
 
 class LossConfig(_Section):
@@ -240,7 +249,7 @@ class RunConfig(_Section):
         if self.engine != "vllm" and (self.engine_args or self.swap):
             found = f"engine_args {sorted(self.engine_args)}" if self.engine_args else f"swap={self.swap}"
             raise ValueError(f"{found} is for vLLM, got engine={self.engine}; set engine: vllm")
-        if self.pairs.rule == "all_above" and self.pairs.min_chosen > 1.0:
+        if self.pairs.rule == "all_above" and any(self.pairs.least_chosen(round) > 1.0 for round in range(self.rounds)):
             raise ValueError(
                 f"pairs.min_chosen is compared with a score of at most 1 under all_above, got {self.pairs.min_chosen};"
                 " set it between 0 and 1"
