@@ -121,13 +121,17 @@ class RolloutConfig(_Section):
 Score = Annotated[float, Field(ge=0.0)]
 
 
+def _several(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else (value,)
+
+
 class PairsConfig(_Section):
     """Scored group -> pairs."""
 
     rule: Annotated[str, _one_of("pair rule", tuple(RULES))] = "voted"
     max_pairs: PositiveInt | None = 3  # cap for each prompt
-    # Least score of a chosen trace (voted: of the whole answer); several: for the first round, the second, ...
-    min_chosen: Score | Annotated[tuple[Score, ...], Field(min_length=1)] = 0.0
+    # Least score of a chosen trace (voted: of the whole answer): one number, or one for each round
+    min_chosen: Annotated[tuple[Score, ...], Field(min_length=1), BeforeValidator(_several)] = (0.0,)
     min_gap: float = Field(default=0.0, ge=0.0)  # least score gap within a pair
     same_answer: bool = False  # may both traces of a pair give the same answer?
     max_length_ratio: float | None = Field(default=None, gt=1.0)  # longer over shorter trace, in tokens
@@ -135,8 +139,7 @@ class PairsConfig(_Section):
 
     def least_chosen(self, round: int) -> float:
         """`min_chosen` in a round; the last of several stays."""
-        limits = self.min_chosen if isinstance(self.min_chosen, tuple) else (self.min_chosen,)
-        return limits[min(round, len(limits) - 1)]
+        return self.min_chosen[min(round, len(self.min_chosen) - 1)]
 
 
 class LossConfig(_Section):
@@ -249,9 +252,10 @@ class RunConfig(_Section):
         if self.engine != "vllm" and (self.engine_args or self.swap):
             found = f"engine_args {sorted(self.engine_args)}" if self.engine_args else f"swap={self.swap}"
             raise ValueError(f"{found} is for vLLM, got engine={self.engine}; set engine: vllm")
-        if self.pairs.rule == "all_above" and any(self.pairs.least_chosen(round) > 1.0 for round in range(self.rounds)):
+        if self.pairs.rule == "all_above" and max(self.pairs.min_chosen) > 1.0:
             raise ValueError(
-                f"pairs.min_chosen is compared with a score of at most 1 under all_above, got {self.pairs.min_chosen};"
+                f"pairs.min_chosen is compared with a score of at most 1 under all_above, got"
+                f" {max(self.pairs.min_chosen)};"
                 " set it between 0 and 1"
             )
         if self.pairs.rule in ("voted", "reversed") and self.signal in SIGNALS and not SIGNALS[self.signal].bounded:
