@@ -14,19 +14,19 @@ import argparse
 import re
 import shlex
 import time
-from functools import partial
 from pathlib import Path
 
+import numpy as np
 from evidence import SHARED, TASKS
+from vote_precision import gold_answers
 
 from rlsf_ray import loop
 from rlsf_ray.config import RunConfig
 from rlsf_ray.config_loading import load_config
-from rlsf_ray.records import Json
+from rlsf_ray.records import Json, ProbePrompt
 from rlsf_ray.tasks.sources import PromptSets, load_sets
 
-QUESTIONS = 150
-DRAWN = 2 * QUESTIONS  # the evidence's and as many again, of each source
+QUESTIONS, CALIBRATION = 150, 120
 COLUMNS = {
     "sampled": "sampled_accuracy",
     "greedy": "greedy_accuracy",
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=10, help="the evidence has 0, 1, 2")
     parser.add_argument("--runs", type=Path, default=Path("runs/recipe_study"), help="where the run directories lie")
     options = parser.parse_args()
-    loop.load_sets = partial(development_sets, task=options.task)
+    loop.load_sets = development_sets
     print(" | ".join(["settings", *COLUMNS, "pairs", "minutes"]), flush=True)
     for changes in options.changes:
         start = time.time()
@@ -60,22 +60,27 @@ def main() -> None:
         print(" | ".join([changes or options.recipe, *cells, str(summary["training"]["pairs"]), minutes]), flush=True)
 
 
-def development_sets(config: RunConfig, task: str) -> PromptSets:
-    """The task's sets, its probe set without the questions that the evidence measures on."""
-    reported = {item.prompt.key for item in load_sets(load_config("rlsf", TASKS[task])).probe}
-    sets = load_sets(config)
-    return sets._replace(
-        train=[prompt for prompt in sets.train if prompt.key not in reported],
-        probe=[item for item in sets.probe if item.prompt.key not in reported][:QUESTIONS],
-        calibration=[prompt for prompt in sets.calibration if prompt.key not in reported],
+def development_sets(config: RunConfig) -> PromptSets:
+    """Training prompts, some of them taken out as the probe set and the calibration prompts.
+
+    So the questions are as hard as those that are trained on. The evidence's probe set has more of the easy ones, of
+    which there are few: what is left of that draw would be too hard.
+    """
+    prompts, gold = load_sets(config).train, gold_answers(config)
+    order = np.random.default_rng(0).permutation(len(prompts))
+    probe, calibration, train = np.split(order, [QUESTIONS, QUESTIONS + CALIBRATION])
+    return PromptSets(
+        train=[prompts[index] for index in sorted(train)],
+        probe=[ProbePrompt(prompt=prompts[index], gold=gold[prompts[index].id]) for index in sorted(probe)],
+        calibration=[prompts[index] for index in sorted(calibration)],
     )
 
 
 def _shared(task: str) -> list[str]:
     train, probe = TASKS[task]
-    *_, last = re.finditer(r"count: (\d+)", probe)
-    wider = f"{probe[: last.start(1)]}{int(last[1]) + DRAWN}{probe[last.end(1) :]}"
-    return [train, wider, "data.calibration=160", *SHARED, "guard=warn"]  # of 160 about 120 are none of the evidence's
+    *_, last = re.finditer(r"count: (\d+)", train)
+    wider = f"{train[: last.start(1)]}{int(last[1]) + QUESTIONS + CALIBRATION}{train[last.end(1) :]}"
+    return [wider, probe, *SHARED, "guard=warn"]
 
 
 def _shown(version: Json, name: str) -> str:

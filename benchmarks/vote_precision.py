@@ -32,7 +32,7 @@ def main() -> None:
     with AnswerChecker() as checker:
         for root in parser.parse_args().runs:
             store = RunStore.open(root)
-            gold = _gold(store.config)
+            gold = gold_answers(store.config)
             for round in store.rounds("traces"):
                 rounds[round] += votes_of(store.read_table("traces", round).to_pylist(), gold, checker)
     for round, votes in sorted(rounds.items()):
@@ -50,7 +50,7 @@ def votes_of(rows: Sequence[Json], gold: Mapping[str, str], checker: AnswerCheck
     return [vote for vote in votes if vote is not None]
 
 
-def _gold(config: RunConfig) -> dict[str, str]:
+def gold_answers(config: RunConfig) -> dict[str, str]:
     """Gold answers of the training prompts by id; those that were held out from training make room for later ones."""
     sets = load_sets(config)
     held_out = len(sets.probe) + len(sets.calibration)

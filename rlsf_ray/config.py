@@ -119,16 +119,28 @@ class RolloutConfig(_Section):
     max_tokens: PositiveInt = 80
 
 
+Score = Annotated[float, Field(ge=0.0)]
+
+
+def _several(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else (value,)
+
+
 class PairsConfig(_Section):
     """Scored group -> pairs."""
 
     rule: Annotated[str, _one_of("pair rule", tuple(RULES))] = "voted"
     max_pairs: PositiveInt | None = 3  # cap for each prompt
-    min_chosen: float = Field(default=0.0, ge=0.0)  # least score of a chosen trace (voted: of the whole answer)
+    # Least score of a chosen trace (voted: of the whole answer): one number, or one for each round
+    min_chosen: Annotated[tuple[Score, ...], Field(min_length=1), BeforeValidator(_several)] = (0.0,)
     min_gap: float = Field(default=0.0, ge=0.0)  # least score gap within a pair
     same_answer: bool = False  # may both traces of a pair give the same answer?
     max_length_ratio: float | None = Field(default=None, gt=1.0)  # longer over shorter trace, in tokens
     weight: Literal["one", "gap", "exp_gap"] = "one"  # how much a pair counts in the loss
+
+    def least_chosen(self, round: int) -> float:
+        """`min_chosen` in a round; the last of several stays."""
+        return self.min_chosen[min(round, len(self.min_chosen) - 1)]
 
 
 class LossConfig(_Section):
@@ -260,9 +272,10 @@ class RunConfig(_Section):
             raise ValueError(f"{found} is for vLLM, got engine={self.engine}; set engine: vllm")
         if len(set(self.judges)) < len(self.judges):
             raise ValueError(f"judges are compared with each other, got {list(self.judges)}; name each once")
-        if self.pairs.rule == "all_above" and self.pairs.min_chosen > 1.0:
+        if self.pairs.rule == "all_above" and max(self.pairs.min_chosen) > 1.0:
             raise ValueError(
-                f"pairs.min_chosen is compared with a score of at most 1 under all_above, got {self.pairs.min_chosen};"
+                f"pairs.min_chosen is compared with a score of at most 1 under all_above, got"
+                f" {max(self.pairs.min_chosen)};"
                 " set it between 0 and 1"
             )
         if self.pairs.rule in ("voted", "reversed") and self.signal in SIGNALS and not SIGNALS[self.signal].bounded:
@@ -295,8 +308,4 @@ class RunConfig(_Section):
                 "advantages need traces as the policy draws them, got"
                 f" rollout.name={self.rollout.name}, rollout.temperature={self.rollout.temperature}; set"
                 " rollout.temperature: 1.0 (and rollout.name: sample), or leave `advantages` out to learn from pairs"
-            )
-        if given := self.model_fields_set & {"pairs", "loss"}:
-            raise ValueError(
-                f"`advantages` stand in place of pairs, got {' and '.join(sorted(given))} too; leave one of them out"
             )

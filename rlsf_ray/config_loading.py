@@ -43,7 +43,14 @@ def load_config(recipe_or_file: str, overrides: Sequence[str] = ()) -> RunConfig
     raw.setdefault("recipe", Path(recipe_or_file).stem)
     for override in overrides:
         _apply(raw, override)
-    return _with_absolute_paths(parse_config(raw, recipe_or_file))
+    config = _with_absolute_paths(parse_config(raw, recipe_or_file))
+    idle = [text for text in overrides if config.advantages and text.startswith(("pairs.", "loss."))]
+    if idle:
+        raise InputError(
+            f"--set {idle[0]}: {recipe_or_file} learns from advantages and forms no pairs; set a key of `advantages`"
+            " instead, or advantages=null to learn from pairs"
+        )
+    return config
 
 
 def override_config(config: RunConfig, overrides: Sequence[str]) -> RunConfig:

@@ -27,7 +27,7 @@ def test_every_recipe_loads_and_bears_its_own_name() -> None:
 def test_the_paper_recipe_has_the_authors_numbers() -> None:
     config = load_config("rlsf_paper")
     assert (config.rollout.name, config.rollout.traces, config.data.answer) == ("cot_decoding", 10, "elicit")
-    assert (config.pairs.rule, config.pairs.min_chosen, config.pairs.max_pairs) == ("all_above", 0.9, None)
+    assert (config.pairs.rule, config.pairs.min_chosen, config.pairs.max_pairs) == ("all_above", (0.9,), None)
     assert (config.pairs.same_answer, config.pairs.weight) == (True, "one")
     assert (config.loss.beta, config.loss.label_smoothing, config.loss.nll) == (0.2, 0.01, 0.0)
     assert (config.learner.learning_rate, config.learner.epochs) == (5e-5, 5)
