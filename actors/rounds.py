@@ -289,15 +289,17 @@ class Rounds:
         round, version = record["round"], record["version"]
         if round < self._state.admission.rounds_ended or not self.may_train:  # the run goes back: too late
             return
-        await self._watch.answer(self._crew.weights.publish.remote(record, boxed), "weight_store")
+        keep = self._crew.weights.publish_reward if version is None else self._crew.weights.publish
+        await self._watch.answer(keep.remote(record, boxed), "weight_store")
         if self._state.rolled_back is not None:  # meanwhile
             return
         self._state.committed(round, version, record["sequences"], record["vitals"])
         await self._journal.save()
         await self._watch.answer(self._crew.buffer.end_rounds.remote(round + 1), "pair_buffer")
-        self._pool.publish(version)
-        if self.may_train:
-            self._measuring.beside()
+        if version is not None:
+            self._pool.publish(version)
+            if self.may_train:
+                self._measuring.beside()
 
     def _say(self, message: str) -> None:
         self._state.message = message

@@ -51,7 +51,7 @@ class ScorerWorker:
 
         self.prepare()
         groups: list[Group] = ray.get(boxed[0], timeout=self._store.config.cluster.deadline_s)
-        self._fetch({group.version for group in groups})
+        self._fetch(round, {group.version for group in groups})
         with self._computing, self._cores.turn():
             start = time.time()
             scored, training = self._score(groups)
@@ -63,9 +63,13 @@ class ScorerWorker:
         ray.get(self._buffer.put.remote(round, part, training, skipped))
         return [outcome(one) for one in scored], done
 
-    def _fetch(self, versions: set[int]) -> None:
-        """Hold the adapters of these versions, where the signal is to be read with them."""
-        judge, deadline_s = self._scorer.judge, self._store.config.cluster.deadline_s
+    def _fetch(self, round: int, versions: set[int]) -> None:
+        """Hold the adapters of these versions, where the signal is to be read with them; and the reward model."""
+        judge, config = self._scorer.judge, self._store.config
+        deadline_s = config.cluster.deadline_s
+        if config.reward_model and not config.trains_reward(round) and not judge.has_reward:
+            with self._computing:
+                judge.load_reward(self._store.read_reward())
         for version in sorted(versions):
             if not judge.holds(version):
                 _, _, boxed = ray.get(self._weights.get.remote(version), timeout=deadline_s)

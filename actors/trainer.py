@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,14 +83,19 @@ class Worker:
         pool = self._config.cluster.trainers
         self._cores = Cores(pool)
         where = str(ray.train.torch.get_device()) if pool.gpus else "cpu"
-        self._learner = Learner(self._config, threads=pool.threads, device=where)
+        self._new_learner = partial(Learner, self._config, threads=pool.threads, device=where)
+        self._learner: Learner
         self._versions = [0]  # published before the round in work
         self._before: dict[str, np.ndarray] = {}  # the adapter at the beginning of the round
         self._gap: float | None = None  # to the generators' log-probs at the round's first step
 
     def run(self) -> None:
         """Every round from the last checkpoint on."""
-        for round in range(self._resume(), self._config.rounds):
+        first = self._resume()
+        for round in range(first, self._config.rounds):
+            if self._config.reward_model and round == self._config.reward_model.rounds > first:
+                del self._learner  # the reward model's: one at a time in memory
+                self._learner = self._new_learner()
             self._before, self._gap = self._learner.adapter(), None
             trained = self._lead(round) if self._rank == 0 else self._follow()
             if trained:
@@ -97,23 +103,28 @@ class Worker:
 
     def _resume(self) -> int:
         """Load the newest checkpoint if there is one; returns the round to go on with."""
-        checkpoint, record = ray.train.get_checkpoint(), None
+        checkpoint, record, state = ray.train.get_checkpoint(), None, b""
         if checkpoint is not None:
             with checkpoint.as_directory() as folder:
                 record = json.loads((Path(folder) / RECORD_FILE).read_text())
-                self._learner.load_state_bytes((Path(folder) / STATE_FILE).read_bytes())
+                state = (Path(folder) / STATE_FILE).read_bytes()
             self._versions = record["versions"]
+        first = record["round"] + 1 if record else 0
+        of_reward = self._config.trains_reward(first)
+        self._learner = self._new_learner(reward=of_reward)
+        if record and of_reward == (record["version"] is None):  # else the policy begins
+            self._learner.load_state_bytes(state)
         if self._rank == 0:
             ready = self._coordinator.trainer_ready.remote(record, [checkpoint], get_current_placement_group())
             ray.get(ready, timeout=self._config.cluster.deadline_s)
-        return record["round"] + 1 if record else 0
+        return first
 
     def _lead(self, round: int) -> list[TrainingGroup]:
         """Rank 0's round: lease, send each step to the others, train. Returns the round's groups."""
         groups: list[TrainingGroup] = []
-        size = self._config.examples_per_step
+        size = self._config.examples_per_step(round)
         try:
-            for pass_index in range(self._config.learner.epochs):
+            for pass_index in range(self._config.epochs(round)):
                 arriving = self._leased(round, groups)
                 order = arriving if pass_index == 0 else pass_order(groups, self._config.seed, round, pass_index)
                 for step in training_steps(order, size):
@@ -208,8 +219,9 @@ class Worker:
 
     def _report(self, round: int, groups: list[TrainingGroup] | bool) -> None:
         """Save the learner, the adapter of the next version and the ids it was trained on as one checkpoint."""
-        version = round + 1
-        self._versions = [*self._versions, version]
+        of_reward = self._config.trains_reward(round)  # that makes no version: the policy is still the base model
+        version = None if of_reward else round + 1
+        self._versions += [] if of_reward else [round + 1]
         if self._rank != 0 or isinstance(groups, bool):
             ray.train.report({})
             return
@@ -224,7 +236,7 @@ class Worker:
             "ids": [group.id for group in groups],
         }
         with self._cores.turn():
-            canaries = canaries_to_bytes(self._learner.canaries(groups, self._before))
+            canaries = b"" if of_reward else canaries_to_bytes(self._learner.canaries(groups, self._before))
             give_memory_back()
         with tempfile.TemporaryDirectory() as folder:
             with room_in(folder):

@@ -8,7 +8,7 @@ from typing import Any
 import ray
 
 from actors.job import Job
-from rlsf_ray.adapters import CANARY_FILE, canaries_from_bytes, from_peft, scaled
+from rlsf_ray.adapters import CANARY_FILE, canaries_from_bytes, checksum, from_peft, scaled
 from rlsf_ray.errors import WeightsError
 from rlsf_ray.records import Canary, Json, WeightsVersion
 
@@ -45,6 +45,17 @@ class WeightStore:
             self._store.storage.write(_canary_file(record["version"]), canaries)
         self._hold(weights, adapter, canaries_from_bytes(canaries))
         return weights
+
+    def publish_reward(self, record: Json, boxed: list[Any]) -> None:
+        """Keep the reward model of a committed checkpoint. Raises WeightsError if it is not what the trainer said."""
+        with boxed[0].as_directory() as folder:
+            weights = from_peft((Path(folder) / ADAPTER_FILE).read_bytes())
+        if checksum(weights) != record["checksum"]:
+            raise WeightsError(
+                f"the checkpoint of round {record['round']} holds a reward model with checksum {checksum(weights)},"
+                f" expected {record['checksum']} as the trainer reported; the checkpoint changed on storage"
+            )
+        self._store.write_reward(weights, record["round"])
 
     def roll_back(self, good: int) -> int:
         """Publish the content of `good` (0: the base model) as a version newer than all others; returns its number."""

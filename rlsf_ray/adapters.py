@@ -67,6 +67,11 @@ def to_peft(adapter: Mapping[str, np.ndarray], *, base_model: str, lora_alpha: f
     }
 
 
+def to_bytes(weights: Mapping[str, np.ndarray]) -> bytes:
+    """Arrays by name as one safetensors file."""
+    return save({name: np.ascontiguousarray(array) for name, array in weights.items()})
+
+
 def from_peft(weights: bytes) -> dict[str, np.ndarray]:
     """Arrays by name from the bytes of `adapter_model.safetensors`. Raises ValueError if they are no such file."""
     try:

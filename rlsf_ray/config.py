@@ -166,6 +166,14 @@ class AdvantagesConfig(_Section):
     max_weight: PositiveFloat = 2.0  # the most that a token of an older version may weigh
 
 
+class RewardModelConfig(_Section):
+    """A reward model that the first rounds train on their pairs; from then on its reward is the signal."""
+
+    rounds: PositiveInt = 1
+    learning_rate: PositiveFloat = 1e-4
+    epochs: PositiveInt = 3
+
+
 class LearnerConfig(_Section):
     """How the adapter is trained."""
 
@@ -244,6 +252,7 @@ class RunConfig(_Section):
     pairs: PairsConfig = PairsConfig()
     loss: LossConfig = LossConfig()
     advantages: AdvantagesConfig | None = None  # None: learn from pairs
+    reward_model: RewardModelConfig | None = None
     learner: LearnerConfig = LearnerConfig()
     cluster: ClusterConfig = ClusterConfig()
     eval: EvalConfig = EvalConfig()
@@ -257,8 +266,25 @@ class RunConfig(_Section):
         """Probe prompts of one batch, so that it holds as many traces as a training batch."""
         return max(1, self.cluster.prompts_per_call * self.rollout.traces // self.eval.samples)
 
+    def trains_reward(self, round: int) -> bool:
+        """Does this round train the reward model, and not the policy?"""
+        return self.reward_model is not None and round < self.reward_model.rounds
+
+    def has_pairs(self, round: int) -> bool:
+        """Does this round learn from pairs, and not from advantages?"""
+        return self.advantages is None or self.trains_reward(round)
+
+    def examples_per_step(self, round: int) -> int:
+        """Pairs, or traces with an advantage, of one optimiser step."""
+        pairs = self.learner.pairs_per_step
+        return pairs if self.advantages is None or self.trains_reward(round) else self.advantages.traces_per_step
+
+    def epochs(self, round: int) -> int:
+        """Passes over the round's groups."""
+        return self.reward_model.epochs if self.reward_model and self.trains_reward(round) else self.learner.epochs
+
     @model_validator(mode="after")
-    def _cross_checks(self) -> RunConfig:
+    def _check_engine(self) -> RunConfig:
         if self.rollout.name == "cot_decoding" and self.data.answer != "elicit" and self.rollout.max_tokens < 2:
             raise ValueError("rollout.max_tokens must be at least 2 for cot_decoding, got 1; raise it")
         if self.engine == "vllm" and self.cluster.generators.threads:
@@ -270,25 +296,6 @@ class RunConfig(_Section):
         if self.engine != "vllm" and (self.engine_args or self.swap):
             found = f"engine_args {sorted(self.engine_args)}" if self.engine_args else f"swap={self.swap}"
             raise ValueError(f"{found} is for vLLM, got engine={self.engine}; set engine: vllm")
-        if len(set(self.judges)) < len(self.judges):
-            raise ValueError(f"judges are compared with each other, got {list(self.judges)}; name each once")
-        if self.pairs.rule == "all_above" and max(self.pairs.min_chosen) > 1.0:
-            raise ValueError(
-                f"pairs.min_chosen is compared with a score of at most 1 under all_above, got"
-                f" {max(self.pairs.min_chosen)};"
-                " set it between 0 and 1"
-            )
-        if self.pairs.rule in ("voted", "reversed") and self.signal in SIGNALS and not SIGNALS[self.signal].bounded:
-            raise ValueError(
-                f"pairs.rule={self.pairs.rule} adds up scores as weights of answers and needs a signal between 0 and 1,"
-                f" got signal={self.signal}; use answer_prob, or pairs.rule=best_worst"
-            )
-        if self.advantages is not None:
-            self._check_advantages()
-        if self.loss.name == "ipo" and self.loss.label_smoothing:
-            raise ValueError(
-                f"ipo has no label smoothing, got loss.label_smoothing={self.loss.label_smoothing}; set it to 0"
-            )
         trainers = self.cluster.trainers
         if trainers.count > 1 and not (trainers.gpus or 0.0).is_integer():
             raise ValueError(
@@ -297,15 +304,53 @@ class RunConfig(_Section):
             )
         return self
 
-    @property
-    def examples_per_step(self) -> int:
-        """Pairs, or traces with an advantage, of one optimiser step."""
-        return self.advantages.traces_per_step if self.advantages else self.learner.pairs_per_step
+    @model_validator(mode="after")
+    def _check_pairs(self) -> RunConfig:
+        if not self.has_pairs(0):
+            return self
+        if self.pairs.rule == "all_above" and max(self.pairs.min_chosen) > 1.0:
+            raise ValueError(
+                "pairs.min_chosen is compared with a score of at most 1 under all_above, got"
+                f" {max(self.pairs.min_chosen)}; set it between 0 and 1"
+            )
+        if self.pairs.rule in ("voted", "reversed") and self.signal in SIGNALS and not SIGNALS[self.signal].bounded:
+            raise ValueError(
+                f"pairs.rule={self.pairs.rule} adds up scores as weights of answers and needs a signal between 0 and 1,"
+                f" got signal={self.signal}; use answer_prob, or pairs.rule=best_worst"
+            )
+        if self.loss.name == "ipo" and self.loss.label_smoothing:
+            raise ValueError(
+                f"ipo has no label smoothing, got loss.label_smoothing={self.loss.label_smoothing}; set it to 0"
+            )
+        return self
 
-    def _check_advantages(self) -> None:
-        if self.rollout.name == "cot_decoding" or self.rollout.temperature != 1.0:
+    @model_validator(mode="after")
+    def _check_advantages(self) -> RunConfig:
+        if len(set(self.judges)) < len(self.judges):
+            raise ValueError(f"judges are compared with each other, got {list(self.judges)}; name each once")
+        if self.advantages and (self.rollout.name == "cot_decoding" or self.rollout.temperature != 1.0):
             raise ValueError(
                 "advantages need traces as the policy draws them, got"
                 f" rollout.name={self.rollout.name}, rollout.temperature={self.rollout.temperature}; set"
                 " rollout.temperature: 1.0 (and rollout.name: sample), or leave `advantages` out to learn from pairs"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_reward_model(self) -> RunConfig:
+        settings = self.reward_model
+        if settings is None:
+            return self
+        if self.advantages is None:
+            raise ValueError("a reward_model gives rewards, got no `advantages` to learn from them; set advantages: {}")
+        if settings.rounds >= self.rounds:
+            raise ValueError(
+                f"reward_model.rounds must leave rounds for the policy, got {settings.rounds} of rounds={self.rounds};"
+                " lower it"
+            )
+        if self.cluster.max_staleness or self.judges != ("live",):
+            raise ValueError(
+                "a reward_model waits for its last round and judges alone, got cluster.max_staleness="
+                f"{self.cluster.max_staleness}, judges={list(self.judges)}; set max_staleness: 0 and judges: [live]"
+            )
+        return self

@@ -44,7 +44,8 @@ def load_config(recipe_or_file: str, overrides: Sequence[str] = ()) -> RunConfig
     for override in overrides:
         _apply(raw, override)
     config = _with_absolute_paths(parse_config(raw, recipe_or_file))
-    idle = [text for text in overrides if config.advantages and text.startswith(("pairs.", "loss."))]
+    forms_pairs = any(config.has_pairs(round) for round in range(config.rounds))
+    idle = [text for text in overrides if not forms_pairs and text.startswith(("pairs.", "loss."))]
     if idle:
         raise InputError(
             f"--set {idle[0]}: {recipe_or_file} learns from advantages and forms no pairs; set a key of `advantages`"

@@ -111,6 +111,8 @@ def round_prompts(parts: Parts, round: int) -> list[Prompt]:
 def one_round(parts: Parts, round: int, prompts: Sequence[Prompt]) -> None:
     """From prompts to the next version. A round without pairs publishes none."""
     parts.state.round = round
+    if parts.config.reward_model and round == parts.config.reward_model.rounds:
+        _policy_begins(parts)
     groups = generate_and_score(parts, round, prompts)
     if groups:
         reports = train_round(parts, round, groups)
@@ -146,7 +148,7 @@ def roll_back(parts: Parts) -> None:
     good, version = parts.state.guard.last_good, parts.state.admission.newest + 1
     adapter = parts.store.read_adapter(good)[0] if good else scaled(parts.learner.adapter(), 0.0)
     parts.learner.set_adapter(adapter)
-    parts.store.storage.write(_checkpoint(version), parts.learner.state_bytes())
+    parts.store.storage.write(_checkpoint(version - 1), parts.learner.state_bytes())
     parts.state.roll_back(version)
     parts.save()
     _deliver(parts)
@@ -179,9 +181,9 @@ def generate_and_score(parts: Parts, round: int, prompts: Sequence[Prompt]) -> l
 def train_round(parts: Parts, round: int, groups: Sequence[TrainingGroup]) -> list[StepReport]:
     """`epochs` passes over the round's groups: the first in admission order, the others shuffled."""
     config, newest, reports = parts.config, parts.state.admission.newest, list[StepReport]()
-    for pass_index in range(config.learner.epochs):
+    for pass_index in range(config.epochs(round)):
         order = pass_order(groups, config.seed, round, pass_index)
-        for step in training_steps(order, config.examples_per_step):
+        for step in training_steps(order, config.examples_per_step(round)):
             size = StepSize.of(step)
             report = parts.learner.train_step(step, size=size, round=round, pass_index=pass_index, newest=newest)
             reports.append(report)
@@ -192,13 +194,20 @@ def train_round(parts: Parts, round: int, groups: Sequence[TrainingGroup]) -> li
 
 
 def publish(parts: Parts, round: int, groups: Sequence[TrainingGroup], logprob_gap: float) -> None:
-    """The adapter becomes the next version. Its checkpoint comes first: what `state.json` says can be resumed."""
-    version = round + 1
-    parts.store.storage.write(_checkpoint(version), parts.learner.state_bytes())
+    """The adapter becomes the next version. Its checkpoint comes first: what `state.json` says can be resumed.
+
+    A round of the reward model makes no version: the policy is still the base model.
+    """
+    of_reward = parts.config.trains_reward(round)
+    parts.store.storage.write(_checkpoint(round), parts.learner.state_bytes())
+    if of_reward:
+        parts.store.write_reward(parts.learner.adapter(), round)
     vitals = training_vitals(groups, logprob_gap)
+    version = None if of_reward else round + 1
     parts.state.committed(round, version, [group.sequence for group in groups], vitals)
     parts.save()
-    _deliver(parts)
+    if not of_reward:
+        _deliver(parts)
 
 
 def _deliver(parts: Parts) -> None:
@@ -223,24 +232,37 @@ def _state(store: RunStore) -> RunState:
 def _build(store: RunStore, state: RunState, on_status: OnStatus) -> Parts:
     """Make the parts, and bring them to the last finished round. Raises StorageError if its checkpoint is gone."""
     config, sets = store.config, load_sets(store.config)
-    engine, learner = build_engine(placed(config, ONE_GPU)), Learner(config)
+    of_reward = config.trains_reward(state.admission.rounds_ended)
+    engine, learner = build_engine(placed(config, ONE_GPU)), Learner(config, reward=of_reward)
     parts = Parts(config, store, state, sets, engine, Scorer(config), learner, on_status)
     state.state = "running"
-    version = state.admission.newest
-    if version:
-        checkpoint = store.storage.read(_checkpoint(version))
+    trained = store.reward_round() if of_reward else state.admission.newest - 1
+    if trained is not None and trained >= 0:
+        checkpoint = store.storage.read(_checkpoint(trained))
         if checkpoint is None:
             raise StorageError(
-                f"version {version} is published, but {store.path(_checkpoint(version))} is missing; restore it from a"
-                " copy, or begin a new run in another folder"
+                f"round {trained} is over, but {store.path(_checkpoint(trained))} is missing; restore it from a copy,"
+                " or begin a new run in another folder"
             )
         learner.load_state_bytes(checkpoint)
+    if state.admission.newest:
         _deliver(parts)
+    if config.reward_model and state.admission.rounds_ended > config.reward_model.rounds:
+        parts.scorer.judge.load_reward(store.read_reward())
     return parts
 
 
-def _checkpoint(version: int) -> str:
-    return f"checkpoints/loop/version-{version:04d}.safetensors"
+def _policy_begins(parts: Parts) -> None:
+    """The rounds of the reward model are over. Raises NoPairsError if they had no pairs."""
+    if parts.store.reward_round() is None:
+        raise parts.state.nothing_trained()
+    parts.scorer.judge.load_reward(parts.store.read_reward())
+    del parts.learner  # the reward model's: one at a time in memory
+    parts.learner = Learner(parts.config)
+
+
+def _checkpoint(round: int) -> str:
+    return f"checkpoints/loop/round-{round:04d}.safetensors"
 
 
 def step_row(report: StepReport) -> Json:

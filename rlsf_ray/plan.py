@@ -161,12 +161,16 @@ def _describe_pool(role: str, pool: PoolConfig) -> str:
 def _most_steps(config: RunConfig, prompts_per_round: int) -> int:
     """Every prompt gives as many examples as the rule allows; the last step of a pass may be short."""
     all_pairs = config.rollout.traces * (config.rollout.traces - 1) // 2
-    most = config.rollout.traces if config.advantages else min(config.pairs.max_pairs or all_pairs, all_pairs)
-    return config.rounds * config.learner.epochs * math.ceil(prompts_per_round * most / config.examples_per_step)
+    steps = 0
+    for round in range(config.rounds):
+        most = min(config.pairs.max_pairs or all_pairs, all_pairs) if config.has_pairs(round) else config.rollout.traces
+        steps += config.epochs(round) * math.ceil(prompts_per_round * most / config.examples_per_step(round))
+    return steps
 
 
 def _functions(config: RunConfig) -> dict[str, str]:
-    learning = {"advantages.rule": config.advantages.rule} if config.advantages else {"pairs.rule": config.pairs.rule}
+    learning = {"pairs.rule": config.pairs.rule} if config.has_pairs(0) else {}
+    learning |= {"advantages.rule": config.advantages.rule} if config.advantages else {}
     return {"signal": config.signal, **learning, "rollout.name": config.rollout.name}
 
 

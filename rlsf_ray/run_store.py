@@ -208,6 +208,29 @@ class RunStore:
             )
         return adapter, WeightsVersion(version=version, checksum=found, path=self.path(folder))
 
+    def write_reward(self, weights: Mapping[str, np.ndarray], round: int) -> None:
+        """Keep the reward model as a round has left it. Its record comes last: a kill in between changes nothing."""
+        file = f"reward/round-{round:04d}.safetensors"
+        self.storage.write(file, adapters.to_bytes(weights))
+        self.write_json("reward/reward.json", {"round": round, "file": file, "checksum": checksum(weights)})
+
+    def reward_round(self) -> int | None:
+        """The round that trained the reward model last; None: there is none."""
+        known = self.read_json("reward/reward.json")
+        return known["round"] if known else None
+
+    def read_reward(self) -> dict[str, np.ndarray]:
+        """The reward model. Raises `WeightsError` if there is none, or if it is not what was written."""
+        known = self.read_json("reward/reward.json") or {}
+        data = self.storage.read(known["file"]) if known else None
+        weights = adapters.from_peft(data) if data else {}
+        if not weights or checksum(weights) != known.get("checksum"):
+            raise WeightsError(
+                f"{self.path('reward')} holds no whole reward model: expected checksum {known.get('checksum')}, got"
+                f" {checksum(weights) if weights else 'none'}; restore it from a copy, or begin a new run"
+            )
+        return weights
+
     def write_evaluation(self, evaluation: Json) -> None:
         """Keep what was measured of a version; the map of its confidence also lies beside the adapter."""
         version = evaluation["version"]

@@ -121,7 +121,7 @@ def tiny_config(model: Path, **changes: Any) -> RunConfig:
         },
         "eval": {"samples": 2},
     }
-    if "advantages" in changes:
+    if "advantages" in changes and "reward_model" not in changes:
         del settings["pairs"]
     return RunConfig.model_validate(_merge(settings, changes))
 

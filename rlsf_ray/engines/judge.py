@@ -16,8 +16,9 @@ import torch
 from rlsf_ray.algorithms.signals import Distribution, TraceStats
 from rlsf_ray.config import RunConfig
 from rlsf_ray.engines.distribution import read_distributions
-from rlsf_ray.engines.lora import add_adapter, check_logits, load_adapter
+from rlsf_ray.engines.lora import HEAD_WEIGHT, add_adapter, check_logits, load_adapter
 from rlsf_ray.engines.models import load_model, load_tokenizer
+from rlsf_ray.engines.objectives import rewards_of
 from rlsf_ray.engines.packing import Row, in_passes, read_texts, trace_logprobs
 from rlsf_ray.engines.tokens import encode_prompt, encode_text
 from rlsf_ray.errors import EngineError
@@ -36,8 +37,8 @@ class Judge:
         self._needs = needs
         self._reads = {who: self._must_read(who) for who in config.judges}
         self.takes_versions = self._reads.get("live", False)
-        self._adapters: dict[int, Mapping[str, np.ndarray]] = {}
-        self._active = 0
+        self._adapters: dict[int | Literal["reward"], Mapping[str, np.ndarray]] = {}
+        self._active: int | Literal["reward"] = 0
         self._model: Any = None
         self._tokenizer: Any = None
 
@@ -49,7 +50,7 @@ class Judge:
         if self._model is None:
             model = load_model(self._config.model, device=self._device)
             check_logits(model)
-            if self.takes_versions:
+            if self.takes_versions or self._config.reward_model:
                 model = add_adapter(model, self._config.learner, seed=0, dtype=model.dtype).eval()
             self._model = model
 
@@ -57,11 +58,32 @@ class Judge:
         """Can it read what this version wrote?"""
         return not version or not self.takes_versions or version in self._adapters
 
+    @property
+    def has_reward(self) -> bool:
+        """Is the reward model here?"""
+        return "reward" in self._adapters
+
+    def load_reward(self, weights: Mapping[str, np.ndarray]) -> None:
+        """Keep the reward model: its adapter and its head."""
+        self._adapters["reward"] = weights
+
+    @torch.inference_mode()
+    def rewards(self, group: Group) -> np.ndarray:
+        """The reward model's score of each trace [K]; nan for a trace that was cut off."""
+        self.load()
+        rows = _rows(group.prompt_ids, [t.token_ids for t in group.traces], self._config.learner.max_tokens_per_pass)
+        with self._holding("reward"):
+            head = torch.tensor(self._adapters["reward"][HEAD_WEIGHT][0], device=self._model.device)
+            found = [values for row in rows for values in rewards_of(self._model, head, [row])]
+        scores = torch.cat(found).double().cpu().numpy()
+        return np.where([trace.finished for trace in group.traces], scores, np.nan)
+
     def load_version(self, version: int, adapter: Mapping[str, np.ndarray]) -> None:
         """Keep a version's adapter, and the newest few before it."""
         if self.takes_versions:
             self._adapters[version] = adapter
-            for old in sorted(self._adapters)[: -(self._config.cluster.max_staleness + 2)]:
+            held = sorted(known for known in self._adapters if known != "reward")
+            for old in held[: -(self._config.cluster.max_staleness + 2)]:
                 del self._adapters[old]
 
     def stats(self, groups: Sequence[Group], labels: Sequence[Sequence[int]], who: Who) -> list[list[TraceStats]]:
@@ -87,20 +109,30 @@ class Judge:
 
     @contextmanager
     def _as(self, who: Who, version: int) -> Iterator[None]:
-        if not self.takes_versions:  # there is no adapter on the model
+        with self._holding(0 if who == "frozen" else version):
             yield
-        elif who == "frozen" or version == 0:
+
+    @contextmanager
+    def _holding(self, wanted: int | Literal["reward"]) -> Iterator[None]:
+        """The model is a version (0: the base model) or the reward model meanwhile."""
+        if not hasattr(self._model, "disable_adapter"):  # only the base model is ever asked for
+            yield
+        elif wanted == 0:
             with self._model.disable_adapter():
                 yield
         else:
-            if version != self._active:
-                if version not in self._adapters:
-                    raise EngineError(
-                        f"version {version} is not loaded (loaded: {sorted(self._adapters)}); load it first"
-                    )
-                load_adapter(self._model, self._adapters[version])
-                self._active = version
+            if wanted != self._active:
+                self._put(wanted)
             yield
+
+    def _put(self, wanted: int | Literal["reward"]) -> None:
+        if wanted not in self._adapters:
+            what = "the reward model" if wanted == "reward" else f"version {wanted}"
+            known = sorted(held for held in self._adapters if held != "reward")
+            raise EngineError(f"{what} is not loaded (versions held: {known}); load it first")
+        weights = self._adapters[wanted]
+        load_adapter(self._model, {name: array for name, array in weights.items() if name != HEAD_WEIGHT})
+        self._active = wanted
 
     def _distributions(self, group: Group) -> list[Distribution]:
         """Of each trace; traces with the same tokens are read once."""

@@ -12,13 +12,14 @@ from rlsf_ray.config import RunConfig
 from rlsf_ray.engines.lora import (
     adapter_arrays,
     add_adapter,
+    add_reward_head,
     check_logits,
     load_adapter,
     sum_at_once,
     sums_at_once,
 )
 from rlsf_ray.engines.models import load_model
-from rlsf_ray.engines.objectives import GAP_SQUARES, GAP_TOKENS, objective_of
+from rlsf_ray.engines.objectives import GAP_SQUARES, GAP_TOKENS, BradleyTerry, Objective, objective_of
 from rlsf_ray.engines.packing import read_texts
 from rlsf_ray.engines.steps import StepSize, passes
 from rlsf_ray.errors import NonFiniteLossError
@@ -29,18 +30,25 @@ AllReduce = Callable[[list[torch.Tensor]], None]  # sums each tensor over the wo
 
 
 class Learner:
-    """The adapter being trained and its optimiser. The frozen base model under it is the reference policy."""
+    """The adapter being trained and its optimiser. The frozen base model under it is the reference policy.
 
-    def __init__(self, config: RunConfig, *, threads: int = 0, device: str | None = None) -> None:
+    `reward`: what is trained is a reward model, an adapter of its own with a scalar head.
+    """
+
+    def __init__(self, config: RunConfig, *, reward: bool = False, threads: int = 0, device: str | None = None) -> None:
         if threads:
             torch.set_num_threads(threads)
         self._config = config
         base = load_model(config.model, device=device)
         check_logits(base)
         self._model = add_adapter(base, config.learner, seed=config.seed, dtype=torch.float32)
-        self._objective = objective_of(config)
+        self._objective: Objective = objective_of(config)
+        self._rate = config.learner.learning_rate
+        if reward and config.reward_model:
+            add_reward_head(self._model)
+            self._objective, self._rate = BradleyTerry(), config.reward_model.learning_rate
         self._parameters = [p for p in self._model.parameters() if p.requires_grad]
-        self._optimizer = torch.optim.AdamW(self._parameters, lr=config.learner.learning_rate, weight_decay=0.0)
+        self._optimizer = torch.optim.AdamW(self._parameters, lr=self._rate, weight_decay=0.0)
         self._step = 0
 
     def train_step(
@@ -89,12 +97,12 @@ class Learner:
                 f"round {round}, step {self._step}: loss {sums['loss']}, gradient norm {norm}, expected finite numbers;"
                 f" groups {[group.id for group in groups]}; lower learner.learning_rate or use model.dtype=float32"
             )
-        rate = settings.learning_rate * min(1.0, (self._step + 1) / max(1, settings.warmup_steps))
+        rate = self._rate * min(1.0, (self._step + 1) / max(1, settings.warmup_steps))
         for options in self._optimizer.param_groups:
             options["lr"] = rate
         self._optimizer.step()
         self._step += 1
-        gap = (sums.pop(GAP_SQUARES) / max(1.0, sums.pop(GAP_TOKENS))) ** 0.5
+        gap = (sums.pop(GAP_SQUARES, 0.0) / max(1.0, sums.pop(GAP_TOKENS, 0.0))) ** 0.5
         return StepReport(
             round=round,
             step=self._step,

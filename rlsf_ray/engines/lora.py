@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from rlsf_ray.config import LearnerConfig, RunConfig
 from rlsf_ray.errors import InputError, WeightsError
 
+HEAD_WEIGHT = "reward_head.weight"  # of a reward model, beside its adapter
 DEFAULT_SWAP = {"cuda": "adapter", "cpu": "merged"}  # measured on CPUs: benchmarks/results/log.md
 
 
@@ -35,7 +36,7 @@ def add_adapter(model: Any, config: LearnerConfig, *, seed: int, dtype: torch.dt
             r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
         ),
     )
-    for name, parameter in _lora_parameters(wrapped):
+    for name, parameter in _trained_parameters(wrapped):
         parameter.data = parameter.data.to(dtype)
         if "lora_A" in name:
             digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
@@ -45,6 +46,14 @@ def add_adapter(model: Any, config: LearnerConfig, *, seed: int, dtype: torch.dt
             parameter.data.copy_(values.to(dtype))
     sum_at_once(wrapped, at_once=True)
     return wrapped
+
+
+def add_reward_head(wrapped: Any) -> None:
+    """Give a model with an adapter a scalar head on its last hidden state; zero at first: it prefers nothing."""
+    size = wrapped.get_base_model().get_output_embeddings().weight.shape[1]
+    head = torch.nn.Linear(size, 1, bias=False, dtype=torch.float32, device=wrapped.device)
+    torch.nn.init.zeros_(head.weight)
+    wrapped.reward_head = head
 
 
 def sum_at_once(wrapped: Any, *, at_once: bool) -> None:
@@ -159,8 +168,8 @@ def rounded(values: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor
     return bits.bitwise_and_(-(1 << 16)).view(torch.float32).to(dtype)  # cut off after 16 of 32 bits
 
 
-def _lora_parameters(wrapped: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    return ((name, p) for name, p in wrapped.named_parameters() if "lora_" in name)
+def _trained_parameters(wrapped: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    return ((n, p) for n, p in wrapped.named_parameters() if "lora_" in n or n == HEAD_WEIGHT)
 
 
 def _public_name(name: str) -> str:
@@ -169,12 +178,12 @@ def _public_name(name: str) -> str:
 
 def adapter_arrays(wrapped: Any) -> dict[str, np.ndarray]:
     """The adapter as float32 arrays under the names PEFT uses in its files."""
-    return {_public_name(n): p.detach().float().cpu().numpy().copy() for n, p in _lora_parameters(wrapped)}
+    return {_public_name(n): p.detach().float().cpu().numpy().copy() for n, p in _trained_parameters(wrapped)}
 
 
 def load_adapter(wrapped: Any, adapter: Mapping[str, np.ndarray]) -> None:
     """Write `adapter` into the wrapped model in place. Raises WeightsError on other names or shapes."""
-    own = {_public_name(name): parameter for name, parameter in _lora_parameters(wrapped)}
+    own = {_public_name(name): parameter for name, parameter in _trained_parameters(wrapped)}
     if own.keys() != adapter.keys():
         odd = sorted(own.keys() ^ adapter.keys())
         raise WeightsError(

@@ -14,7 +14,7 @@ import torch
 
 from rlsf_ray.algorithms.losses import importance_weights, kl_penalty, pair_loss, policy_gradient
 from rlsf_ray.config import AdvantagesConfig, LossConfig, RunConfig
-from rlsf_ray.engines.packing import Row, trace_logprobs, trace_logprobs_and_entropies
+from rlsf_ray.engines.packing import Row, by_trace, hidden_states, trace_logprobs, trace_logprobs_and_entropies
 from rlsf_ray.engines.steps import StepSize
 from rlsf_ray.records import TrainingGroup
 
@@ -125,6 +125,32 @@ class PolicyGradient:
         if self._settings.normalise == "token":
             return size.examples / size.tokens
         return 1.0 / (length if self._settings.normalise == "trace" else self._max_tokens)
+
+
+class BradleyTerry:
+    """-log sigmoid(reward of the chosen - reward of the rejected trace): RLSF 2507.21931 section 3.
+
+    The reward of a trace is a linear function of the hidden state that predicts its last token, the end of the text.
+    """
+
+    names = ("accuracy", "loss", "margin")
+
+    def __call__(
+        self, model: Any, groups: Sequence[TrainingGroup], size: StepSize, newest: int
+    ) -> tuple[torch.Tensor, Sums]:
+        rewards = rewards_of(model, model.reward_head.weight[0], rows_of(groups))
+        pairs = [(row, pair) for row, group in zip(rewards, groups, strict=True) for pair in group.pairs]
+        margins = torch.stack([row[pair.chosen] - row[pair.rejected] for row, pair in pairs])
+        weights = torch.tensor([pair.weight for _, pair in pairs], device=margins.device)
+        loss = -(weights * torch.nn.functional.logsigmoid(margins)).sum()
+        sums = {"loss": float(loss.detach()), "margin": float(margins.detach().sum())}
+        return loss, sums | {"accuracy": float((margins > 0).sum())}
+
+
+def rewards_of(model: Any, head: torch.Tensor, rows: Sequence[Row]) -> list[torch.Tensor]:
+    """The reward of each trace by the head [D]: for each row [K]."""
+    hidden, _ = hidden_states(model, rows)
+    return [torch.stack([trace[-1].float() for trace in row]) @ head for row in by_trace(hidden, rows)]
 
 
 def rows_of(groups: Sequence[TrainingGroup]) -> list[Row]:

@@ -40,22 +40,36 @@ class Scorer:
     def score(self, groups: Sequence[Group]) -> list[ScoredGroup]:
         """Scores, answer classes and pairs of each group."""
         labels = [label_answers([t.answer_text for t in group.traces], self._checker.equal) for group in groups]
+        return [self._decide(*one) for one in zip(groups, labels, self._scores(groups, labels), strict=True)]
+
+    def _scores(self, groups: Sequence[Group], labels: Sequence[Sequence[int]]) -> list[list[np.ndarray]]:
+        """Of each group, by each judge [K]."""
+        if groups and self._rewarded(groups[0]):
+            return [[self.judge.rewards(group)] for group in groups]
         by_judge = [
             [np.asarray(self._signal.fn(stats), dtype=np.float64) for stats in self.judge.stats(groups, labels, who)]
             for who in self._config.judges
         ]
-        return [self._decide(*one) for one in zip(groups, labels, zip(*by_judge, strict=True), strict=True)]
+        return [list(scores) for scores in zip(*by_judge, strict=True)]
+
+    def _rewarded(self, group: Group) -> bool:
+        """Does the reward model score this round?"""
+        return self._config.reward_model is not None and not self._config.trains_reward(group.round)
 
     def _decide(self, group: Group, labels: Sequence[int], by_judge: Sequence[np.ndarray]) -> ScoredGroup:
         """The first judge's scores count; a second's are kept beside them."""
         scores, *others = by_judge
+        if self._credit is None or self._config.has_pairs(group.round):
+            learned = self._pairs(group, labels, scores)
+        else:
+            learned = self._advantages(group, scores, self._credit)
         return ScoredGroup(
             group=group,
-            signal=self._config.signal,
+            signal="reward" if self._rewarded(group) else self._config.signal,
             scores=tuple(float(score) for score in scores),
             second_scores=tuple(float(score) for score in others[0]) if others else None,
             labels=tuple(labels),
-            **(self._advantages(group, scores, self._credit) if self._credit else self._pairs(group, labels, scores)),
+            **learned,
         )
 
     def _advantages(self, group: Group, scores: np.ndarray, rule: advantages.Rule) -> dict[str, Any]:

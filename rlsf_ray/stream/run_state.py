@@ -62,9 +62,10 @@ class RunState:
             for name in ("traces", "tokens", "parsed", "cut_off"):
                 self.counts[name] += getattr(outcome, f"num_{name}")
 
-    def committed(self, round: int, version: int, sequences: Sequence[int], vitals: Json) -> None:
+    def committed(self, round: int, version: int | None, sequences: Sequence[int], vitals: Json) -> None:
         """The checkpoint of `round` is saved and holds exactly the groups with pairs; `training_vitals` of the round.
 
+        `version` None: it is that of a reward model.
         Raises ValueError if the trainer and the scorers disagree about which groups those are.
         """
         waiting = set(self.ledger.sequences(round, PAIRS))
@@ -146,7 +147,7 @@ class RunState:
         """
         if self.state == "done":
             return None
-        passes = self._config.learner.epochs / self._config.examples_per_step  # steps of an example
+        passes = self._config.epochs(self.round) / self._config.examples_per_step(self.round)  # steps of an example
         expected = self.counts[self._examples] / scored * passes if scored else 0.0
         if not expected:
             return None
@@ -188,7 +189,7 @@ class RunState:
                 f"every batch failed, {totals['failed']} of {totals['admitted']} prompts ({counts}); expected pairs"
                 " from at least one; look at the logs of the generators and scorers, then run under another --run name"
             )
-        if self._config.advantages:
+        if self._config.advantages and not self._config.reward_model:
             return NoPairsError(
                 f"no prompt gave traces with different scores ({counts}); expected at least one in the run. Raise"
                 " rollout.traces, raise rollout.max_tokens if traces were cut off, or choose another signal"

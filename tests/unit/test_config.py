@@ -1,6 +1,7 @@
 """Recipes, files and overrides become one validated config; every mistake is named with its key and its cure."""
 
 import math
+import re
 
 import pytest
 import yaml
@@ -17,9 +18,14 @@ def test_every_recipe_loads_and_bears_its_own_name() -> None:
         "majority_pairs",
         "random_pairs",
         "reversed_pairs",
+        "rlif_majority",
+        "rlif_self_certainty",
+        "rlif_token_entropy",
+        "rlif_trajectory_entropy",
         "rlsf",
         "rlsf_best_worst",
         "rlsf_paper",
+        "rlsf_reward_model",
     ]
     assert [load_config(name).recipe for name in recipe_names()] == recipe_names()
 
@@ -178,3 +184,30 @@ def test_no_default_is_infinite_and_the_config_stays_small() -> None:
     assert len(values) <= 64
     assert all(math.isfinite(value) for value in values if isinstance(value, float))
     assert RunConfig.model_config["extra"] == "forbid"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["advantages={}"], "set rollout.temperature: 1.0"),
+        (["judges=[live, live]"], "name each once"),
+        (["reward_model={}"], "set advantages: {}"),
+        (["rollout.temperature=1.0", "advantages={}", "reward_model={rounds: 3}"], "got 3 of rounds=3"),
+        (
+            ["rollout.temperature=1.0", "advantages={}", "reward_model={}", "cluster.max_staleness=1"],
+            "max_staleness: 0",
+        ),
+        (["rollout.temperature=1.0", "advantages={}", "pairs.min_chosen=1.0"], "forms no pairs"),
+    ],
+)
+def test_advantages_and_reward_models_refuse_what_they_cannot_work_with(overrides: list[str], words: str) -> None:
+    with pytest.raises(InputError, match=re.escape(words)):
+        load_config("rlsf", overrides)
+
+
+def test_a_run_with_a_reward_model_changes_what_it_learns_from() -> None:
+    config = load_config("rlsf_reward_model")
+    assert [config.trains_reward(round) for round in (0, 1, 2)] == [True, True, False]
+    assert [config.has_pairs(round) for round in (0, 1, 2)] == [True, True, False]
+    assert [config.examples_per_step(round) for round in (1, 2)] == [8, 128]
+    assert [config.epochs(round) for round in (1, 2)] == [3, 1]

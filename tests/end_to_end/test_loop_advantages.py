@@ -1,0 +1,100 @@
+"""Learning from advantages, and from a reward model, in one process on the tiny model."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from advantage_runs import CERTAINTY, REWARD
+from tiny import tiny_config
+
+from rlsf_ray import loop
+from rlsf_ray.errors import NoPairsError
+from rlsf_ray.records import Json
+from rlsf_ray.run_store import RunStore
+
+
+def test_advantages_come_from_what_the_version_itself_reads(tiny: Path, tmp_path: Path) -> None:
+    seen: list[Json] = []
+    summary = loop.run(tiny_config(tiny, **CERTAINTY), str(tmp_path / "run"), seen.append)
+    store = RunStore.open(str(tmp_path / "run"))
+    assert store.versions() == [1, 2]
+    traces = store.read_table("traces").to_pylist()
+    assert store.read_table("pairs").num_rows == 0
+    credited = [row for row in traces if row["advantage"] is not None]
+    assert summary["training"]["credited traces"] == len(credited) > 20
+    assert all(row["finished"] for row in credited)
+    by_group: dict[str, list[Json]] = {}
+    for row in credited:
+        by_group.setdefault(row["group_id"], []).append(row)
+    for rows in by_group.values():
+        order = np.argsort([row["score"] for row in rows])
+        assert (np.diff(np.array([row["advantage"] for row in rows])[order]) >= 0).all()  # more certain, more advantage
+        assert sum(row["advantage"] for row in rows) == pytest.approx(0.0, abs=1e-6)
+    # in round 0 the live judge is the base model; in round 1 it is version 1
+    gap = {r: max(abs(row["score"] - row["second_score"]) for row in credited if row["round"] == r) for r in (0, 1)}
+    assert gap[0] < 1e-4 < gap[1]
+    rows = store.read_metrics("train")
+    assert {"entropy", "kl", "reward", "clipped", "weight"} <= rows[0].keys()
+    assert all(math.isfinite(row["entropy"]) for row in rows)
+    assert "credited traces" in seen[-1]
+
+
+def test_a_killed_run_with_advantages_goes_on_to_the_same_adapter(tiny: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny, **CERTAINTY)
+    loop.run(config, str(tmp_path / "whole"))
+
+    def stop_in_round_1(status: Json) -> None:
+        if status["round"] == 1 and status["message"] == "training":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        loop.run(config, str(tmp_path / "cut"), stop_in_round_1)
+    loop.run(config, str(tmp_path / "cut"))
+    whole, cut = (RunStore.open(str(tmp_path / name)).read_adapter(2)[0] for name in ("whole", "cut"))
+    for name, array in whole.items():
+        np.testing.assert_array_equal(array, cut[name])
+
+
+def test_the_reward_model_learns_the_pairs_and_then_scores_the_traces(tiny: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny, **REWARD)
+    # the pairs of round 0 are random; taught often enough, the reward model knows them by heart
+    config = config.model_copy(update={"reward_model": config.reward_model.model_copy(update={"epochs": 25})})
+    loop.run(config, str(tmp_path / "run"))
+    store = RunStore.open(str(tmp_path / "run"))
+    assert store.versions() == [2, 3], "the round of the reward model makes no version"
+    traces = store.read_table("traces").to_pylist()
+    assert {row["signal"] for row in traces if row["round"] == 0} == {"disparity"}
+    assert {row["signal"] for row in traces if row["round"] > 0} == {"reward"}
+    assert {row["version"] for row in traces if row["round"] == 1} == {0}
+    learned = [row for row in store.read_metrics("train") if row["round"] == 0]
+    first, *_ = learned
+    assert first["accuracy"] == 0.0  # it prefers nothing at first
+    assert np.mean([row["accuracy"] for row in learned[-8:]]) > 0.8
+
+
+def test_a_reward_run_killed_in_either_phase_goes_on_to_the_same_adapter(tiny: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny, **REWARD | {"rounds": 4, "reward_model": {"rounds": 2, "learning_rate": 1e-2}})
+    loop.run(config, str(tmp_path / "whole"))
+    expected, _ = RunStore.open(str(tmp_path / "whole")).read_adapter(4)
+    for round in (1, 2, 3):
+
+        def stop(status: Json, at: int = round) -> None:
+            if status["round"] == at and status["message"] == "training":
+                raise KeyboardInterrupt
+
+        root = str(tmp_path / f"cut-{round}")
+        with pytest.raises(KeyboardInterrupt):
+            loop.run(config, root, stop)
+        loop.run(config, root)
+        found, _ = RunStore.open(root).read_adapter(4)
+        for name, array in expected.items():
+            np.testing.assert_array_equal(array, found[name])
+
+
+def test_without_any_pair_there_is_no_reward_model_and_the_run_says_so(tiny: Path, tmp_path: Path) -> None:
+    none = {"pairs": {"rule": "voted", "min_chosen": 100.0}}
+    with pytest.raises(NoPairsError, match="no prompt gave a preference pair"):
+        loop.run(tiny_config(tiny, **REWARD | none), str(tmp_path / "run"))
