@@ -131,22 +131,43 @@ def evaluate(
 @app.command()
 def mix(
     run: Run,
+    other: Annotated[str | None, typer.Argument(help="A second model or run: mix the two.")] = None,
     alphas: Annotated[str, typer.Option(help="Multiples of the adapter, between commas.")] = "0,0.25,0.5,0.75,1,1.25",
     version: Version = None,
     root: Root = "runs",
+    recipe: Annotated[
+        str, typer.Option(help="With a second model: what to measure and train.")
+    ] = "rlif_self_certainty",
+    set_: Set = None,
+    train: Annotated[
+        bool, typer.Option("--train", help="With a second model: run the recipe from each mixture.")
+    ] = False,
+    to: Annotated[Path, typer.Option(help="With a second model: folder for the mixtures and runs.")] = Path("mixed"),
 ) -> None:
-    """Measure base + alpha x adapter on the probe set: does the adapter help all the way?"""
+    """Measure base + alpha x adapter on the probe set: does the adapter help all the way?
+
+    With a second model or run, (1 - alpha) A + alpha B: does the first entropy tell what a run gains?
+    """
     from rlsf_ray.export import latest_version
     from rlsf_ray.mix import mix as measure
-    from rlsf_ray.progress import print_mix
+    from rlsf_ray.progress import print_between, print_mix
 
-    store, console = _open(run, root), _console()
+    console = _console()
     try:
         wanted = [float(alpha) for alpha in alphas.split(",")]
     except ValueError:
         wanted = []
     if not wanted or not all(map(math.isfinite, wanted)):
         raise InputError(f"--alphas: expected numbers between commas, such as 0,0.5,1, got {alphas!r}")
+    if other is not None:
+        from rlsf_ray.between import between, write_between
+
+        config = _load(recipe, set_, None)
+        with console.status("measuring") as spinner:
+            found = between(run, other, wanted, config, to.absolute(), train=train, tell=spinner.update)
+        print_between(console, found, write_between(found, to))
+        return
+    store = _open(run, root)
     with console.status("measuring") as spinner:
         show = lambda alpha: spinner.update(f"measuring alpha {alpha:g}")  # noqa: E731
         print_mix(console, measure(store, latest_version(store, version), wanted, show))

@@ -11,7 +11,8 @@ import numpy as np
 
 from rlsf_ray.algorithms import agreement
 from rlsf_ray.algorithms.agreement import AgreementMap
-from rlsf_ray.algorithms.answers import label_answers
+from rlsf_ray.algorithms.answers import label_answers, mentions
+from rlsf_ray.algorithms.thought import transition_rate
 from rlsf_ray.config import RunConfig
 from rlsf_ray.engines.build import build_engine
 from rlsf_ray.measures import difference, measure, reliability
@@ -141,19 +142,19 @@ def judge_groups(
                 "question": item.prompt.messages[-1][1],
                 "task": item.prompt.task,
                 "gold": item.gold,
-                "samples": _judge_all(groups["sampled"], item.gold, checker),
-                "greedy": _judged(groups["greedy"].traces[0], item.gold, checker),
-                "branches": _judge_all(groups["branches"], item.gold, checker) if "branches" in groups else [],
+                "samples": _judge_all(groups["sampled"], item, checker),
+                "greedy": _judged(groups["greedy"].traces[0], item, checker),
+                "branches": _judge_all(groups["branches"], item, checker) if "branches" in groups else [],
             }
         )
     return rows
 
 
-def _judge_all(group: Group, gold: str, checker: AnswerChecker) -> list[Json]:
+def _judge_all(group: Group, item: ProbePrompt, checker: AnswerChecker) -> list[Json]:
     labels = label_answers([trace.answer_text for trace in group.traces], checker.equal)
     shares = agreement.leave_one_out(labels)
     return [
-        _judged(trace, gold, checker)
+        _judged(trace, item, checker)
         | {
             "agreement": float(shares[k]),
             "label": labels[k],
@@ -163,14 +164,18 @@ def _judge_all(group: Group, gold: str, checker: AnswerChecker) -> list[Json]:
     ]
 
 
-def _judged(trace: Trace, gold: str, checker: AnswerChecker) -> Json:
+def _judged(trace: Trace, item: ProbePrompt, checker: AnswerChecker) -> Json:
     answer = trace.answer
+    correct = bool(answer and checker.equal(answer.text, item.gold))
     span = slice(*answer.tokens) if answer else slice(0)
     return {
         "text": trace.text,
         "answer": trace.answer_text,
         "answer_chars": list(answer.chars) if answer else None,
-        "correct": bool(answer and checker.equal(answer.text, gold)),
+        "correct": correct,
+        "anyhow": correct or mentions(trace.text, item.gold, item.prompt.answer_format),
+        "transitions": transition_rate(trace.text),
+        "surprisal": float(-trace.logprob.mean()),
         "answer_prob": trace.answer_prob,
         "disparity": float((trace.top1 - trace.top2)[span].mean()) if answer else 0.0,
         "length": len(trace.token_ids),

@@ -121,6 +121,10 @@ def _by_question(rows: Sequence[Json]) -> dict[str, Floats]:
         "cut_off": [_mean(not sample["finished"] for sample in many) for many in samples],
         "mean_length": [_mean(sample["length"] for sample in many) for many in samples],
     }
+    if rows and "anyhow" in samples[0][0]:  # measured by an older program it is not there
+        found["anyhow_accuracy"] = [_mean(sample["anyhow"] for sample in many) for many in samples]
+        found["transitions"] = [_mean(sample["transitions"] for sample in many) for many in samples]
+        found["surprisal"] = [_mean(sample["surprisal"] for sample in many) for many in samples]
     if rows and rows[0].get("branches"):
         branches = [row["branches"] for row in rows]
         found["cot_max_accuracy"] = [float(_surest(many)) for many in branches]

@@ -77,6 +77,20 @@ def by_alpha(points: Sequence[Json], metrics: dict[str, str]) -> str:
         return _svg(figure)
 
 
+def by_entropy(points: Sequence[Json]) -> str:
+    """What each mixture of two models gained by training, over the entropy it began with."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _one_panel()
+        entropy, gains = _column(points, "entropy"), _column(points, "gain")
+        axes.axhline(0, color=GREY, linewidth=1)
+        axes.plot(entropy, np.nan_to_num(gains), "o", color=AFTER)
+        for point, x, y in zip(points, entropy, np.nan_to_num(gains), strict=True):
+            axes.annotate(f"{point['alpha']:g}", (x, y), textcoords="offset points", xytext=(5, 4))
+        axes.margins(0.15)
+        axes.set(xlabel="entropy before training, nats a token", ylabel="rise of sampled accuracy")
+        return _svg(figure)
+
+
 def _lines(axes: Any, at: Sequence[float], rows: Sequence[Json], metrics: dict[str, str]) -> None:
     for (key, label), colour in zip(metrics.items(), (AFTER, THIRD, BEFORE), strict=False):
         values = _column(rows, key)

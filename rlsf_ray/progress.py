@@ -6,6 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console, Group
@@ -180,6 +181,19 @@ def print_mix(console: Console, result: Json) -> None:
         table.add_row(f"{point['alpha']:g}", *("-" if value is None else f"{value:.3f}" for value in values))
     console.print(table)
     console.print("`rlsf report` draws it", highlight=False)
+
+
+def print_between(console: Console, found: Json, picture: Path) -> None:
+    """The mixtures of two models, an alpha a line."""
+    table = Table(title=f"(1 - alpha) {found['a']} + alpha {found['b']}, {found['num_questions']} questions")
+    for name in ("alpha", "entropy", "sampled", "after training"):
+        table.add_column(name, justify="right")
+    for point in found["points"]:
+        values = [point["metrics"].get("surprisal"), point["metrics"]["sampled_accuracy"]]
+        values.append((point["after"] or {}).get("sampled_accuracy"))
+        table.add_row(f"{point['alpha']:g}", *("-" if value is None else f"{value:.3f}" for value in values))
+    console.print(table)
+    console.print(f"entropy: mean -log p of a written token, in nats; drawn in {picture}", highlight=False)
 
 
 def print_replies(console: Console, replies: Sequence[Reply]) -> None:

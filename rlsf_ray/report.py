@@ -11,9 +11,10 @@ from string import Template
 
 from rlsf_ray import __version__, plots
 from rlsf_ray.config import RunConfig
+from rlsf_ray.judging import between_judges
 from rlsf_ray.records import Json
 from rlsf_ray.report_parts import examples, facts, figure, missing, number, section, signed, swaps, table, verdict
-from rlsf_ray.report_signs import DRAWN, beside, guard, mix
+from rlsf_ray.report_signs import DRAWN, beside, guard, judges, mix, thought
 from rlsf_ray.run_store import RunStore
 from rlsf_ray.timeline import Timeline, make_timeline, merge
 from rlsf_ray.wording import CONFIDENCES, METRICS, STATISTICS, duration
@@ -32,6 +33,7 @@ class RunData:
     evals: list[Json]  # by version, of those measured on the probe set
     vitals: list[Json]  # {"version", **vitals}, of those that wrote for the calibration prompts
     mix: Json | None
+    judged: Sequence[Json]  # by round: how far two judges agree
     watched: Json  # {"verdicts", "rolled_back", "training_vitals"} of the guard
     train: list[Json]  # by step
     stages: list[Json]
@@ -66,6 +68,7 @@ def read_run(store: RunStore) -> RunData:
         evals=[e for e in evals if e["num_questions"]],
         vitals=[{"version": e["version"], **e["vitals"]} for e in evals if e.get("vitals")],
         mix=store.read_json("mix.json"),
+        judged=between_judges(store),
         watched=store.read_json("state.json") or {},
         train=[train[step] for step in sorted(train)],
         stages=store.read_metrics("stages"),
@@ -81,6 +84,8 @@ def render(run: RunData, others: Sequence[RunData] = ()) -> str:
         section("versions", "By version", _versions(run)),
         section("others", "Beside other runs", beside(lasts)),
         section("guard", "Signs of collapse", guard(run.vitals, run.summary.get("guard") or run.watched)),
+        section("thought", "How it reasons", thought(run.evals)),
+        section("judges", "Live and frozen judge", judges(run.judged)),
         section("mix", "Between the base model and the adapter", mix(run.mix)),
         section("training", "Training", _training(run)),
         section("time", "Where the time went", _time(run)),
@@ -220,17 +225,23 @@ def _training(run: RunData) -> str:
         "loss": "loss",
         "margin": "reward margin",
         "accuracy": "share of pairs ranked right",
+        "reward": "reward",
+        "entropy": "entropy (nats a token)",
+        "kl": "KL to the base model (nats a token)",
+        "clipped": "share of clipped tokens",
         "logprob_gap": "log-prob gap (nats)",
     }
     figures = (
         figure(name.capitalize(), plots.curve(run.train, key, name), f"{name} over training steps")
         for key, name in names.items()
+        if any(row.get(key) is not None for row in run.train)
     )
-    pairs = sum(row.get("num_examples") or 0 for row in run.train)
+    examples = sum(row.get("num_examples") or 0 for row in run.train)
+    what = "pairs" if run.config.advantages is None else "examples (pairs of the reward model, credited traces)"
     note = (
-        f"Steps: {len(run.train)}; pairs over all passes: {pairs}. Dotted lines: a new round begins. Log-prob gap: of"
-        " the trainer to the generator on the tokens it wrote; with fresh weights only the engines' rounding, then it"
-        " grows within a round as the trainer moves on."
+        f"Steps: {len(run.train)}; {what} over all passes: {examples}. Dotted lines: a new round begins. Log-prob gap:"
+        " of the trainer to the generator on the tokens it wrote; with fresh weights only the engines' rounding, then"
+        " it grows within a round as the trainer moves on."
     )
     return f'<div class="grid">{"".join(figures)}</div><p class="note">{note}</p>'
 

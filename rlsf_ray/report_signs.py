@@ -100,3 +100,33 @@ def mix(found: Json | None) -> str:
     figures = (figure(n, plots.by_alpha(points, keys), f"{n} along alpha") for n, keys in curves.items())
     note = f"Version {found['version']} on {found['num_questions']} questions; alpha 0 is the base model."
     return f'<div class="grid">{"".join(figures)}</div><p class="note">{note}</p>'
+
+
+def thought(evals: Sequence[Json]) -> str:
+    """RLIF's diagnosis (2506.17219): is a rise format or reasoning, and does the model think less as it grows surer?"""
+    if not any("anyhow_accuracy" in one["metrics"] for one in evals):
+        return missing("Not measured.")
+    curves = {
+        "Right": {"anyhow_accuracy": "the right answer stands in the text", "sampled_accuracy": "and is the answer"},
+        "Entropy (nats a token)": {"surprisal": "mean -log p of written tokens"},
+        "Turns of thought": {"transitions": '"but", "wait", ... for each word'},
+        "Length (tokens)": {"mean_length": "tokens of a trace"},
+    }
+    figures = (figure(name, plots.by_version(evals, keys), f"{name} of each version") for name, keys in curves.items())
+    note = (
+        "On the probe set. Where the lower line of the first picture nears the upper one, a model has learned to state"
+        " answers rather than to find them. The mean -log p is the entropy where rollout.temperature is 1."
+    )
+    return f'<div class="grid">{"".join(figures)}</div><p class="note">{note}</p>'
+
+
+def judges(rows: Sequence[Json]) -> str:
+    """How far the second judge's scores agree with the first's, by round."""
+    if not rows:
+        return missing("One judge; `judges: [live, frozen]` sets the base model's scores beside the version's own.")
+    lines = [(str(r["round"]), str(r["groups"]), number(r["rank_correlation"]), signed(r["gap"])) for r in rows]
+    note = (
+        "Rank correlation (Spearman) of the two scores among the traces of a prompt, mean over prompts; the gap is the"
+        " first judge's score less the second's, mean over traces."
+    )
+    return table(("round", "prompts", "rank correlation", "gap"), lines) + f'<p class="note">{note}</p>'

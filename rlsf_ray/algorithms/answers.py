@@ -75,6 +75,17 @@ def locate(elicited: str, text: str) -> Span | None:
     return _last(match.span() for match in re.finditer(left + re.escape(wanted) + right, text))
 
 
+def mentions(text: str, gold: str, answer_format: str) -> bool:
+    """Does the right answer stand anywhere in `text`, whatever is its last word? For numbers and choices.
+
+    Kind to the model: an operand or an option that is only considered counts. Other formats: the text of `gold` itself.
+    """
+    if answer_format in ("number", "choice"):
+        pattern = _NUMBER if answer_format == "number" else _CHOICE
+        return any(normalise(match.group()) == normalise(gold) for match in pattern.finditer(text))
+    return locate(gold, text) is not None
+
+
 def token_span(char_spans: IntArray, chars: Span) -> Span:
     """Tokens that overlap the characters `chars`. `char_spans` [T, 2] holds the characters of each token.
 

@@ -93,6 +93,19 @@ SURER, TWICE = 0.15, 2.0  # answer probability that rises so much, and more than
 LEAST_PROMPTS = 20  # with fewer a sign may be chance: a warning at most
 
 
+LEAST_ENTROPY = 0.5  # nats a token, at which the models of RLIF 2506.17219 (section 5) gained nothing more
+
+
+def low_entropy(surprisal: float) -> str | None:
+    """Advice for a run that makes a model surer, from the base model's own entropy; None if there is room."""
+    if surprisal >= LEAST_ENTROPY:
+        return None
+    return (
+        f"the base model's entropy is {surprisal:.2f} nats a token; below about {LEAST_ENTROPY} rewards for being sure"
+        " gained little and soon harmed (2506.17219): expect little, keep the rounds few, and watch the versions"
+    )
+
+
 class Guard:
     """Watches one run, from version 0 on. Observing a version again changes nothing."""
 

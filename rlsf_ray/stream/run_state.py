@@ -10,7 +10,7 @@ from rlsf_ray.config import RunConfig
 from rlsf_ray.errors import DrainedError, GuardError, NoPairsError, RlsfError, ServiceError
 from rlsf_ray.records import Json, Outcome
 from rlsf_ray.stream.admission import Admission
-from rlsf_ray.stream.guard import Action, Guard, Vitals
+from rlsf_ray.stream.guard import Action, Guard, Vitals, low_entropy
 from rlsf_ray.stream.ledger import PAIRS, Ledger
 
 logger = logging.getLogger(__name__)
@@ -87,6 +87,10 @@ class RunState:
         if self._config.guard == "off" or vitals is None or self.rolled_back:
             return "go_on"
         verdict = self.guard.observe(version, Vitals.from_json(vitals | self._training_vitals.get(str(version), {})))
+        advice = low_entropy(vitals["surprisal"]) if version == 0 and self._config.advantages else None
+        if advice and not self.verdicts:
+            self.verdicts.append({"version": 0, "action": "warn", "found": "warn", "reasons": [advice]})
+            logger.warning("before training: %s", advice)
         action = "warn" if self._config.guard == "warn" and verdict.action == "stop" else verdict.action
         if action != "go_on" and all(one["version"] != version for one in self.verdicts):
             found = {"version": version, "action": action, "found": verdict.action, "reasons": list(verdict.reasons)}

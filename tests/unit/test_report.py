@@ -9,6 +9,7 @@ from report_data import HOSTILE, bare_run, make_run
 
 from rlsf_ray.report import read_run, render, write_report
 from rlsf_ray.report_parts import marked, verdict
+from rlsf_ray.report_signs import judges, thought
 from rlsf_ray.timeline import make_timeline, merge
 
 SECTIONS = [
@@ -17,6 +18,8 @@ SECTIONS = [
     "versions",
     "others",
     "guard",
+    "thought",
+    "judges",
     "mix",
     "training",
     "time",
@@ -178,7 +181,7 @@ def test_a_drained_run_shows_the_before_without_an_after(tmp_path):
     assert "A version after training was not measured" in page.text["results"]
     assert "0.137" in page.text["results"]
     assert "Steps: 1; pairs over all passes: 8" in page.text["training"]
-    assert page.tags.count("img") == 12
+    assert page.tags.count("img") == 9
 
 
 def test_a_step_that_was_run_again_after_a_resume_counts_once(tmp_path):
@@ -251,3 +254,20 @@ def test_a_pause_between_two_sessions_is_cut_out():
     assert (line.length_s, line.pause_s) == (30, 990)
     assert line.lanes[0].spans == ((0, 10), (15, 30))
     assert line.lanes[1].spans == ((10, 20),)
+
+
+def test_the_way_it_reasons_and_two_judges_are_shown_where_they_are_known():
+    metrics = {
+        "anyhow_accuracy": 0.4,
+        "sampled_accuracy": 0.3,
+        "surprisal": 0.5,
+        "transitions": 0.01,
+        "mean_length": 30,
+    }
+    shown = Page(thought([{"version": v, "metrics": metrics} for v in (0, 1)]))
+    assert shown.tags.count("img") == 4
+    rows = judges([{"round": 1, "groups": 12, "rank_correlation": 0.75, "gap": -0.5}])
+    assert ">12</td>" in rows
+    assert "0.750" in rows
+    assert "One judge" in judges([])
+    assert "Not measured" in thought([{"version": 0, "metrics": {"sampled_accuracy": 0.3}}])

@@ -1,0 +1,73 @@
+"""Mixtures of two models: their weights, what is measured, and a run from each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from advantage_runs import CERTAINTY
+from tiny import tiny_config, tiny_model
+
+from rlsf_ray import loop
+from rlsf_ray.between import between, gain, write_between, write_mixture
+from rlsf_ray.config import ModelConfig
+from rlsf_ray.engines.models import load_model
+from rlsf_ray.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that was taught for a third of the time: less sure."""
+    return tiny_model(tmp_path_factory.mktemp("other"), seed=1, steps=40)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(load_model(ModelConfig(name=str(folder), dtype="float32"), device="cpu").named_parameters())
+
+
+def test_a_mixture_is_the_weighted_mean_of_the_weights(tiny: Path, other: Path, tmp_path: Path) -> None:
+    a, b, mixed = weights(tiny), weights(other), weights(write_mixture(tiny, other, 0.25, tmp_path / "mixed"))
+    for name, value in mixed.items():
+        torch.testing.assert_close(value, 0.75 * a[name] + 0.25 * b[name])
+
+
+def test_models_of_two_shapes_are_refused(tiny: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    config = model.config
+    config.intermediate_size = 48
+    wider = type(model)(config)
+    wider.save_pretrained(tmp_path / "wider")
+    with pytest.raises(InputError, match="cannot be mixed"):
+        write_mixture(tiny, tmp_path / "wider", 0.5, tmp_path / "mixed")
+
+
+def test_each_mixture_is_measured_and_trained(tiny: Path, other: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny, **CERTAINTY, rounds=1)
+    told: list[str] = []
+    found = between(str(tiny), str(other), [1, 0], config, tmp_path / "out", train=True, tell=told.append)
+    assert [point["alpha"] for point in found["points"]] == [0, 1]
+    taught, less = (point["metrics"]["surprisal"] for point in found["points"])
+    assert taught < less
+    assert all(isinstance(gain(point), float) for point in found["points"])
+    picture = write_between(found, tmp_path / "out")
+    assert picture.read_text().count("<svg") == 1
+    assert json.loads((tmp_path / "out" / "between.json").read_text()) == json.loads(json.dumps(found))
+    assert any("alpha 1: round 1" in text for text in told)
+
+
+def test_a_run_is_mixed_by_its_merged_model(tiny: Path, tmp_path: Path) -> None:
+    config: Any = tiny_config(tiny, **CERTAINTY, rounds=1)
+    loop.run(config, str(tmp_path / "run"))
+    found = between(str(tiny), str(tmp_path / "run"), [0, 1], config, tmp_path / "out", train=False)
+    assert found["points"][0]["metrics"] != found["points"][1]["metrics"]
+    assert [point["after"] for point in found["points"]] == [None, None]
+
+
+def test_without_a_probe_set_nothing_can_be_measured(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no probe set"):
+        between(str(tiny), str(tiny), [0], tiny_config(tiny, data={"probe": []}), tmp_path, train=False)
