@@ -1,11 +1,19 @@
-"""A user's own signal, as `own_parts:token_count` in a config."""
+"""A user's own signals, as `own_parts:token_count` in a config."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-from rlsf_ray.algorithms.signals import TraceStats
+from rlsf_ray.algorithms.signals import Signal, TraceStats
 
 
 def token_count(traces: Sequence[TraceStats]) -> list[float]:
     return [float(len(trace.logprob)) for trace in traces]
+
+
+def _calm(traces: Sequence[TraceStats]) -> list[float]:
+    return [-float(t.distribution.entropy.max()) if t.finished and t.distribution else math.nan for t in traces]
+
+
+calm = Signal(_calm, needs=frozenset({"distribution"}))

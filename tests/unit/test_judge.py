@@ -65,7 +65,7 @@ def test_a_version_that_it_does_not_hold_is_refused_by_name(both: Judge, tiny: P
     assert both.holds(0)
     assert not both.holds(2)
     fresh = Judge(config(tiny), DISTRIBUTION, "cpu")
-    with pytest.raises(EngineError, match=r"version 3 is not loaded \(loaded: \[\]\)"):
+    with pytest.raises(EngineError, match=r"version 3 is not loaded \(versions held: \[\]\)"):
         fresh.stats([group(trace(0, "2", 0.5))], [[0]], "live")
 
 
@@ -140,4 +140,14 @@ def test_what_the_generator_noted_is_not_read_again(tiny: Path) -> None:
     scorer = Scorer(config(tiny, signal="disparity"))
     scorer.score([group(trace(0, "2", 0.5), trace(1, "3", 0.7))])
     assert scorer.judge._model is None
+    scorer.close()
+
+
+def test_a_users_own_signal_may_ask_for_the_distribution(tiny: Path) -> None:
+    scorer = Scorer(config(tiny, signal="own_parts:calm", judges=["frozen"]))
+    one = group(trace(0, "2", 0.5), trace(1, "3", 0.5), trace(2, "3", 0.5, finished=False))
+    scored = scorer.score([one])[0]
+    seen = scorer.judge.stats([one], [[0, 1, 1]], "frozen")[0]
+    assert scored.scores[:2] == tuple(pytest.approx(-float(s.distribution.entropy.max())) for s in seen[:2])
+    assert np.isnan(scored.scores[2])
     scorer.close()
