@@ -139,9 +139,9 @@ def page() -> str:
     lines = [
         "# Rewards for being sure",
         "",
-        "Written by `python benchmarks/rlif.py --table` from `results/rlif/`: one seed, the evidence's arithmetic task and"
-        " its 200 probe questions, four traces each at temperature 1; 16 prompts x 8 traces a step, four steps a version."
-        " Accuracies with 95 % intervals over questions.",
+        "Written by `python benchmarks/rlif.py --table` from `results/rlif/`: one seed, the evidence's arithmetic task"
+        " and its 200 probe questions, four traces each at temperature 1; 16 prompts x 8 traces a step, four steps a"
+        " version. Accuracies with 95 % intervals over questions.",
     ]
     if kept:
         facts = ", ".join(f"{key} {value}" for key, value in kept[0]["machine"].items())
