@@ -71,3 +71,29 @@ def test_a_run_is_mixed_by_its_merged_model(tiny: Path, tmp_path: Path) -> None:
 def test_without_a_probe_set_nothing_can_be_measured(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no probe set"):
         between(str(tiny), str(tiny), [0], tiny_config(tiny, data={"probe": []}), tmp_path, train=False)
+
+
+def test_the_command_writes_table_and_picture(
+    tiny: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rlsf_ray.cli import main
+    from rlsf_ray.config_loading import dump_config
+
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(dump_config(tiny_config(tiny, **CERTAINTY, rounds=1)))
+    arguments = [
+        "mix",
+        str(tiny),
+        str(other),
+        "--alphas",
+        "0,1",
+        "--recipe",
+        str(recipe),
+        "--to",
+        str(tmp_path / "out"),
+    ]
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code in (0, None)
+    assert "entropy" in capsys.readouterr().out
+    assert (tmp_path / "out" / "between.svg").exists()

@@ -211,3 +211,27 @@ def test_a_guard_that_warns_keeps_what_it_found() -> None:
     (verdict,) = state.verdicts
     assert (verdict["action"], verdict["found"]) == ("warn", "stop")
     assert not state.ends_early
+
+
+def test_low_entropy_before_training_on_rewards_is_warned_of_once() -> None:
+    sure = asdict(HEALTHY) | {"surprisal": 0.3}
+    settings: Json = {"advantages": {}}
+    for config, expected in ((tiny_config(Path("model"), **settings), [0]), (tiny_config(Path("model")), [])):
+        state = RunState("run", config, clock=lambda: 100.0)
+        for _ in range(2):  # a resumed run asks again
+            assert state.judged(0, sure) == "go_on"
+        assert [one["version"] for one in state.verdicts] == expected
+    calm = RunState("run", tiny_config(Path("model"), **settings), clock=lambda: 100.0)
+    calm.judged(0, sure | {"surprisal": 0.8})
+    assert calm.verdicts == []
+
+
+def test_a_round_of_the_reward_model_ends_without_a_version() -> None:
+    settings: Json = {"advantages": {}, "reward_model": {}, "pairs": {"rule": "random"}}
+    state = RunState("run", tiny_config(Path("model"), **settings), clock=lambda: 100.0)
+    state.ledger.admit(0, 1)
+    state.scored(0, [outcome(0, None)])
+    state.committed(0, None, [0], {})
+    assert (state.admission.newest, state.admission.rounds_ended) == (0, 1)
+    assert state.ledger.totals()["trained"] == 1
+    assert RunState("run", tiny_config(Path("model"), **settings), state.to_json()).admission.rounds_ended == 1
