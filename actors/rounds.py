@@ -180,10 +180,17 @@ class Rounds:
         self._measuring.beside()  # an earlier life may have ended before it could
         for round in range(admission.rounds_ended, self._config.rounds):
             await self._watch.until(lambda round=round: admission.may_admit(round), "the trainer")  # type: ignore[misc]
+            await self._check_reward(round)
             self._state.round = round
             self._say(f"round {round + 1}: generating and scoring")
             await self._admit(round)
         await self._watch.until(lambda: admission.rounds_ended >= self._config.rounds, "the trainer")
+
+    async def _check_reward(self, round: int) -> None:
+        """Raises NoPairsError where the policy's rounds begin and those of the reward model had no pairs."""
+        settings = self._config.reward_model
+        if settings and round == settings.rounds and await asyncio.to_thread(self._store.reward_round, round) is None:
+            raise self._state.nothing_trained()
 
     async def _admit(self, round: int) -> None:
         """Send the batches of a round on their way, in order, as permits come free.

@@ -11,6 +11,8 @@ import ray
 from actors.cores import Cores, give_memory_back
 from actors.generator import num_tokens
 from actors.job import Job, device, event
+from rlsf_ray.errors import WeightsError
+from rlsf_ray.judging import of_batch
 from rlsf_ray.records import Group, Json, Outcome, ScoredGroup, TrainingGroup
 
 
@@ -57,9 +59,11 @@ class ScorerWorker:
             scored, training = self._score(groups)
             rows = [row for one in scored for row in self._store.trace_rows(one)]
             self._store.write_table("traces", round, part, rows)
+            if found := of_batch(scored):
+                self._store.append_metrics(f"judges-{self._name}", [{"round": round, "part": part, **found}])
             done = event("scorer", self._name, "score", round, start, num_tokens(groups))
             give_memory_back()
-        skipped = [one.group.sequence for one in scored if not one.pairs]
+        skipped = [one.group.sequence for one in scored if one.reason is not None]
         ray.get(self._buffer.put.remote(round, part, training, skipped))
         return [outcome(one) for one in scored], done
 
@@ -68,8 +72,11 @@ class ScorerWorker:
         judge, config = self._scorer.judge, self._store.config
         deadline_s = config.cluster.deadline_s
         if config.reward_model and not config.trains_reward(round) and not judge.has_reward:
+            trained = self._store.reward_round(round)
+            if trained is None:
+                raise WeightsError(f"round {round} is to be scored by a reward model, but no round before has made one")
             with self._computing:
-                judge.load_reward(self._store.read_reward())
+                judge.load_reward(self._store.read_reward(trained))
         for version in sorted(versions):
             if not judge.holds(version):
                 _, _, boxed = ray.get(self._weights.get.remote(version), timeout=deadline_s)

@@ -27,7 +27,7 @@ from actors.job import Job, event
 from actors.weight_store import ADAPTER_FILE
 from rlsf_ray.adapters import CANARY_FILE, canaries_to_bytes, checksum
 from rlsf_ray.engines.base import logprob_noise
-from rlsf_ray.engines.learner import Learner
+from rlsf_ray.engines.learner import Learner, steps_in
 from rlsf_ray.engines.steps import StepSize, pass_order, training_steps
 from rlsf_ray.errors import DrainedError, NonFiniteLossError, RlsfError, StorageError, WeightsError
 from rlsf_ray.loop import step_row
@@ -94,8 +94,9 @@ class Worker:
         first = self._resume()
         for round in range(first, self._config.rounds):
             if self._config.reward_model and round == self._config.reward_model.rounds > first:
+                steps = self._learner.steps
                 del self._learner  # the reward model's: one at a time in memory
-                self._learner = self._new_learner()
+                self._learner = self._new_learner(steps_before=steps)
             self._before, self._gap = self._learner.adapter(), None
             trained = self._lead(round) if self._rank == 0 else self._follow()
             if trained:
@@ -111,8 +112,9 @@ class Worker:
             self._versions = record["versions"]
         first = record["round"] + 1 if record else 0
         of_reward = self._config.trains_reward(first)
-        self._learner = self._new_learner(reward=of_reward)
-        if record and of_reward == (record["version"] is None):  # else the policy begins
+        policy_begins = record is not None and not of_reward and record["version"] is None
+        self._learner = self._new_learner(reward=of_reward, steps_before=steps_in(state) if policy_begins else 0)
+        if record is not None and not policy_begins:
             self._learner.load_state_bytes(state)
         if self._rank == 0:
             ready = self._coordinator.trainer_ready.remote(record, [checkpoint], get_current_placement_group())
@@ -221,7 +223,7 @@ class Worker:
         """Save the learner, the adapter of the next version and the ids it was trained on as one checkpoint."""
         of_reward = self._config.trains_reward(round)  # that makes no version: the policy is still the base model
         version = None if of_reward else round + 1
-        self._versions += [] if of_reward else [round + 1]
+        self._versions = [*self._versions] if of_reward else [*self._versions, round + 1]
         if self._rank != 0 or isinstance(groups, bool):
             ray.train.report({})
             return

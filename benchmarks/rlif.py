@@ -1,11 +1,11 @@
 """RLIF's question: does a reward for being sure help, and for how long? Each reward, measured as it trains.
 
     python benchmarks/rlif.py              # every reward that has no result yet; says first how long
-    python benchmarks/rlif.py --only rlif_majority --go-on
+    python benchmarks/rlif.py --only rlif_majority --seed 1 --go-on
     python benchmarks/rlif.py --table      # rlif.md from the committed results
 
-The evidence's arithmetic task and probe set; 60 steps of 16 prompts x 8 traces, a round of four steps each, so 15
-versions. Every third is measured on the whole probe set.
+The evidence's arithmetic task and probe set; 15 rounds of four steps of 16 prompts x 8 traces (`rlsf_reward_model`: two
+of the rounds train the reward model). Every third version is measured on the whole probe set.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", choices=list(ROWS), help="this reward now, whether it has a result or not")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--go-on", action="store_true", help="take up what an earlier call has left")
     parser.add_argument("--table", action="store_true", help="write rlif.md from the committed results")
     parser.add_argument("--runs", type=Path, default=Path("runs/rlif"), help="where the run directories lie")
@@ -67,27 +68,28 @@ def main() -> None:
         PAGE.write_text(page())
         print(PAGE.read_text())
         return
-    names = [options.only] if options.only else [name for name in ROWS if not path_of(name).exists()]
+    seed = options.seed
+    names = [options.only] if options.only else [name for name in ROWS if not path_of(name, seed).exists()]
     print(f"{len(names)} of {len(ROWS)} to run, about {len(names) * MINUTES / 60:.1f} h on two cores", flush=True)
     for name in names:
-        run_row(name, options.runs.absolute() / name.replace(", ", "-"), anew=not options.go_on)
+        run_row(name, seed, options.runs.absolute() / path_of(name, seed).stem, anew=not options.go_on)
 
 
-def config_of(name: str) -> RunConfig:
+def config_of(name: str, seed: int) -> RunConfig:
     """What a row trains."""
     recipe, settings = ROWS[name]
-    return load_config(recipe, [*TASKS["arithmetic"], *SHARED, "guard=warn", *settings])
+    return load_config(recipe, [*TASKS["arithmetic"], *SHARED, f"seed={seed}", "guard=warn", *settings])
 
 
-def path_of(name: str) -> Path:
-    return RESULTS / f"{name.replace(', ', '-')}.json"
+def path_of(name: str, seed: int) -> Path:
+    return RESULTS / f"{name.replace(', ', '-')}-{seed}.json"
 
 
-def run_row(name: str, run: Path, *, anew: bool) -> None:
+def run_row(name: str, seed: int, run: Path, *, anew: bool) -> None:
     """Train, measure every third version and the last, keep."""
     if anew:
         shutil.rmtree(run, ignore_errors=True)
-    start, config = time.time(), config_of(name)
+    start, config = time.time(), config_of(name, seed)
     summary = loop.run(config, str(run))
     store = RunStore.open(str(run))
     points = [point(0, summary["before"])]
@@ -97,7 +99,8 @@ def run_row(name: str, run: Path, *, anew: bool) -> None:
     points.append(point(known[-1], summary["after"]))
     kept = {
         "name": name,
-        "command": f'python benchmarks/rlif.py --only "{name}"',
+        "seed": seed,
+        "command": f'python benchmarks/rlif.py --only "{name}" --seed {seed}',
         "machine": machine_facts(*PACKAGES),
         "minutes": round((time.time() - start) / 60, 1),
         "guard": summary.get("guard"),
@@ -108,8 +111,8 @@ def run_row(name: str, run: Path, *, anew: bool) -> None:
             for row in store.read_metrics("train")
         ],
     }
-    path_of(name).parent.mkdir(parents=True, exist_ok=True)
-    path_of(name).write_text(json.dumps(kept) + "\n")
+    path_of(name, seed).parent.mkdir(parents=True, exist_ok=True)
+    path_of(name, seed).write_text(json.dumps(kept) + "\n")
     print(f"{name}: done in {kept['minutes']} min", flush=True)
 
 
@@ -135,19 +138,22 @@ def measured(store: RunStore, config: RunConfig, versions: list[int]) -> list[tu
 
 def page() -> str:
     """rlif.md."""
-    kept = [json.loads(path_of(name).read_text()) for name in ROWS if path_of(name).exists()]
+    order = list(ROWS)
+    kept = sorted(
+        (json.loads(path.read_text()) for path in RESULTS.glob("*.json")), key=lambda one: order.index(one["name"])
+    )
     lines = [
         "# Rewards for being sure",
         "",
-        "Written by `python benchmarks/rlif.py --table` from `results/rlif/`: one seed, the evidence's arithmetic task"
-        " and its 200 probe questions, four traces each at temperature 1; 16 prompts x 8 traces a step, four steps a"
-        " version. Accuracies with 95 % intervals over questions.",
+        "Written by `python benchmarks/rlif.py --table` from `results/rlif/`: the evidence's arithmetic task and its 200"
+        " probe questions, four traces each at temperature 1; 16 prompts x 8 traces a step, four steps a round."
+        " Accuracies with 95 % intervals over questions.",
     ]
     if kept:
         facts = ", ".join(f"{key} {value}" for key, value in kept[0]["machine"].items())
         lines += ["", f"Measured with {facts}."]
     for one in kept:
-        lines += ["", f"## {one['name']}", "", f"`{one['command']}`, {one['minutes']} min.", ""]
+        lines += ["", f"## {one['name']}, seed {one['seed']}", "", f"`{one['command']}`, {one['minutes']} min.", ""]
         lines += ["| version | " + " | ".join(COLUMNS) + " |", "|" + " --- |" * (len(COLUMNS) + 1)]
         lines += [
             f"| {p['version']} | " + " | ".join(shown(p, key) for key in COLUMNS.values()) + " |" for p in one["points"]

@@ -56,7 +56,7 @@ def measure_key(config: RunConfig, sets: PromptSets) -> Json:
         "package": __version__,
         "engine": [config.engine, config.engine_args],
         "model": config.model.model_dump(),
-        "files": _fingerprint(find_model(config.model.name)),
+        "files": fingerprint(find_model(config.model.name)),
         "probe": [[item.prompt.id, item.prompt.messages, item.prompt.answer_format, item.gold] for item in sets.probe],
         "calibration": [[p.id, p.messages, p.answer_format] for p in sets.calibration],
         "sampling": [config.rollout.temperature, config.rollout.max_tokens, config.eval.samples, config.eval.branches],
@@ -64,7 +64,7 @@ def measure_key(config: RunConfig, sets: PromptSets) -> Json:
     }
 
 
-def _fingerprint(folder: Path) -> list[tuple[str, int, str]]:
+def fingerprint(folder: Path) -> list[tuple[str, int, str]]:
     """Name, size and a hash of the first and last megabyte of each weights and config file."""
     found = []
     for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".jinja")):

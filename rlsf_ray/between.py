@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from rlsf_ray import loop, plots
-from rlsf_ray.base_cache import cached_base, store_base
+from rlsf_ray.base_cache import cached_base, fingerprint, store_base
 from rlsf_ray.config import RunConfig
 from rlsf_ray.config_loading import override_config
-from rlsf_ray.errors import InputError
+from rlsf_ray.errors import GuardError, InputError, NoPairsError
 from rlsf_ray.evaluate import measure_version
 from rlsf_ray.export import export_merged, latest_version
 from rlsf_ray.records import Json
@@ -29,32 +29,54 @@ Tell = Callable[[str], None]
 
 
 def between(
-    a: str, b: str, alphas: Sequence[float], config: RunConfig, to: Path, *, train: bool, tell: Tell = lambda text: None
+    a: str | RunStore,
+    b: str | RunStore,
+    alphas: Sequence[float],
+    config: RunConfig,
+    to: Path,
+    *,
+    train: bool,
+    tell: Tell = lambda text: None,
 ) -> Json:
     """Measure each mixture of `a` and `b` (a model's name or folder, or a run) on `config`'s probe set.
 
-    `train`: and run `config` on it, in the folder `to`, where a call that was cut off goes on. Returns {"a", "b",
-    "num_questions", "points": [{"alpha", "metrics", "vitals", "after"}]}; "after" is None without training.
-    Raises InputError where the two do not have the same shapes, or there is no probe set.
+    `train`: and run `config` on it. All of it is kept in the folder `to`: a call that was cut off goes on there. Writes
+    and returns between.json: {"a", "b", "num_questions", "points": [{"alpha", "metrics", "vitals", "after", "error"}]};
+    "after" is None without training, and where that failed for the reason "error". Raises InputError where the two
+    models do not have the same shapes, `to` belongs to others, or there is no probe set.
     """
     if not load_sets(config).probe:
         raise InputError("there is no probe set to measure on: data.probe is empty; give it a source with answers")
-    points = []
+    names = [one if isinstance(one, str) else one.root for one in (a, b)]
+    found: Json = {"a": names[0], "b": names[1], "num_questions": len(load_sets(config).probe), "points": []}
     with tempfile.TemporaryDirectory() as scratch:
-        ends = [_folder_of(name, config, Path(scratch) / which) for name, which in ((a, "a"), (b, "b"))]
+        ends = [_folder_of(one, config, Path(scratch) / which) for one, which in ((a, "a"), (b, "b"))]
+        _claim(to, [fingerprint(folder) for folder in ends])
         for alpha in sorted(set(alphas)):
             tell(f"mixing at alpha {alpha:g}")
             model = write_mixture(ends[0], ends[1], alpha, to / "models" / f"{alpha:g}")
             tell(f"measuring alpha {alpha:g}")
-            points.append(_point(alpha, override_config(config, [f"model.name={model}"]), to, tell if train else None))
-    return {"a": a, "b": b, "num_questions": len(load_sets(config).probe), "points": points}
+            mixed = override_config(config, [f"model.name={model}"])
+            found["points"].append(_point(alpha, mixed, to, tell if train else None))
+            (to / "between.json").write_text(json.dumps(found, indent=1) + "\n")
+    return found
 
 
-def write_between(found: Json, to: Path) -> Path:
-    """Keep what `between` found: between.json, and between.svg with the gain over the entropy. Returns the picture."""
+def _claim(to: Path, ends: Any) -> None:
+    """Raises InputError if `to` holds mixtures of other models: their runs would be taken for ours."""
     to.mkdir(parents=True, exist_ok=True)
-    (to / "between.json").write_text(json.dumps(found, indent=1) + "\n")
+    mark, ours = to / "mixed.json", json.loads(json.dumps(ends))
+    if mark.exists() and json.loads(mark.read_text()) != ours:
+        raise InputError(f"--to: {to} holds mixtures of other models; give another folder")
+    mark.write_text(json.dumps(ours) + "\n")
+
+
+def draw(found: Json, to: Path) -> Path | None:
+    """between.svg: the gain over the entropy; None where nothing was trained."""
     points = [{"alpha": p["alpha"], "entropy": p["metrics"]["surprisal"], "gain": gain(p)} for p in found["points"]]
+    points = [point for point in points if point["gain"] is not None]
+    if not points:
+        return None
     (to / "between.svg").write_bytes(base64.b64decode(plots.by_entropy(points).partition(",")[2]))
     return to / "between.svg"
 
@@ -69,11 +91,14 @@ def _point(alpha: float, config: RunConfig, to: Path, tell: Tell | None) -> Json
     sets = load_sets(config)
     before = cached_base(config, sets) or measure_version(None, config, sets, 0)
     store_base(config, sets, before)
-    after = None
+    after, failed = None, None
     if tell is not None:
         show = lambda status: tell(f"alpha {alpha:g}: round {status['round'] + 1}, {status['message']}")  # noqa: E731
-        after = loop.run(config, str(to / "runs" / f"{alpha:g}"), show)["after"]
-    return {"alpha": alpha, "metrics": before["metrics"], "vitals": before["vitals"], "after": after}
+        try:
+            after = loop.run(config, str(to / "runs" / f"{alpha:g}"), show)["after"]
+        except (NoPairsError, GuardError) as error:  # likely where a model is too sure: the other points still count
+            failed = str(error)
+    return {"alpha": alpha, "metrics": before["metrics"], "vitals": before["vitals"], "after": after, "error": failed}
 
 
 def write_mixture(a: Path, b: Path, alpha: float, to: Path) -> Path:
@@ -86,15 +111,16 @@ def write_mixture(a: Path, b: Path, alpha: float, to: Path) -> Path:
 
     disable_progress_bar()
     mixed, other = (AutoModelForCausalLM.from_pretrained(folder) for folder in (a, b))
-    theirs = dict(other.named_parameters())
+    ours, theirs = dict(mixed.named_parameters()), dict(other.named_parameters())
+    for name in sorted(ours.keys() | theirs.keys()):
+        shapes = [tuple(side[name].shape) if name in side else "nothing" for side in (ours, theirs)]
+        if shapes[0] != shapes[1]:
+            raise InputError(
+                f"{a} and {b} cannot be mixed: {name} has shape {shapes[0]} in one and {shapes[1]} in the other; give"
+                " two models of one architecture"
+            )
     with torch.no_grad():
-        for name, parameter in mixed.named_parameters():
-            if name not in theirs or theirs[name].shape != parameter.shape:
-                got: Any = tuple(theirs[name].shape) if name in theirs else "nothing"
-                raise InputError(
-                    f"{a} and {b} cannot be mixed: {name} has shape {tuple(parameter.shape)} in one and {got} in the"
-                    " other; give two models of one architecture"
-                )
+        for name, parameter in ours.items():
             total = (1.0 - alpha) * parameter.float() + alpha * theirs[name].float()
             parameter.data = rounded(total, parameter.dtype, name)
     shutil.rmtree(to, ignore_errors=True)
@@ -103,11 +129,10 @@ def write_mixture(a: Path, b: Path, alpha: float, to: Path) -> Path:
     return to
 
 
-def _folder_of(name: str, config: RunConfig, scratch: Path) -> Path:
+def _folder_of(one: str | RunStore, config: RunConfig, scratch: Path) -> Path:
     """The model folder of a model's name, or the merged model of a run's last version."""
-    if (Path(name) / "config.yaml").exists():
-        store = RunStore.open(name)
-        return export_merged(store, latest_version(store, None), scratch)
+    if isinstance(one, RunStore):
+        return export_merged(one, latest_version(one, None), scratch)
     from rlsf_ray.engines.models import find_model
 
-    return find_model(override_config(config, [f"model.name={name}"]).model.name)
+    return find_model(override_config(config, [f"model.name={one}"]).model.name)

@@ -135,39 +135,28 @@ def mix(
     alphas: Annotated[str, typer.Option(help="Multiples of the adapter, between commas.")] = "0,0.25,0.5,0.75,1,1.25",
     version: Version = None,
     root: Root = "runs",
-    recipe: Annotated[
-        str, typer.Option(help="With a second model: what to measure and train.")
-    ] = "rlif_self_certainty",
+    recipe: Annotated[str | None, typer.Option(help="Of two: what to measure.  [default: rlif_self_certainty]")] = None,
     set_: Set = None,
-    train: Annotated[
-        bool, typer.Option("--train", help="With a second model: run the recipe from each mixture.")
-    ] = False,
-    to: Annotated[Path, typer.Option(help="With a second model: folder for the mixtures and runs.")] = Path("mixed"),
+    train: Annotated[bool, typer.Option("--train", help="Of two: run the recipe from each mixture.")] = False,
+    to: Annotated[Path | None, typer.Option(help="Of two: folder for mixtures and runs.  [default: mixed]")] = None,
 ) -> None:
     """Measure base + alpha x adapter on the probe set: does the adapter help all the way?
 
     With a second model or run, (1 - alpha) A + alpha B: does the first entropy tell what a run gains?
     """
+    wanted = _alphas(alphas)
+    for_two = {"--recipe": recipe, "--set": set_, "--train": train, "--to": to}
+    idle = [name for name, value in (for_two if other is None else {"--version": version}).items() if value]
+    if idle:
+        raise InputError(f"{idle[0]}: is for {'two models' if other is None else 'one run'}; leave it out")
+    if other is not None:
+        ends = (run, other)
+        return _mix_two(ends, root, wanted, _load(recipe or "rlif_self_certainty", set_, None), train, to)
     from rlsf_ray.export import latest_version
     from rlsf_ray.mix import mix as measure
-    from rlsf_ray.progress import print_between, print_mix
+    from rlsf_ray.progress import print_mix
 
-    console = _console()
-    try:
-        wanted = [float(alpha) for alpha in alphas.split(",")]
-    except ValueError:
-        wanted = []
-    if not wanted or not all(map(math.isfinite, wanted)):
-        raise InputError(f"--alphas: expected numbers between commas, such as 0,0.5,1, got {alphas!r}")
-    if other is not None:
-        from rlsf_ray.between import between, write_between
-
-        config = _load(recipe, set_, None)
-        with console.status("measuring") as spinner:
-            found = between(run, other, wanted, config, to.absolute(), train=train, tell=spinner.update)
-        print_between(console, found, write_between(found, to))
-        return
-    store = _open(run, root)
+    store, console = _open(run, root), _console()
     with console.status("measuring") as spinner:
         show = lambda alpha: spinner.update(f"measuring alpha {alpha:g}")  # noqa: E731
         print_mix(console, measure(store, latest_version(store, version), wanted, show))
@@ -355,6 +344,29 @@ def _console() -> Console:
 def _absolute(root: str) -> str:
     """A URL as it is; a folder made absolute, since workers have working directories of their own."""
     return root.rstrip("/") if "://" in root else os.path.abspath(os.path.expanduser(root))
+
+
+def _alphas(text: str) -> list[float]:
+    try:
+        found = [float(alpha) for alpha in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(map(math.isfinite, found)):
+        raise InputError(f"--alphas: expected numbers between commas, such as 0,0.5,1, got {text!r}")
+    return found
+
+
+def _mix_two(
+    ends: tuple[str, str], root: str, alphas: list[float], config: RunConfig, train: bool, to: Path | None
+) -> None:
+    from rlsf_ray.between import between, draw
+    from rlsf_ray.progress import print_between
+
+    console, folder = _console(), (to or Path("mixed")).absolute()
+    a, b = (_open(end, root) if _is_run(end, root) else end for end in ends)
+    with console.status("measuring") as spinner:
+        found = between(a, b, alphas, config, folder, train=train, tell=spinner.update)
+    print_between(console, found, draw(found, folder))
 
 
 def _is_run(run: str, root: str) -> bool:

@@ -328,6 +328,10 @@ class RunConfig(_Section):
     def _check_advantages(self) -> RunConfig:
         if len(set(self.judges)) < len(self.judges):
             raise ValueError(f"judges are compared with each other, got {list(self.judges)}; name each once")
+        if self.judges != ("live",) and self.signal in SIGNALS and SIGNALS[self.signal].needs == {"text"}:
+            raise ValueError(
+                f"signal={self.signal} compares answers and asks no model, got judges={list(self.judges)}; leave it out"
+            )
         if self.advantages and (self.rollout.name == "cot_decoding" or self.rollout.temperature != 1.0):
             raise ValueError(
                 "advantages need traces as the policy draws them, got"

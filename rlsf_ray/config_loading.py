@@ -44,13 +44,15 @@ def load_config(recipe_or_file: str, overrides: Sequence[str] = ()) -> RunConfig
     for override in overrides:
         _apply(raw, override)
     config = _with_absolute_paths(parse_config(raw, recipe_or_file))
-    forms_pairs = any(config.has_pairs(round) for round in range(config.rounds))
-    idle = [text for text in overrides if not forms_pairs and text.startswith(("pairs.", "loss."))]
-    if idle:
-        raise InputError(
-            f"--set {idle[0]}: {recipe_or_file} learns from advantages and forms no pairs; set a key of `advantages`"
-            " instead, or advantages=null to learn from pairs"
-        )
+    idle = {"loss"} if config.advantages else set()
+    idle |= set() if config.has_pairs(0) else {"pairs", "learner.pairs_per_step"}
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key in idle or key.partition(".")[0] in idle:
+            raise InputError(
+                f"--set {override}: {recipe_or_file} learns from advantages, where {key} does nothing; set a key of"
+                " `advantages` instead, or advantages=null to learn from pairs"
+            )
     return config
 
 

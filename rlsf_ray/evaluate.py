@@ -173,7 +173,7 @@ def _judged(trace: Trace, item: ProbePrompt, checker: AnswerChecker) -> Json:
         "answer": trace.answer_text,
         "answer_chars": list(answer.chars) if answer else None,
         "correct": correct,
-        "anyhow": correct or mentions(trace.text, item.gold, item.prompt.answer_format),
+        "anyhow": correct or mentions(trace.text, item.gold, item.prompt.answer_format, item.prompt.messages[-1][1]),
         "transitions": transition_rate(trace.text),
         "surprisal": float(-trace.logprob.mean()),
         "answer_prob": trace.answer_prob,

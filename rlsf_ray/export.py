@@ -71,6 +71,8 @@ def export_pairs(store: RunStore, to: Path) -> Path:
     rows = pair_messages(store)
     if not rows:
         cure = "all were undone: run with a lower rate" if _undone_rounds(store) else "let the run train a round first"
+        if not store.config.has_pairs(0):
+            cure = f"{store.config.recipe} learns from advantages, which stand in the table of traces"
         raise InputError(f"{store.root} holds no pairs to export, expected at least one; {cure}")
     to.parent.mkdir(parents=True, exist_ok=True)
     writers[to.suffix](rows, to)
@@ -109,7 +111,7 @@ def _undone_rounds(store: RunStore) -> set[int]:
     if not (back := state.get("rolled_back")):
         return set()
     kept = {round for round, version in state["ended"] if version is not None and version <= back["to"]}
-    return set(store.rounds("pairs")) - kept
+    return {round for round in store.rounds("pairs") if round not in kept and not store.config.trains_reward(round)}
 
 
 def latest_version(store: RunStore, version: int | None) -> int:

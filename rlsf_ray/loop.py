@@ -1,6 +1,6 @@
 """RLSF in one process, without Ray: the file to read first.
 
-    prompts -> K traces each -> scores from the model's own confidence -> pairs -> DPO steps -> new version -> again
+    prompts -> K traces each -> scores from the model's own confidence -> pairs or advantages -> steps -> new version
 
 The distributed service (actors/) calls the same stage functions; with `max_staleness: 0` and one generator it gives the
 same pairs and the same adapter as this loop. Left out here and found there: overlap of the stages, several workers,
@@ -19,11 +19,12 @@ from rlsf_ray.base_cache import cached_base, store_base
 from rlsf_ray.config import RunConfig
 from rlsf_ray.engines.base import Engine
 from rlsf_ray.engines.build import build_engine
-from rlsf_ray.engines.learner import Learner
+from rlsf_ray.engines.learner import Learner, steps_in
 from rlsf_ray.engines.scorer import Scorer, outcome
 from rlsf_ray.engines.steps import StepSize, pass_order, training_steps
 from rlsf_ray.errors import GuardError, InputError, NoPairsError, ServiceError, StorageError
 from rlsf_ray.evaluate import evaluate_version, run_summary
+from rlsf_ray.judging import of_batch
 from rlsf_ray.placement import ONE_GPU, placed
 from rlsf_ray.records import Json, Prompt, StepReport, TrainingGroup
 from rlsf_ray.rollouts.programs import write_groups
@@ -173,6 +174,8 @@ def generate_and_score(parts: Parts, round: int, prompts: Sequence[Prompt]) -> l
         training = parts.scorer.training_groups(scored)
         store.write_table("traces", round, part, [row for one in scored for row in store.trace_rows(one)])
         store.write_table("pairs", round, part, [row for one in training for row in store.pair_rows(one)])
+        if found := of_batch(scored):
+            store.append_metrics("judges", [{"round": round, "part": part, **found}])
         state.scored(round, [outcome(one) for one in scored])
         groups += training
     return groups
@@ -231,34 +234,43 @@ def _state(store: RunStore) -> RunState:
 
 def _build(store: RunStore, state: RunState, on_status: OnStatus) -> Parts:
     """Make the parts, and bring them to the last finished round. Raises StorageError if its checkpoint is gone."""
-    config, sets = store.config, load_sets(store.config)
-    of_reward = config.trains_reward(state.admission.rounds_ended)
+    config, sets, ended = store.config, load_sets(store.config), state.admission.rounds_ended
+    of_reward, newest, trained = config.trains_reward(ended), state.admission.newest, store.reward_round(ended)
     engine, learner = build_engine(placed(config, ONE_GPU)), Learner(config, reward=of_reward)
     parts = Parts(config, store, state, sets, engine, Scorer(config), learner, on_status)
     state.state = "running"
-    trained = store.reward_round() if of_reward else state.admission.newest - 1
-    if trained is not None and trained >= 0:
-        checkpoint = store.storage.read(_checkpoint(trained))
-        if checkpoint is None:
-            raise StorageError(
-                f"round {trained} is over, but {store.path(_checkpoint(trained))} is missing; restore it from a copy,"
-                " or begin a new run in another folder"
-            )
-        learner.load_state_bytes(checkpoint)
-    if state.admission.newest:
+    if newest or (of_reward and trained is not None):
+        learner.load_state_bytes(_read_checkpoint(store, newest - 1 if newest else trained or 0))
+    if newest:
         _deliver(parts)
-    if config.reward_model and state.admission.rounds_ended > config.reward_model.rounds:
-        parts.scorer.judge.load_reward(store.read_reward())
+    if config.reward_model and ended > config.reward_model.rounds:
+        _policy_begins(parts, learner if newest else None)
     return parts
 
 
-def _policy_begins(parts: Parts) -> None:
-    """The rounds of the reward model are over. Raises NoPairsError if they had no pairs."""
-    if parts.store.reward_round() is None:
+def _policy_begins(parts: Parts, learner: Learner | None = None) -> None:
+    """The rounds of the reward model are over; `learner`: the policy's, where it has begun in an earlier call.
+
+    Raises NoPairsError if they had no pairs.
+    """
+    assert parts.config.reward_model is not None
+    trained = parts.store.reward_round(parts.config.reward_model.rounds)
+    if trained is None:
         raise parts.state.nothing_trained()
-    parts.scorer.judge.load_reward(parts.store.read_reward())
-    del parts.learner  # the reward model's: one at a time in memory
-    parts.learner = Learner(parts.config)
+    parts.scorer.judge.load_reward(parts.store.read_reward(trained))
+    if learner is None:
+        del parts.learner  # the reward model's: one at a time in memory
+        parts.learner = Learner(parts.config, steps_before=steps_in(_read_checkpoint(parts.store, trained)))
+
+
+def _read_checkpoint(store: RunStore, round: int) -> bytes:
+    found = store.storage.read(_checkpoint(round))
+    if found is None:
+        raise StorageError(
+            f"round {round} is over, but {store.path(_checkpoint(round))} is missing; restore it from a copy, or begin"
+            " a new run in another folder"
+        )
+    return found
 
 
 def _checkpoint(round: int) -> str:

@@ -83,8 +83,8 @@ def by_entropy(points: Sequence[Json]) -> str:
         figure, axes = _one_panel()
         entropy, gains = _column(points, "entropy"), _column(points, "gain")
         axes.axhline(0, color=GREY, linewidth=1)
-        axes.plot(entropy, np.nan_to_num(gains), "o", color=AFTER)
-        for point, x, y in zip(points, entropy, np.nan_to_num(gains), strict=True):
+        axes.plot(entropy, gains, "o", color=AFTER)
+        for point, x, y in zip(points, entropy, gains, strict=True):
             axes.annotate(f"{point['alpha']:g}", (x, y), textcoords="offset points", xytext=(5, 4))
         axes.margins(0.15)
         axes.set(xlabel="entropy before training, nats a token", ylabel="rise of sampled accuracy")

@@ -62,7 +62,7 @@ def line(status: Json) -> str:
     if status.get("prompts_total"):
         parts.append(f"prompts {status.get('prompts_done', 0)}/{status['prompts_total']}")
     parts.append(f"traces {status.get('traces', 0)} ({float(status.get('traces_per_s') or 0.0):.1f}/s)")
-    parts += [f"{name} {status.get(name, 0)}" for name in (_examples(status), "steps", "version")]
+    parts += [*_examples(status), f"steps {status.get('steps', 0)}", f"version {status.get('version', 0)}"]
     if status.get("swaps"):
         parts.append(_swaps(status))
     if status.get("verdicts"):
@@ -74,9 +74,10 @@ def line(status: Json) -> str:
     return " | ".join(parts)
 
 
-def _examples(status: Json) -> str:
-    """What the run learns from."""
-    return "credited traces" if "credited traces" in status else "pairs"
+def _examples(status: Json) -> list[str]:
+    """What the run learns from, with how many there were."""
+    names = [name for name in ("pairs", "credited traces") if name in status] or ["pairs"]
+    return [f"{name} {status.get(name, 0)}" for name in names]
 
 
 def panel(status: Json) -> Panel:
@@ -90,7 +91,7 @@ def panel(status: Json) -> Panel:
     rows = [
         f"{_round(status)}   version {status.get('version', 0)}{eta}",
         f"traces {status.get('traces', 0)} ({float(status.get('traces_per_s') or 0.0):.1f}/s)   "
-        f"{_examples(status)} {status.get(_examples(status), 0)}   steps {status.get('steps', 0)}",
+        f"{'   '.join(_examples(status))}   steps {status.get('steps', 0)}",
     ]
     if status.get("swaps"):
         rows.append(_swaps(status))
@@ -183,7 +184,7 @@ def print_mix(console: Console, result: Json) -> None:
     console.print("`rlsf report` draws it", highlight=False)
 
 
-def print_between(console: Console, found: Json, picture: Path) -> None:
+def print_between(console: Console, found: Json, picture: Path | None) -> None:
     """The mixtures of two models, an alpha a line."""
     table = Table(title=f"(1 - alpha) {found['a']} + alpha {found['b']}, {found['num_questions']} questions")
     for name in ("alpha", "entropy", "sampled", "after training"):
@@ -193,7 +194,11 @@ def print_between(console: Console, found: Json, picture: Path) -> None:
         values.append((point["after"] or {}).get("sampled_accuracy"))
         table.add_row(f"{point['alpha']:g}", *("-" if value is None else f"{value:.3f}" for value in values))
     console.print(table)
-    console.print(f"entropy: mean -log p of a written token, in nats; drawn in {picture}", highlight=False)
+    drawn = f"; drawn in {picture}" if picture else ""
+    console.print(f"entropy: mean -log p of a written token, in nats{drawn}", highlight=False)
+    for point in found["points"]:
+        if point["error"]:
+            console.print(f"alpha {point['alpha']:g} was not trained: {point['error']}", highlight=False)
 
 
 def print_replies(console: Console, replies: Sequence[Reply]) -> None:

@@ -209,25 +209,27 @@ class RunStore:
         return adapter, WeightsVersion(version=version, checksum=found, path=self.path(folder))
 
     def write_reward(self, weights: Mapping[str, np.ndarray], round: int) -> None:
-        """Keep the reward model as a round has left it. Its record comes last: a kill in between changes nothing."""
-        file = f"reward/round-{round:04d}.safetensors"
-        self.storage.write(file, adapters.to_bytes(weights))
-        self.write_json("reward/reward.json", {"round": round, "file": file, "checksum": checksum(weights)})
+        """Keep the reward model as a round has left it; its record comes last."""
+        self.storage.write(f"reward/round-{round:04d}.safetensors", adapters.to_bytes(weights))
+        self.write_json(f"reward/round-{round:04d}.json", {"checksum": checksum(weights)})
 
-    def reward_round(self) -> int | None:
-        """The round that trained the reward model last; None: there is none."""
-        known = self.read_json("reward/reward.json")
-        return known["round"] if known else None
+    def reward_round(self, ended: int) -> int | None:
+        """The last of the first `ended` rounds that trained the reward model; None: none did."""
+        known = [int(name[6:10]) for name in self.names("reward") if name.endswith(".json")]
+        return max((round for round in known if round < ended), default=None)
 
-    def read_reward(self) -> dict[str, np.ndarray]:
-        """The reward model. Raises `WeightsError` if there is none, or if it is not what was written."""
-        known = self.read_json("reward/reward.json") or {}
-        data = self.storage.read(known["file"]) if known else None
+    def read_reward(self, round: int) -> dict[str, np.ndarray]:
+        """The reward model of a round. Raises `WeightsError` if it is not there, or not what was written."""
+        known, data = (
+            self.read_json(f"reward/round-{round:04d}.json"),
+            self.storage.read(f"reward/round-{round:04d}.safetensors"),
+        )
         weights = adapters.from_peft(data) if data else {}
-        if not weights or checksum(weights) != known.get("checksum"):
+        if not known or not weights or checksum(weights) != known["checksum"]:
             raise WeightsError(
-                f"{self.path('reward')} holds no whole reward model: expected checksum {known.get('checksum')}, got"
-                f" {checksum(weights) if weights else 'none'}; restore it from a copy, or begin a new run"
+                f"{self.path('reward')} holds no whole reward model of round {round}: expected checksum"
+                f" {known and known['checksum']}, got {checksum(weights) if weights else 'none'}; restore it from a"
+                " copy, or begin a new run"
             )
         return weights
 

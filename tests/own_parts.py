@@ -12,6 +12,10 @@ def token_count(traces: Sequence[TraceStats]) -> list[float]:
     return [float(len(trace.logprob)) for trace in traces]
 
 
+def endless(traces: Sequence[TraceStats]) -> list[float]:
+    return [math.inf for _ in traces]
+
+
 def _calm(traces: Sequence[TraceStats]) -> list[float]:
     return [-float(t.distribution.entropy.max()) if t.finished and t.distribution else math.nan for t in traces]
 

@@ -75,11 +75,14 @@ def locate(elicited: str, text: str) -> Span | None:
     return _last(match.span() for match in re.finditer(left + re.escape(wanted) + right, text))
 
 
-def mentions(text: str, gold: str, answer_format: str) -> bool:
+def mentions(text: str, gold: str, answer_format: str, question: str = "") -> bool:
     """Does the right answer stand anywhere in `text`, whatever is its last word? For numbers and choices.
 
-    Kind to the model: an operand or an option that is only considered counts. Other formats: the text of `gold` itself.
+    A number that stands in the question says nothing: "3 + 0" is restated with it. An option that is only considered
+    counts. Other formats: the text of `gold` itself.
     """
+    if question and answer_format == "number" and mentions(question, gold, answer_format):
+        return False
     if answer_format in ("number", "choice"):
         pattern = _NUMBER if answer_format == "number" else _CHOICE
         return any(normalise(match.group()) == normalise(gold) for match in pattern.finditer(text))

@@ -164,6 +164,10 @@ class Signal:
     needs: frozenset[str] = frozenset({"text", "logprob", "top2"})
     bounded: bool = False
 
+    def __post_init__(self) -> None:
+        if odd := self.needs - {"text", "logprob", "top2", "distribution", "probe"}:
+            raise ValueError(f"a signal cannot need {sorted(odd)}; expected text, logprob, top2, distribution or probe")
+
 
 _TEXT = frozenset({"text"})
 _LOGPROB, _DISTRIBUTION = frozenset({"logprob"}), frozenset({"distribution"})

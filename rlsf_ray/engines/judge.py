@@ -6,8 +6,10 @@ with or without the version's adapter.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -71,12 +73,13 @@ class Judge:
     def rewards(self, group: Group) -> np.ndarray:
         """The reward model's score of each trace [K]; nan for a trace that was cut off."""
         self.load()
-        rows = _rows(group.prompt_ids, [t.token_ids for t in group.traces], self._config.learner.max_tokens_per_pass)
+        different = _different(group)
+        rows = _rows(group.prompt_ids, list(different.values()), self._config.learner.max_tokens_per_pass)
         with self._holding("reward"):
             head = torch.tensor(self._adapters["reward"][HEAD_WEIGHT][0], device=self._model.device)
-            found = [values for row in rows for values in rewards_of(self._model, head, [row])]
-        scores = torch.cat(found).double().cpu().numpy()
-        return np.where([trace.finished for trace in group.traces], scores, np.nan)
+            found = torch.cat([values for row in rows for values in rewards_of(self._model, head, [row])])
+        of = dict(zip(different, found.double().tolist(), strict=True))
+        return np.array([of[t.token_ids.tobytes()] if t.finished else np.nan for t in group.traces])
 
     def load_version(self, version: int, adapter: Mapping[str, np.ndarray]) -> None:
         """Keep a version's adapter, and the newest few before it."""
@@ -93,24 +96,23 @@ class Judge:
             return found
         self.load()
         for index, (group, classes) in enumerate(zip(groups, labels, strict=True)):
-            with self._as(who, group.version):
-                read = self._distributions(group)
-                true = self._p_true(group, classes) if "probe" in self._needs else {}
-            found[index] = [_read_again(one, seen, true) for one, seen in zip(found[index], read, strict=True)]
+            with self._holding(0 if who == "frozen" else group.version):
+                if self._needs - {"text", "probe"}:
+                    read = self._distributions(group)
+                    found[index] = [_read_again(one, seen) for one, seen in zip(found[index], read, strict=True)]
+                if "probe" in self._needs:
+                    true = self._p_true(group, classes)
+                    found[index] = [replace(one, p_true=true.get(one.label, math.nan)) for one in found[index]]
         return found
 
     @torch.inference_mode()
     def reference(self, prompt_ids: IntArray, traces: Sequence[IntArray]) -> list[np.ndarray]:
         """The frozen base model's log-probs [T] of each trace's tokens."""
         self.load()
-        with self._as("frozen", 0):
-            (found,) = trace_logprobs(self._model, [Row(prompt_ids, traces)])
+        rows = _rows(prompt_ids, traces, self._config.learner.max_tokens_per_pass)
+        with self._holding(0):
+            found = [values for row in rows for values in trace_logprobs(self._model, [row])[0]]
         return [values.cpu().numpy() for values in found]
-
-    @contextmanager
-    def _as(self, who: Who, version: int) -> Iterator[None]:
-        with self._holding(0 if who == "frozen" else version):
-            yield
 
     @contextmanager
     def _holding(self, wanted: int | Literal["reward"]) -> Iterator[None]:
@@ -135,8 +137,8 @@ class Judge:
         self._active = wanted
 
     def _distributions(self, group: Group) -> list[Distribution]:
-        """Of each trace; traces with the same tokens are read once."""
-        different = {trace.token_ids.tobytes(): trace.token_ids for trace in group.traces}
+        """Of each trace."""
+        different = _different(group)
         rows = _rows(group.prompt_ids, list(different.values()), self._config.learner.max_tokens_per_pass)
         passes = in_passes(rows, self._config.learner.max_tokens_per_pass)
         read = [one for part in passes for row in read_distributions(self._model, part) for one in row]
@@ -176,17 +178,8 @@ def trace_stats(group: Group, labels: Sequence[int]) -> list[TraceStats]:
     ]
 
 
-def _read_again(noted: TraceStats, seen: Distribution, p_true: Mapping[int, float]) -> TraceStats:
-    return TraceStats(
-        logprob=seen.logprob,
-        top1=seen.top1,
-        top2=seen.top2,
-        span=noted.span,
-        label=noted.label,
-        finished=noted.finished,
-        distribution=seen,
-        p_true=p_true.get(noted.label, float("nan")),
-    )
+def _read_again(noted: TraceStats, seen: Distribution) -> TraceStats:
+    return replace(noted, logprob=seen.logprob, top1=seen.top1, top2=seen.top2, distribution=seen)
 
 
 def _probe(prompt: Prompt, answer: str) -> Prompt:
@@ -197,6 +190,11 @@ def _probe(prompt: Prompt, answer: str) -> Prompt:
         task=prompt.task,
         key=prompt.key,
     )
+
+
+def _different(group: Group) -> dict[bytes, IntArray]:
+    """The traces of a group without repetitions: traces of the same tokens are read once."""
+    return {trace.token_ids.tobytes(): trace.token_ids for trace in group.traces}
 
 
 def _rows(prompt_ids: IntArray, traces: Sequence[IntArray], max_tokens: int) -> list[Row]:

@@ -32,10 +32,19 @@ AllReduce = Callable[[list[torch.Tensor]], None]  # sums each tensor over the wo
 class Learner:
     """The adapter being trained and its optimiser. The frozen base model under it is the reference policy.
 
-    `reward`: what is trained is a reward model, an adapter of its own with a scalar head.
+    `reward`: what is trained is a reward model, an adapter of its own with a scalar head. `steps_before`: how many
+    steps the run has made with such a one before this; the learning rate warms up anew.
     """
 
-    def __init__(self, config: RunConfig, *, reward: bool = False, threads: int = 0, device: str | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        reward: bool = False,
+        steps_before: int = 0,
+        threads: int = 0,
+        device: str | None = None,
+    ) -> None:
         if threads:
             torch.set_num_threads(threads)
         self._config = config
@@ -49,7 +58,12 @@ class Learner:
             self._objective, self._rate = BradleyTerry(), config.reward_model.learning_rate
         self._parameters = [p for p in self._model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(self._parameters, lr=self._rate, weight_decay=0.0)
-        self._step = 0
+        self._step, self._steps_before = 0, steps_before
+
+    @property
+    def steps(self) -> int:
+        """Steps of the run so far."""
+        return self._steps_before + self._step
 
     def train_step(
         self,
@@ -94,7 +108,7 @@ class Learner:
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, settings.max_grad_norm))
         if not np.isfinite(sums["loss"]) or not np.isfinite(norm):
             raise NonFiniteLossError(
-                f"round {round}, step {self._step}: loss {sums['loss']}, gradient norm {norm}, expected finite numbers;"
+                f"round {round}, step {self.steps}: loss {sums['loss']}, gradient norm {norm}, expected finite numbers;"
                 f" groups {[group.id for group in groups]}; lower learner.learning_rate or use model.dtype=float32"
             )
         rate = self._rate * min(1.0, (self._step + 1) / max(1, settings.warmup_steps))
@@ -105,7 +119,7 @@ class Learner:
         gap = (sums.pop(GAP_SQUARES, 0.0) / max(1.0, sums.pop(GAP_TOKENS, 0.0))) ** 0.5
         return StepReport(
             round=round,
-            step=self._step,
+            step=self.steps,
             pass_index=pass_index,
             num_examples=examples,
             sums=sums,
@@ -160,7 +174,7 @@ class Learner:
         tensors = {f"adapter/{name}": torch.from_numpy(array) for name, array in self.adapter().items()}
         for index, moments in self._optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{index}/{name}": value for name, value in moments.items()}
-        return save(tensors | {"step": torch.tensor(self._step)})
+        return save(tensors | {"step": torch.tensor(self._step), "steps_before": torch.tensor(self._steps_before)})
 
     def load_state_bytes(self, state: bytes) -> None:
         """Go on from what `state_bytes` gave. Raises WeightsError for an adapter of another shape."""
@@ -174,4 +188,10 @@ class Learner:
                 moments.setdefault(int(index), {})[moment] = tensor
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        self._step = int(tensors["step"])
+        self._step, self._steps_before = int(tensors["step"]), int(tensors.get("steps_before", 0))
+
+
+def steps_in(state: bytes) -> int:
+    """Steps of the run that a learner had made when it gave `state`."""
+    tensors = load(state)
+    return int(tensors["step"]) + int(tensors.get("steps_before", 0))

@@ -19,6 +19,7 @@ from rlsf_ray.records import FloatArray, IntArray
 
 _STATEFUL = {"mamba", "mamba2", "rwkv", "jamba", "zamba2", "recurrent_gemma", "bamba"}  # state flows past any mask
 _PADDING = -1
+LOGITS = 1 << 25  # logits of one tile where no gradient is asked for: 128 MiB of float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,10 @@ def trace_logprobs(model: Any, rows: Sequence[Row]) -> list[list[torch.Tensor]]:
     """For each row, the log-probs [T] of each trace's tokens given the prompt; float32, with gradients if enabled."""
     hidden, targets = hidden_states(model, rows)
     _, head = body_and_head(model)
-    return by_trace(-torch.nn.functional.cross_entropy(head(hidden).float(), targets, reduction="none"), rows)
+    size = len(targets) if torch.is_grad_enabled() else max(1, LOGITS // head.weight.shape[0])
+    parts = zip(hidden.split(size), targets.split(size), strict=True)
+    nll = [torch.nn.functional.cross_entropy(head(part).float(), chosen, reduction="none") for part, chosen in parts]
+    return by_trace(-torch.cat(nll), rows)
 
 
 def trace_logprobs_and_entropies(

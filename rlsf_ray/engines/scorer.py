@@ -13,10 +13,11 @@ import torch
 from rlsf_ray.algorithms import advantages
 from rlsf_ray.algorithms.answers import label_answers
 from rlsf_ray.algorithms.preferences import RULES, Candidates, Limits
-from rlsf_ray.algorithms.signals import SIGNALS, Signal
+from rlsf_ray.algorithms.signals import SIGNALS, Signal, TraceStats
 from rlsf_ray.choices import choose
 from rlsf_ray.config import RunConfig
 from rlsf_ray.engines.judge import Judge
+from rlsf_ray.errors import InputError
 from rlsf_ray.records import Group, Outcome, Pair, ScoredGroup, TrainingGroup, TrainingTrace
 from rlsf_ray.tasks.equality import AnswerChecker
 
@@ -47,10 +48,18 @@ class Scorer:
         if groups and self._rewarded(groups[0]):
             return [[self.judge.rewards(group)] for group in groups]
         by_judge = [
-            [np.asarray(self._signal.fn(stats), dtype=np.float64) for stats in self.judge.stats(groups, labels, who)]
-            for who in self._config.judges
+            [self._scores_of(stats) for stats in self.judge.stats(groups, labels, who)] for who in self._config.judges
         ]
         return [list(scores) for scores in zip(*by_judge, strict=True)]
+
+    def _scores_of(self, stats: Sequence[TraceStats]) -> np.ndarray:
+        scores = np.asarray(self._signal.fn(stats), dtype=np.float64)
+        if scores.shape != (len(stats),) or np.isinf(scores).any():
+            raise InputError(
+                f"signal {self._config.signal} gave {scores.tolist()} for a group of {len(stats)} traces, expected a"
+                " finite number for each, or nan where there is none; correct it"
+            )
+        return scores
 
     def _rewarded(self, group: Group) -> bool:
         """Does the reward model score this round?"""

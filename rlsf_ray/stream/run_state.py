@@ -29,8 +29,8 @@ class RunState:
             self.admission.end_round(round, version)
         self._ended: list[list[int | None]] = list(saved.get("ended", ()))
         self.ledger = Ledger.from_json(saved.get("ledger", {}))
-        self._examples = "credited traces" if config.advantages else "pairs"  # what is learned from
-        self.counts = {"traces": 0, "tokens": 0, self._examples: 0, "parsed": 0, "cut_off": 0, "steps": 0}
+        kinds = {self._examples(round): 0 for round in range(config.rounds)}
+        self.counts = {"traces": 0, "tokens": 0, **kinds, "parsed": 0, "cut_off": 0, "steps": 0}
         self.counts |= saved.get("counts", {})
         self.state: str = saved.get("state", "starting")
         self.message = ""
@@ -54,11 +54,15 @@ class RunState:
     def scored(self, round: int, outcomes: Sequence[Outcome]) -> None:
         """A batch came back from a scorer."""
         self.ledger.scored(round, outcomes)
-        self._count(outcomes)
+        self._count(round, outcomes)
 
-    def _count(self, outcomes: Iterable[Outcome]) -> None:
+    def _examples(self, round: int) -> str:
+        """What the round learns from."""
+        return "pairs" if self._config.has_pairs(round) else "credited traces"
+
+    def _count(self, round: int, outcomes: Iterable[Outcome]) -> None:
         for outcome in outcomes:
-            self.counts[self._examples] += outcome.num_examples
+            self.counts[self._examples(round)] += outcome.num_examples
             for name in ("traces", "tokens", "parsed", "cut_off"):
                 self.counts[name] += getattr(outcome, f"num_{name}")
 
@@ -74,7 +78,8 @@ class RunState:
                 f"round {round}: groups {sorted(waiting - set(sequences))} have pairs but were not trained"
             )
         self.ledger.trained(round, sequences)
-        self._training_vitals[str(version)] = vitals
+        if version is not None:
+            self._training_vitals[str(version)] = vitals
         self._end(round, version)
 
     def swapped(self, swap: Json) -> None:
@@ -84,13 +89,13 @@ class RunState:
 
     def judged(self, version: int, vitals: Json | None) -> Action:
         """What the guard says of a version that was looked at. Raises GuardError if that is to stop the run."""
-        if self._config.guard == "off" or vitals is None or self.rolled_back:
-            return "go_on"
-        verdict = self.guard.observe(version, Vitals.from_json(vitals | self._training_vitals.get(str(version), {})))
-        advice = low_entropy(vitals["surprisal"]) if version == 0 and self._config.advantages else None
+        advice = low_entropy(vitals["surprisal"]) if vitals and version == 0 and self._config.advantages else None
         if advice and not self.verdicts:
             self.verdicts.append({"version": 0, "action": "warn", "found": "warn", "reasons": [advice]})
             logger.warning("before training: %s", advice)
+        if self._config.guard == "off" or vitals is None or self.rolled_back:
+            return "go_on"
+        verdict = self.guard.observe(version, Vitals.from_json(vitals | self._training_vitals.get(str(version), {})))
         action = "warn" if self._config.guard == "warn" and verdict.action == "stop" else verdict.action
         if action != "go_on" and all(one["version"] != version for one in self.verdicts):
             found = {"version": version, "action": action, "found": verdict.action, "reasons": list(verdict.reasons)}
@@ -142,7 +147,7 @@ class RunState:
     def recovered(self, round: int, outcomes: Sequence[Outcome]) -> None:
         """Prompts of a round that were scored before a crash, or by a scorer that died before it could say so."""
         news = self.ledger.recovered(round, {outcome.sequence: outcome.reason for outcome in outcomes})
-        self._count(outcome for outcome in outcomes if outcome.sequence in news)
+        self._count(round, [outcome for outcome in outcomes if outcome.sequence in news])
 
     def _seconds_left(self, scored: float) -> float | None:
         """From the share of prompts that are `scored` and the share of optimiser steps done, half and half.
@@ -151,8 +156,9 @@ class RunState:
         """
         if self.state == "done":
             return None
-        passes = self._config.epochs(self.round) / self._config.examples_per_step(self.round)  # steps of an example
-        expected = self.counts[self._examples] / scored * passes if scored else 0.0
+        config, examples = self._config, self.counts[self._examples(self.round)]
+        passes = config.epochs(self.round) / config.examples_per_step(self.round)  # steps of an example
+        expected = examples / scored * passes if scored else 0.0
         if not expected:
             return None
         share = (scored + min(1.0, self.counts["steps"] / expected)) / 2
@@ -237,7 +243,7 @@ class RunState:
             "prompts_total": total,
             "traces": self.counts["traces"],
             "traces_per_s": (self.counts["traces"] - self._traces_before) / elapsed if elapsed > 0 else 0.0,
-            self._examples: self.counts[self._examples],
+            **{name: self.counts[name] for name in ("pairs", "credited traces") if name in self.counts},
             "steps": self.counts["steps"],
             **self.shares(),
             "eta_s": self._seconds_left((done + waiting) / total),

@@ -7,13 +7,14 @@ import importlib
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import typer.main
 import yaml
 
-from rlsf_ray.algorithms.signals import TraceStats
+from rlsf_ray.algorithms.signals import Distribution, TraceStats
 from rlsf_ray.cli import app
 from rlsf_ray.config_loading import load_config, recipe_names
 from rlsf_ray.wording import METRICS
@@ -122,6 +123,22 @@ def test_the_signal_of_the_readme_gives_one_score_a_trace() -> None:
 
     scores = names["steady"]([trace(finished=True), trace(finished=False)])  # type: ignore[operator]
     assert scores[0] == pytest.approx(0.5)  # the answer's tokens have 0.5 and 0.8
+    assert np.isnan(scores[1])
+
+
+def test_the_readmes_signal_over_the_distribution_asks_for_it() -> None:
+    (block,) = (block for block in blocks("python") if "calm" in block)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert names["calm"].needs == {"distribution"}
+    some = np.array([0.25, 2.0, 0.5], dtype=np.float32)
+    seen = Distribution(some, some, some, some, some, some, some)
+
+    def trace(*, finished: bool) -> TraceStats:
+        return TraceStats(logprob=some, top1=some, top2=some, span=None, label=-1, finished=finished, distribution=seen)
+
+    scores = names["calm"].fn([trace(finished=True), trace(finished=False)])
+    assert scores[0] == -2.0
     assert np.isnan(scores[1])
 
 

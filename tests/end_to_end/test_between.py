@@ -12,10 +12,11 @@ from advantage_runs import CERTAINTY
 from tiny import tiny_config, tiny_model
 
 from rlsf_ray import loop
-from rlsf_ray.between import between, gain, write_between, write_mixture
+from rlsf_ray.between import between, draw, gain, write_mixture
 from rlsf_ray.config import ModelConfig
 from rlsf_ray.engines.models import load_model
 from rlsf_ray.errors import InputError
+from rlsf_ray.run_store import RunStore
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,8 @@ def test_each_mixture_is_measured_and_trained(tiny: Path, other: Path, tmp_path:
     taught, less = (point["metrics"]["surprisal"] for point in found["points"])
     assert taught < less
     assert all(isinstance(gain(point), float) for point in found["points"])
-    picture = write_between(found, tmp_path / "out")
+    picture = draw(found, tmp_path / "out")
+    assert picture is not None
     assert picture.read_text().count("<svg") == 1
     assert json.loads((tmp_path / "out" / "between.json").read_text()) == json.loads(json.dumps(found))
     assert any("alpha 1: round 1" in text for text in told)
@@ -63,9 +65,31 @@ def test_each_mixture_is_measured_and_trained(tiny: Path, other: Path, tmp_path:
 def test_a_run_is_mixed_by_its_merged_model(tiny: Path, tmp_path: Path) -> None:
     config: Any = tiny_config(tiny, **CERTAINTY, rounds=1)
     loop.run(config, str(tmp_path / "run"))
-    found = between(str(tiny), str(tmp_path / "run"), [0, 1], config, tmp_path / "out", train=False)
+    run = RunStore.open(str(tmp_path / "run"))
+    found = between(str(tiny), run, [0, 1], config, tmp_path / "out", train=False)
     assert found["points"][0]["metrics"] != found["points"][1]["metrics"]
     assert [point["after"] for point in found["points"]] == [None, None]
+    assert draw(found, tmp_path / "out") is None
+
+
+def test_a_folder_with_mixtures_of_other_models_is_refused(tiny: Path, other: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny, **CERTAINTY, rounds=1)
+    between(str(tiny), str(other), [0], config, tmp_path / "out", train=False)
+    between(str(tiny), str(other), [0], config, tmp_path / "out", train=False)  # the same again is fine
+    with pytest.raises(InputError, match="mixtures of other models"):
+        between(str(other), str(tiny), [0], config, tmp_path / "out", train=False)
+
+
+def test_a_mixture_that_cannot_be_trained_says_why_and_the_others_count(tiny: Path, tmp_path: Path) -> None:
+    """A model that never ends its traces gives no scores."""
+    silent = tiny_model(tmp_path / "silent", seed=1, steps=0)
+    config = tiny_config(tiny, **CERTAINTY, rounds=1)
+    found = between(str(tiny), str(silent), [0, 1], config, tmp_path / "out", train=True)
+    taught, untaught = found["points"]
+    assert taught["after"] is not None
+    assert untaught["after"] is None
+    assert "no prompt gave traces with different scores" in untaught["error"]
+    assert draw(found, tmp_path / "out") is not None
 
 
 def test_without_a_probe_set_nothing_can_be_measured(tiny: Path, tmp_path: Path) -> None:
@@ -96,4 +120,12 @@ def test_the_command_writes_table_and_picture(
         main(arguments)
     assert ended.value.code in (0, None)
     assert "entropy" in capsys.readouterr().out
-    assert (tmp_path / "out" / "between.svg").exists()
+    assert (tmp_path / "out" / "between.json").exists()
+    assert not (tmp_path / "out" / "between.svg").exists(), "nothing was trained"
+    for idle in (["--version", "1"], ["--alphas", "x"]):
+        with pytest.raises(SystemExit) as ended:
+            main([*arguments, *idle])
+        assert ended.value.code == 2
+    with pytest.raises(SystemExit) as ended:
+        main(["mix", str(tiny), "--train"])
+    assert ended.value.code == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ from advantage_runs import CERTAINTY, REWARD
 from tiny import tiny_config
 
 from rlsf_ray import loop
-from rlsf_ray.errors import NoPairsError
+from rlsf_ray.algorithms.signals import Signal
+from rlsf_ray.errors import InputError, NoPairsError
 from rlsf_ray.records import Json
 from rlsf_ray.run_store import RunStore
+from rlsf_ray.stream.run_state import RunState
 
 
 def test_advantages_come_from_what_the_version_itself_reads(tiny: Path, tmp_path: Path) -> None:
@@ -92,6 +95,55 @@ def test_a_reward_run_killed_in_either_phase_goes_on_to_the_same_adapter(tiny: P
         found, _ = RunStore.open(root).read_adapter(4)
         for name, array in expected.items():
             np.testing.assert_array_equal(array, found[name])
+
+
+def test_a_run_killed_between_the_reward_model_and_its_round_trains_that_round_once(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reward model of round 1 is written and the run's state is not: the round counts as never trained."""
+    config = tiny_config(tiny, **REWARD | {"rounds": 3, "reward_model": {"rounds": 2, "learning_rate": 1e-2}})
+    whole = loop.run(config, str(tmp_path / "whole"))
+    committed = RunState.committed
+
+    def killed(state: RunState, round: int, *rest: Any) -> None:
+        if round == 1:
+            raise KeyboardInterrupt
+        committed(state, round, *rest)
+
+    monkeypatch.setattr(RunState, "committed", killed)
+    with pytest.raises(KeyboardInterrupt):
+        loop.run(config, str(tmp_path / "cut"))
+    monkeypatch.undo()
+    cut = loop.run(config, str(tmp_path / "cut"))
+    stores = [RunStore.open(str(tmp_path / name)) for name in ("whole", "cut")]
+    weights, others = (store.read_reward(1) for store in stores)
+    for name, array in weights.items():
+        np.testing.assert_array_equal(array, others[name])
+    assert cut["training"] == whole["training"]
+
+
+def test_steps_go_on_counting_when_the_policy_begins(tiny: Path, tmp_path: Path) -> None:
+    summary = loop.run(tiny_config(tiny, **REWARD), str(tmp_path / "run"))
+    rows = RunStore.open(str(tmp_path / "run")).read_metrics("train")
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    assert summary["training"]["steps"] == len(rows)
+    assert summary["training"]["pairs"] > 0 < summary["training"]["credited traces"]
+
+
+def test_a_users_own_signal_over_the_distribution_drives_a_run(tiny: Path, tmp_path: Path) -> None:
+    loop.run(tiny_config(tiny, **CERTAINTY | {"signal": "own_parts:calm"}), str(tmp_path / "run"))
+    store = RunStore.open(str(tmp_path / "run"))
+    assert store.versions() == [1, 2]
+    scores = [row["score"] for row in store.read_table("traces").to_pylist() if row["score"] is not None]
+    assert max(scores) < 0.0  # minus an entropy
+    assert len(set(scores)) > 10
+
+
+def test_a_signal_that_is_not_finite_is_named(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="signal own_parts:endless gave"):
+        loop.run(tiny_config(tiny, **CERTAINTY | {"signal": "own_parts:endless"}), str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="cannot need"):
+        Signal(lambda traces: [], needs=frozenset({"full_vocab"}))
 
 
 def test_without_any_pair_there_is_no_reward_model_and_the_run_says_so(tiny: Path, tmp_path: Path) -> None:

@@ -197,7 +197,9 @@ def test_no_default_is_infinite_and_the_config_stays_small() -> None:
             ["rollout.temperature=1.0", "advantages={}", "reward_model={}", "cluster.max_staleness=1"],
             "max_staleness: 0",
         ),
-        (["rollout.temperature=1.0", "advantages={}", "pairs.min_chosen=1.0"], "forms no pairs"),
+        (["rollout.temperature=1.0", "advantages={}", "pairs.min_chosen=1.0"], "does nothing"),
+        (["rollout.temperature=1.0", "advantages={}", "loss.beta=0.2"], "does nothing"),
+        (["signal=self_consistency", "judges=[frozen]"], "asks no model"),
     ],
 )
 def test_advantages_and_reward_models_refuse_what_they_cannot_work_with(overrides: list[str], words: str) -> None:
