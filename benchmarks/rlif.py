@@ -145,8 +145,8 @@ def page() -> str:
     lines = [
         "# Rewards for being sure",
         "",
-        "Written by `python benchmarks/rlif.py --table` from `results/rlif/`: the evidence's arithmetic task and its 200"
-        " probe questions, four traces each at temperature 1; 16 prompts x 8 traces a step, four steps a round."
+        "Written by `python benchmarks/rlif.py --table` from `results/rlif/`: the evidence's arithmetic task and its"
+        " 200 probe questions, four traces each at temperature 1; 16 prompts x 8 traces a step, four steps a round."
         " Accuracies with 95 % intervals over questions.",
     ]
     if kept:
