@@ -300,7 +300,7 @@ class Rounds:
         await self._watch.answer(keep.remote(record, boxed), "weight_store")
         if self._state.rolled_back is not None:  # meanwhile
             return
-        self._state.committed(round, version, record["sequences"], record["vitals"])
+        self._state.committed(round, version, record["sequences"], record["vitals"], dict(record["left_out"]))
         await self._journal.save()
         await self._watch.answer(self._crew.buffer.end_rounds.remote(round + 1), "pair_buffer")
         if version is not None:

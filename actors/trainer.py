@@ -7,7 +7,7 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from actors.weight_store import ADAPTER_FILE
 from rlsf_ray.adapters import CANARY_FILE, canaries_to_bytes, checksum
 from rlsf_ray.engines.base import logprob_noise
 from rlsf_ray.engines.learner import Learner, steps_in
-from rlsf_ray.engines.steps import StepSize, pass_order, training_steps
+from rlsf_ray.engines.steps import StepSize, pass_order, surest, training_steps
 from rlsf_ray.errors import DrainedError, NonFiniteLossError, RlsfError, StorageError, WeightsError
 from rlsf_ray.loop import step_row
 from rlsf_ray.records import Json, TrainingGroup
@@ -87,6 +87,7 @@ class Worker:
         self._learner: Learner
         self._versions = [0]  # published before the round in work
         self._before: dict[str, np.ndarray] = {}  # the adapter at the beginning of the round
+        self._left_out: list[TrainingGroup] = []  # of the round in work
         self._gap: float | None = None  # to the generators' log-probs at the round's first step
 
     def run(self) -> None:
@@ -122,12 +123,18 @@ class Worker:
         return first
 
     def _lead(self, round: int) -> list[TrainingGroup]:
-        """Rank 0's round: lease, send each step to the others, train. Returns the round's groups."""
+        """Rank 0's round: lease, send each step to the others, train. Returns the groups that it has trained.
+
+        The first pass trains as groups arrive, unless only the surest of the round are to be trained.
+        """
         groups: list[TrainingGroup] = []
-        size = self._config.examples_per_step(round)
+        size, most = self._config.examples_per_step(round), self._config.most_prompts(round)
         try:
+            arriving: Iterable[TrainingGroup] = self._leased(round, groups)
+            if most is not None:
+                groups, self._left_out = surest(list(arriving), most)
+                arriving = groups
             for pass_index in range(self._config.epochs(round)):
-                arriving = self._leased(round, groups)
                 order = arriving if pass_index == 0 else pass_order(groups, self._config.seed, round, pass_index)
                 for step in training_steps(order, size):
                     self._send(("step", step, round, pass_index))
@@ -234,6 +241,7 @@ class Worker:
             "versions": self._versions,
             "checksum": checksum(adapter),
             "sequences": [group.sequence for group in groups],
+            "left_out": [[group.sequence, group.num_examples] for group in self._left_out],
             "vitals": training_vitals(groups, self._gap or 0.0),
             "ids": [group.id for group in groups],
         }

@@ -133,6 +133,9 @@ class PairsConfig(_Section):
     max_pairs: PositiveInt | None = 3  # cap for each prompt
     # Least score of a chosen trace (voted: of the whole answer): one number, or one for each round
     min_chosen: Annotated[tuple[Score, ...], Field(min_length=1), BeforeValidator(_several)] = (0.0,)
+    most_prompts: PositiveInt | None = (
+        None  # of a round, the surest ones: their pairs are known when it has been scored
+    )
     min_gap: float = Field(default=0.0, ge=0.0)  # least score gap within a pair
     same_answer: bool = False  # may both traces of a pair give the same answer?
     max_length_ratio: float | None = Field(default=None, gt=1.0)  # longer over shorter trace, in tokens
@@ -278,6 +281,10 @@ class RunConfig(_Section):
         """Pairs, or traces with an advantage, of one optimiser step."""
         pairs = self.learner.pairs_per_step
         return pairs if self.advantages is None or self.trains_reward(round) else self.advantages.traces_per_step
+
+    def most_prompts(self, round: int) -> int | None:
+        """How many prompts of the round may be learned from; None: all."""
+        return self.pairs.most_prompts if self.has_pairs(round) else None
 
     def epochs(self, round: int) -> int:
         """Passes over the round's groups."""

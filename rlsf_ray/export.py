@@ -13,6 +13,7 @@ from rlsf_ray.adapters import scaled, to_peft
 from rlsf_ray.errors import InputError
 from rlsf_ray.records import Json
 from rlsf_ray.run_store import CALIBRATION_FILE, RunStore
+from rlsf_ray.stream.ledger import FILTERED, Ledger
 
 
 def export_adapter(store: RunStore, version: int, to: Path, alpha: float = 1.0) -> Path:
@@ -87,7 +88,7 @@ def pair_messages(store: RunStore) -> list[Json]:
     messages = {
         prompt.id: [{"role": role, "content": content} for role, content in prompt.messages] for prompt in train
     }
-    undone = _undone_rounds(store)
+    undone, left_out = _undone_rounds(store), _left_out(store)
     columns = store.read_table("traces").select(["trace_id", "text"]).to_pydict()
     text = dict(zip(columns["trace_id"], columns["text"], strict=True))
     return [
@@ -101,8 +102,20 @@ def pair_messages(store: RunStore) -> list[Json]:
             },
         }
         for pair in store.read_table("pairs").to_pylist()
-        if pair["round"] not in undone
+        if pair["round"] not in undone and pair["group_id"] not in left_out
     ]
+
+
+def _left_out(store: RunStore) -> set[str]:
+    """Groups whose pairs were not trained, because the round had enough of surer ones."""
+    state = store.read_json("state.json") or {}
+    ledger = Ledger.from_json(state.get("ledger", {}))
+    found: set[str] = set()
+    for round in store.rounds("pairs"):
+        sequences = set(ledger.sequences(round, FILTERED))
+        rows = store.read_table("traces", round).select(["group_id", "sequence"]).to_pylist()
+        found |= {row["group_id"] for row in rows if row["sequence"] in sequences}
+    return found
 
 
 def _undone_rounds(store: RunStore) -> set[int]:

@@ -10,7 +10,7 @@ bounded buffers, faults. What this file keeps: the method, evaluation before and
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from rlsf_ray.engines.base import Engine
 from rlsf_ray.engines.build import build_engine
 from rlsf_ray.engines.learner import Learner, steps_in
 from rlsf_ray.engines.scorer import Scorer, outcome
-from rlsf_ray.engines.steps import StepSize, pass_order, training_steps
+from rlsf_ray.engines.steps import StepSize, pass_order, surest, training_steps
 from rlsf_ray.errors import GuardError, InputError, NoPairsError, ServiceError, StorageError
 from rlsf_ray.evaluate import evaluate_version, run_summary
 from rlsf_ray.judging import of_batch
@@ -114,10 +114,11 @@ def one_round(parts: Parts, round: int, prompts: Sequence[Prompt]) -> None:
     parts.state.round = round
     if parts.config.reward_model and round == parts.config.reward_model.rounds:
         _policy_begins(parts)
-    groups = generate_and_score(parts, round, prompts)
+    scored = generate_and_score(parts, round, prompts)
+    groups, left_out = surest(scored, parts.config.most_prompts(round))
     if groups:
         reports = train_round(parts, round, groups)
-        publish(parts, round, groups, reports[0].logprob_gap)
+        publish(parts, round, groups, reports[0].logprob_gap, {g.sequence: g.num_examples for g in left_out})
     else:
         parts.state.had_no_pairs(round)
         parts.save()
@@ -196,7 +197,9 @@ def train_round(parts: Parts, round: int, groups: Sequence[TrainingGroup]) -> li
     return reports
 
 
-def publish(parts: Parts, round: int, groups: Sequence[TrainingGroup], logprob_gap: float) -> None:
+def publish(
+    parts: Parts, round: int, groups: Sequence[TrainingGroup], logprob_gap: float, left_out: Mapping[int, int]
+) -> None:
     """The adapter becomes the next version. Its checkpoint comes first: what `state.json` says can be resumed.
 
     A round of the reward model makes no version: the policy is still the base model.
@@ -207,7 +210,7 @@ def publish(parts: Parts, round: int, groups: Sequence[TrainingGroup], logprob_g
         parts.store.write_reward(parts.learner.adapter(), round)
     vitals = training_vitals(groups, logprob_gap)
     version = None if of_reward else round + 1
-    parts.state.committed(round, version, [group.sequence for group in groups], vitals)
+    parts.state.committed(round, version, [group.sequence for group in groups], vitals, left_out)
     parts.save()
     if not of_reward:
         _deliver(parts)

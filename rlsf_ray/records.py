@@ -121,6 +121,7 @@ class ScoredGroup:
     pairs: tuple[Pair, ...] = ()
     advantages: tuple[float, ...] = ()
     reason: str | None = None
+    sure: float = 0.0  # how sure the pair rule is of this prompt, beside others
     second_scores: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -170,6 +171,7 @@ class TrainingGroup:
     prompt_ids: IntArray  # [P]
     traces: tuple[TrainingTrace, ...]
     pairs: tuple[Pair, ...]
+    sure: float = 0.0  # see ScoredGroup
 
     @property
     def num_examples(self) -> int:

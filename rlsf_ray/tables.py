@@ -81,6 +81,7 @@ _GROUPS = {
     "sequence": pa.int64(),
     "prompt_id": pa.string(),
     "signal": pa.string(),
+    "sure": pa.float64(),
     "prompt_ids": _TOKENS,
     "traces": pa.list_(pa.struct(list(_TRAINING_TRACE.items()))),
     "pairs": pa.list_(pa.struct(list(_PAIR.items()))),

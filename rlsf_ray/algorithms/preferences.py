@@ -74,10 +74,14 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Pairs of (chosen, rejected, weight, margin), or the reason why there are none."""
+    """Pairs of (chosen, rejected, weight, margin), or the reason why there are none.
+
+    `sure`: the score of the surest chosen trace (voted: the weight of the answer), by which prompts are compared.
+    """
 
     pairs: tuple[PairRow, ...] = ()
     reason: str | None = None
+    sure: float = 0.0
 
     def __post_init__(self) -> None:
         if bool(self.pairs) == (self.reason is not None):
@@ -102,7 +106,7 @@ def best_worst(candidates: Candidates, limits: Limits, rng: np.random.Generator)
     worst = min(others, key=lambda j: ranks[j])
     if ranks[worst] >= ranks[best]:
         return Decision(reason="tie")
-    return _within_limits([(best, worst)], candidates, limits)
+    return _within_limits([(best, worst)], candidates, limits, sure=float(ranks[best]))
 
 
 def all_above(candidates: Candidates, limits: Limits, rng: np.random.Generator) -> Decision:
@@ -127,7 +131,7 @@ def all_above(candidates: Candidates, limits: Limits, rng: np.random.Generator) 
     if not pairs:
         return Decision(reason="tie")
     pairs.sort(key=lambda pair: -candidates.gap(*pair))
-    return _within_limits(pairs[: limits.max_pairs], candidates, limits)
+    return _within_limits(pairs[: limits.max_pairs], candidates, limits, sure=float(ranks[sure].max()))
 
 
 def voted(candidates: Candidates, limits: Limits, rng: np.random.Generator) -> Decision:
@@ -139,10 +143,11 @@ def voted(candidates: Candidates, limits: Limits, rng: np.random.Generator) -> D
     sides = _vote_sides(candidates, limits)
     if isinstance(sides, Decision):
         return sides
-    pairs = _matched(*sides, candidates.lengths, limits.max_length_ratio)
+    winners, others, weight = sides
+    pairs = _matched(winners, others, candidates.lengths, limits.max_length_ratio)
     if not pairs:
         return Decision(reason="length_ratio")
-    return _within_limits(pairs[: limits.max_pairs], candidates, limits)
+    return _within_limits(pairs[: limits.max_pairs], candidates, limits, sure=weight)
 
 
 def reversed_voted(candidates: Candidates, limits: Limits, rng: np.random.Generator) -> Decision:
@@ -150,14 +155,14 @@ def reversed_voted(candidates: Candidates, limits: Limits, rng: np.random.Genera
     sides = _vote_sides(candidates, limits)
     if isinstance(sides, Decision):
         return sides
-    winners, others = sides
+    winners, others, weight = sides
     complete = [j for j in others if candidates.finished[j]]
     if not complete:
         return Decision(reason="all_cut_off")
     pairs = list(zip(winners, complete, strict=False))
-    voted_way = _within_limits(pairs[: limits.max_pairs], candidates, limits)
+    voted_way = _within_limits(pairs[: limits.max_pairs], candidates, limits, sure=weight)
     swapped = tuple((j, i, weight, 0.0 - margin) for i, j, weight, margin in voted_way.pairs)
-    return Decision(swapped, voted_way.reason)
+    return Decision(swapped, voted_way.reason, weight)
 
 
 def random_pairs(candidates: Candidates, limits: Limits, rng: np.random.Generator) -> Decision:
@@ -221,8 +226,8 @@ def _matched(
     return pairs
 
 
-def _vote_sides(candidates: Candidates, limits: Limits) -> Decision | tuple[list[int], list[int]]:
-    """Traces of the winning answer and all other traces, both in order of use; or the reason against a vote."""
+def _vote_sides(candidates: Candidates, limits: Limits) -> Decision | tuple[list[int], list[int], float]:
+    """(traces of the winning answer, all others, both in order of use; its weight), or the reason against a vote."""
     answers, ranks = candidates.answers, candidates.ranks
     sums = voting.tally(answers, candidates.scores)
     if not sums:
@@ -236,10 +241,13 @@ def _vote_sides(candidates: Candidates, limits: Limits) -> Decision | tuple[list
         return Decision(reason="one_answer")
     rising = [int(i) for i in np.argsort(ranks, kind="stable")]
     falling = [int(i) for i in np.argsort(-ranks, kind="stable")]
-    return [i for i in falling if answers[i] == winner], [j for j in rising if answers[j] != winner]
+    others = [j for j in rising if answers[j] != winner]
+    return [i for i in falling if answers[i] == winner], others, sums[winner]
 
 
-def _within_limits(pairs: Iterable[tuple[int, int]], candidates: Candidates, limits: Limits) -> Decision:
+def _within_limits(
+    pairs: Iterable[tuple[int, int]], candidates: Candidates, limits: Limits, *, sure: float
+) -> Decision:
     """Give each pair its margin and weight; keep the pairs with gap enough and similar lengths."""
     rows = [(i, j, _weight(candidates.gap(i, j), limits.weight), candidates.gap(i, j)) for i, j in pairs]
     rows = [row for row in rows if row[2] > 0.0 and not _below(row[3], limits.min_gap)]
@@ -247,7 +255,7 @@ def _within_limits(pairs: Iterable[tuple[int, int]], candidates: Candidates, lim
         return Decision(reason="gap_too_small")
     lengths = candidates.lengths
     rows = [row for row in rows if _similar_lengths(lengths[[row[0], row[1]]], limits.max_length_ratio)]
-    return Decision(tuple(rows)) if rows else Decision(reason="length_ratio")
+    return Decision(tuple(rows), sure=sure) if rows else Decision(reason="length_ratio")
 
 
 def _weight(gap: float, kind: str) -> float:

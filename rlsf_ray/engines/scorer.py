@@ -105,7 +105,7 @@ class Scorer:
             np.random.default_rng(_seed(self._config.seed, group.id)),
         )
         pairs = tuple(Pair(chosen=c, rejected=r, weight=w, margin=m) for c, r, w, m in decision.pairs)
-        return {"pairs": pairs, "reason": decision.reason}
+        return {"pairs": pairs, "reason": decision.reason, "sure": decision.sure}
 
     def training_groups(self, scored: Sequence[ScoredGroup]) -> list[TrainingGroup]:
         """Groups that something is learned from, reduced to the traces in use, with reference log-probs."""
@@ -122,6 +122,7 @@ class Scorer:
             sequence=group.sequence,
             prompt_id=group.prompt.id,
             signal=scored.signal,
+            sure=scored.sure,
             prompt_ids=group.prompt_ids,
             traces=tuple(_training_trace(scored, k, values) for k, values in zip(used, reference, strict=True)),
             pairs=tuple(

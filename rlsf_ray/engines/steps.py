@@ -28,6 +28,17 @@ class StepSize:
         return cls(sum(group.num_examples for group in step), sum(lengths))
 
 
+def surest(groups: Iterable[TrainingGroup], most: int | None) -> tuple[list[TrainingGroup], list[TrainingGroup]]:
+    """(the `most` groups that the pair rule is surest of, the others), both in the order given; None: all are kept.
+
+    Of equally sure ones the earlier is kept.
+    """
+    known = list(groups)
+    order = sorted(known, key=lambda group: (-group.sure, group.sequence))
+    kept = {group.sequence for group in order[:most]}
+    return [group for group in known if group.sequence in kept], [g for g in known if g.sequence not in kept]
+
+
 def training_steps(groups: Iterable[TrainingGroup], examples: int) -> Iterator[list[TrainingGroup]]:
     """Cut a stream of groups into optimiser steps: a step closes once it holds so many examples."""
     step: list[TrainingGroup] = []

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from rlsf_ray.records import Json, Outcome
 
 IN_FLIGHT, PAIRS, TRAINED, FILTERED, FAILED = "in_flight", "pairs", "trained", "filtered", "failed"
-ROLLED_BACK = "rolled_back"
+ROLLED_BACK, LESS_SURE = "rolled_back", "less_sure"
 
 
 class Ledger:
@@ -47,6 +47,11 @@ class Ledger:
         """These groups are in the committed checkpoint."""
         for sequence in sequences:
             self._move(round, sequence, (PAIRS, IN_FLIGHT), (TRAINED, ""))
+
+    def left_out(self, round: int, sequences: Iterable[int]) -> None:
+        """These groups have pairs, but the round has enough of surer ones."""
+        for sequence in sequences:
+            self._move(round, sequence, (PAIRS, IN_FLIGHT), (FILTERED, LESS_SURE))
 
     def rolled_back(self, first: int) -> None:
         """The run goes back to before round `first`: what was or would be trained from there on is abandoned."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from time import time
 
 from rlsf_ray.config import RunConfig
@@ -66,18 +66,20 @@ class RunState:
             for name in ("traces", "tokens", "parsed", "cut_off"):
                 self.counts[name] += getattr(outcome, f"num_{name}")
 
-    def committed(self, round: int, version: int | None, sequences: Sequence[int], vitals: Json) -> None:
+    def committed(
+        self, round: int, version: int | None, sequences: Sequence[int], vitals: Json, left_out: Mapping[int, int]
+    ) -> None:
         """The checkpoint of `round` is saved and holds exactly the groups with pairs; `training_vitals` of the round.
 
-        `version` None: it is that of a reward model.
+        `version` None: it is that of a reward model. `left_out`: {sequence: pairs} of groups that were not sure enough.
         Raises ValueError if the trainer and the scorers disagree about which groups those are.
         """
         waiting = set(self.ledger.sequences(round, PAIRS))
-        if not waiting <= set(sequences):
-            raise ValueError(
-                f"round {round}: groups {sorted(waiting - set(sequences))} have pairs but were not trained"
-            )
+        if missing := waiting - set(sequences) - left_out.keys():
+            raise ValueError(f"round {round}: groups {sorted(missing)} have pairs but were not trained")
         self.ledger.trained(round, sequences)
+        self.ledger.left_out(round, left_out)
+        self.counts[self._examples(round)] -= sum(left_out.values())
         if version is not None:
             self._training_vitals[str(version)] = vitals
         self._end(round, version)

@@ -14,6 +14,7 @@ from rlsf_ray.config import RunConfig
 from rlsf_ray.errors import NoPairsError
 from rlsf_ray.records import Json
 from rlsf_ray.run_store import RunStore
+from rlsf_ray.stream.ledger import Ledger
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(480)]
 NO_PROBE: Json = {"data": {"probe": []}}
@@ -64,7 +65,11 @@ def test_the_service_gives_the_scores_and_the_adapters_of_the_loop(
     found, expected = (store.read_adapter(last)[0] for store in (served[name], looped))
     assert max(np.abs(found[key] - expected[key]).max() for key in expected) <= 1e-5
     if name == "reward":
-        weights, others = served[name].read_reward(), looped.read_reward()
+        states = [store.read_json("state.json") for store in (served[name], looped)]
+        ends = [Ledger.from_json(state["ledger"]).totals() for state in states]
+        assert ends[0] == ends[1]
+        assert ends[0]["reasons"]["less_sure"] > 0
+        weights, others = served[name].read_reward(0), looped.read_reward(0)
         assert max(np.abs(weights[key] - others[key]).max() for key in others) <= 1e-5
 
 

@@ -15,6 +15,7 @@ from rlsf_ray.config import RunConfig
 from rlsf_ray.engines.build import build_engine
 from rlsf_ray.errors import GuardError, InputError, NoPairsError
 from rlsf_ray.evaluate import evaluate_version, measure_version
+from rlsf_ray.export import pair_messages
 from rlsf_ray.records import Json
 from rlsf_ray.run_store import RunStore
 from rlsf_ray.tasks.sources import load_sets
@@ -245,3 +246,17 @@ def _vote_share(rows: list[dict[str, Any]]) -> float:
     for row in rows:
         by_group.setdefault(row["group_id"], []).append(row["label"])
     return float(np.mean([max(map(labels.count, labels)) / len(labels) for labels in by_group.values()]))
+
+
+def test_of_a_round_only_the_surest_prompts_are_trained_and_exported(tiny: Path, tmp_path: Path) -> None:
+    pairs = {"rule": "best_worst", "max_pairs": 1, "most_prompts": 3}
+    summary = loop.run(tiny_config(tiny, pairs=pairs), str(tmp_path / "run"))
+    store = RunStore.open(str(tmp_path / "run"))
+    formed = store.read_table("pairs").to_pylist()
+    assert len(formed) > 6
+    assert summary["accounting"]["trained"] == 6 == summary["training"]["pairs"]
+    assert summary["accounting"]["reasons"]["less_sure"] == len(formed) - 6
+    for round in (0, 1):
+        best = sorted((row["chosen_score"] for row in formed if row["round"] == round), reverse=True)[:3]
+        kept = [row["chosen_score"] for row in pair_messages(store) if row["round"] == round]
+        assert sorted(kept, reverse=True) == best

@@ -14,7 +14,7 @@ from tiny import tiny_config
 
 from rlsf_ray.engines.learner import Learner
 from rlsf_ray.engines.models import load_model
-from rlsf_ray.engines.steps import StepSize, pass_order, passes, split_group, training_steps
+from rlsf_ray.engines.steps import StepSize, pass_order, passes, split_group, surest, training_steps
 from rlsf_ray.errors import NonFiniteLossError, WeightsError
 from rlsf_ray.records import Pair, TrainingGroup, TrainingTrace
 
@@ -236,3 +236,12 @@ def test_later_passes_are_shuffled_the_same_way_each_time() -> None:
     assert order[0] == list(range(8))
     assert order[1] != order[0] != order[2] != order[1]
     assert order[1] == [g.sequence for g in pass_order(many, 0, 0, 1)]
+
+
+def test_the_surest_groups_are_kept_in_their_order_and_the_earlier_of_equals() -> None:
+    groups = [replace(group(index), sure=sure) for index, sure in enumerate((2.0, 3.0, 2.0, 5.0))]
+    kept, left_out = surest(iter(groups), 3)
+    assert [one.sequence for one in kept] == [0, 1, 3]
+    assert [one.sequence for one in left_out] == [2]
+    assert surest(groups, None) == (groups, [])
+    assert surest(groups, 9) == (groups, [])

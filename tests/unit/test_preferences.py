@@ -232,3 +232,30 @@ def test_format_only_prefers_answered_traces_whatever_their_scores() -> None:
     assert decide("format_only", candidates([NAN, NAN], [-1, -1])).reason == "no_answers"
     lengths = candidates([0.9, NAN], [0, -1], lengths=[10, 21])
     assert decide("format_only", lengths, Limits(max_length_ratio=2.0)).reason == "length_ratio"
+
+
+@pytest.mark.parametrize(
+    ("rule", "sure"),
+    [
+        ("voted", 0.75),
+        ("reversed", 0.75),
+        ("best_worst", 0.5),
+        ("all_above", 0.5),
+        ("random", 0.0),
+        ("format_only", 0.0),
+    ],
+)
+def test_how_sure_a_rule_is_of_a_prompt(rule: str, sure: float) -> None:
+    """Answer 0 has 0.5 + 0.25, answer 1 has 0.375, one trace none. A vote counts its weight, others the best trace."""
+    found = RULES[rule](
+        Candidates(
+            scores=np.array([0.5, 0.25, 0.375, np.nan]),
+            labels=np.array([0, 0, 1, -1]),
+            lengths=np.array([5, 5, 5, 5]),
+            finished=np.array([True] * 4),
+        ),
+        Limits(max_pairs=2, min_chosen=0.1),
+        np.random.default_rng(0),
+    )
+    assert found.pairs
+    assert found.sure == sure

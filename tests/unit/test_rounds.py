@@ -188,7 +188,7 @@ def test_a_commit_that_comes_while_the_run_goes_back_publishes_nothing(tmp_path:
 def test_the_next_life_of_a_run_that_was_to_go_back_trains_no_more(tmp_path: Path, crashed_after: str) -> None:
     made, _, _ = make(tmp_path, a=fine)
     made._state.ledger.admit(0, 2)
-    made._state.committed(0, 1, [0, 1], {})
+    made._state.committed(0, 1, [0, 1], {}, {})
     assert made._state.judged(0, asdict(HEALTHY)) == "go_on"
     assert made._state.judged(1, asdict(HEALTHY) | {"length": 2.0}) == "stop"
     if crashed_after == "roll back":

@@ -44,11 +44,11 @@ def state(small: RunConfig) -> RunState:
 
 def test_a_commit_that_left_out_a_group_is_refused(state: RunState) -> None:
     with pytest.raises(ValueError, match=r"groups \[2\] have pairs but were not trained"):
-        state.committed(0, 1, [0], {})
+        state.committed(0, 1, [0], {}, {})
 
 
 def test_a_commit_ends_the_round_and_makes_its_version_the_newest(state: RunState) -> None:
-    state.committed(0, 1, [0, 2], {})
+    state.committed(0, 1, [0, 2], {}, {})
     assert state.admission.newest == 1
     assert state.ledger.totals()["trained"] == 2
 
@@ -125,7 +125,7 @@ def test_a_run_with_a_filtered_prompt_has_no_pairs(small: RunConfig) -> None:
 
 
 def test_state_json_brings_everything_back(state: RunState, small: RunConfig) -> None:
-    state.committed(0, 1, [0, 2], {})
+    state.committed(0, 1, [0, 2], {}, {})
     state.had_no_pairs(1)
     again = RunState("run", small, json.loads(json.dumps(state.to_json())), clock=lambda: 500.0)
     assert (again.admission.newest, again.admission.rounds_ended) == (1, 2)
@@ -153,7 +153,7 @@ def three_rounds(**changes: Any) -> RunState:
         state.ledger.admit(round, 2)
         state.scored(round, [outcome(0, None), outcome(1, "tie")])
         if round < 2:
-            state.committed(round, round + 1, [0], {})
+            state.committed(round, round + 1, [0], {}, {})
     for version, vitals in enumerate((GOOD, GOOD)):
         assert state.judged(version, vitals) == "go_on"
     return state
@@ -163,7 +163,7 @@ def test_the_guard_sees_how_far_a_round_was_from_the_base_model(small: RunConfig
     state = RunState("run", small)
     state.ledger.admit(0, 1)
     state.scored(0, [outcome(0, None)])
-    state.committed(0, 1, [0], {"kl": 0.7, "logprob_gap": 0.05})
+    state.committed(0, 1, [0], {"kl": 0.7, "logprob_gap": 0.05}, {})
     again = RunState("run", small, json.loads(json.dumps(state.to_json())))  # a resume
     for watching in (state, again):
         assert watching.judged(0, GOOD) == "go_on"
@@ -231,7 +231,14 @@ def test_a_round_of_the_reward_model_ends_without_a_version() -> None:
     state = RunState("run", tiny_config(Path("model"), **settings), clock=lambda: 100.0)
     state.ledger.admit(0, 1)
     state.scored(0, [outcome(0, None)])
-    state.committed(0, None, [0], {})
+    state.committed(0, None, [0], {}, {})
     assert (state.admission.newest, state.admission.rounds_ended) == (0, 1)
     assert state.ledger.totals()["trained"] == 1
     assert RunState("run", tiny_config(Path("model"), **settings), state.to_json()).admission.rounds_ended == 1
+
+
+def test_groups_that_were_not_sure_enough_end_as_filtered_and_their_pairs_do_not_count(state: RunState) -> None:
+    state.committed(0, 1, [0], {}, {2: 2})
+    totals = state.ledger.totals()
+    assert (totals["trained"], totals["reasons"]) == (1, {"tie": 1, "less_sure": 1})
+    assert state.counts["pairs"] == 2  # of the four
