@@ -98,7 +98,7 @@ class Worker:
                 steps = self._learner.steps
                 del self._learner  # the reward model's: one at a time in memory
                 self._learner = self._new_learner(steps_before=steps)
-            self._before, self._gap = self._learner.adapter(), None
+            self._before, self._gap, self._left_out = self._learner.adapter(), None, []
             trained = self._lead(round) if self._rank == 0 else self._follow()
             if trained:
                 self._report(round, trained)

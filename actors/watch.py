@@ -16,7 +16,11 @@ RETRY_S = 0.3  # a restarting actor is asked again this often
 
 
 class Watch:
-    """Deadlines of one run. `moved` says that something happened, and lets `until` look again."""
+    """Deadlines of one run. `moved` says that something happened, and lets `until` look again.
+
+    Waits are bounded by `asyncio.timeout` and not by `wait_for`: that of Python 3.11 drops a cancellation that comes in
+    the moment in which the awaited thing is done, and the failure of another task would be heard at the deadline only.
+    """
 
     def __init__(self, deadline_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.deadline_s, self._clock = deadline_s, clock
@@ -32,7 +36,8 @@ class Watch:
     async def answer(self, call: Any, who: str) -> Any:
         """The result of one call, which must come within the deadline. Raises DeadlineError or the call's own error."""
         try:
-            result = await asyncio.wait_for(asyncio.ensure_future(call), self.deadline_s)
+            async with asyncio.timeout(self.deadline_s):
+                result = await asyncio.ensure_future(call)
         except TimeoutError:
             raise self.late(who, "has not answered") from None
         self.moved()
@@ -59,7 +64,8 @@ class Watch:
             if remaining_s <= 0:
                 raise self.late(who, "has not answered and nothing else has moved")
             with suppress(TimeoutError):
-                await asyncio.wait_for(event.wait(), remaining_s)
+                async with asyncio.timeout(remaining_s):
+                    await event.wait()
 
     async def pause(self, who: str) -> None:
         """Before a broken actor is asked again. Raises DeadlineError if nothing in the run has moved for too long."""

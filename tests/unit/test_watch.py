@@ -1,0 +1,62 @@
+"""Waits: a failure beside them is heard at once, and a deadline names who was late."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from actors.watch import Watch
+from rlsf_ray.errors import DeadlineError
+
+
+async def fails_as_it_moves(watch: Watch) -> None:
+    await asyncio.sleep(0.05)
+    watch.moved()  # wakes whoever waits, in the same moment
+    raise ValueError("the commit was refused")
+
+
+def test_a_task_that_moves_and_fails_in_one_moment_ends_the_wait_beside_it() -> None:
+    watch = Watch(deadline_s=20.0)
+
+    async def run() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(fails_as_it_moves(watch))
+            await watch.until(lambda: False, "the trainer")
+
+    start = time.monotonic()
+    with pytest.raises(ExceptionGroup) as found:
+        asyncio.run(run())
+    assert [type(error) for error in found.value.exceptions] == [ValueError]
+    assert time.monotonic() - start < 5.0
+
+
+def test_an_answer_that_comes_with_a_failure_beside_it_does_not_hide_it() -> None:
+    watch = Watch(deadline_s=20.0)
+
+    async def run() -> None:
+        done = asyncio.get_running_loop().create_future()
+
+        async def answers_and_fails() -> None:
+            await asyncio.sleep(0.05)
+            done.set_result(1)
+            raise ValueError("the commit was refused")
+
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(answers_and_fails())
+            await watch.answer(done, "the weight store")
+            await asyncio.sleep(20.0)
+
+    start = time.monotonic()
+    with pytest.raises(ExceptionGroup):
+        asyncio.run(run())
+    assert time.monotonic() - start < 5.0
+
+
+def test_a_deadline_names_who_was_late() -> None:
+    async def run() -> None:
+        await Watch(deadline_s=0.05).until(lambda: False, "the trainer")
+
+    with pytest.raises(DeadlineError, match=r"the trainer has not answered and nothing else has moved for 0\.05 s"):
+        asyncio.run(run())
