@@ -81,7 +81,7 @@ class Row:
 
 EVERY = tuple(TASKS)
 # Driven to collapse, with nothing that holds the pairs back; each version measured
-TOO_FAR = ("rounds=5", "learner.learning_rate=4e-4", "eval.during=200", "pairs.most_prompts=null")
+TOO_FAR = ("rounds=5", "learner.learning_rate=4e-4", "eval.during=200", "pairs.surest=null")
 TEMPERATURES = (0.3, 0.45, 0.8, 1.0)  # 0.6 is what every other row is sampled with
 ROWS = {
     "base": Row(None, ("eval.branches=10",), tasks=EVERY),

@@ -6,6 +6,7 @@ Importing this module needs neither torch nor Ray, so that a mistake is found be
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -119,31 +120,18 @@ class RolloutConfig(_Section):
     max_tokens: PositiveInt = 80
 
 
-Score = Annotated[float, Field(ge=0.0)]
-
-
-def _several(value: Any) -> Any:
-    return value if isinstance(value, list | tuple) else (value,)
-
-
 class PairsConfig(_Section):
     """Scored group -> pairs."""
 
     rule: Annotated[str, _one_of("pair rule", tuple(RULES))] = "voted"
     max_pairs: PositiveInt | None = 3  # cap for each prompt
-    # Least score of a chosen trace (voted: of the whole answer): one number, or one for each round
-    min_chosen: Annotated[tuple[Score, ...], Field(min_length=1), BeforeValidator(_several)] = (0.0,)
-    most_prompts: PositiveInt | None = (
-        None  # of a round, the surest ones: their pairs are known when it has been scored
-    )
+    min_chosen: float = Field(default=0.0, ge=0.0)  # least score of a chosen trace (voted: of the whole answer)
+    # Share of a round's prompts that may give pairs: the surest, which are known when all have been scored. None: all
+    surest: float | None = Field(default=None, gt=0.0, le=1.0)
     min_gap: float = Field(default=0.0, ge=0.0)  # least score gap within a pair
     same_answer: bool = False  # may both traces of a pair give the same answer?
     max_length_ratio: float | None = Field(default=None, gt=1.0)  # longer over shorter trace, in tokens
     weight: Literal["one", "gap", "exp_gap"] = "one"  # how much a pair counts in the loss
-
-    def least_chosen(self, round: int) -> float:
-        """`min_chosen` in a round; the last of several stays."""
-        return self.min_chosen[min(round, len(self.min_chosen) - 1)]
 
 
 class LossConfig(_Section):
@@ -284,7 +272,9 @@ class RunConfig(_Section):
 
     def most_prompts(self, round: int) -> int | None:
         """How many prompts of the round may be learned from; None: all."""
-        return self.pairs.most_prompts if self.has_pairs(round) else None
+        if self.pairs.surest is None or not self.has_pairs(round):
+            return None
+        return max(1, math.floor(self.pairs.surest * self.prompts_per_round + 0.5))
 
     def epochs(self, round: int) -> int:
         """Passes over the round's groups."""
@@ -315,10 +305,10 @@ class RunConfig(_Section):
     def _check_pairs(self) -> RunConfig:
         if not self.has_pairs(0):
             return self
-        if self.pairs.rule == "all_above" and max(self.pairs.min_chosen) > 1.0:
+        if self.pairs.rule == "all_above" and self.pairs.min_chosen > 1.0:
             raise ValueError(
                 "pairs.min_chosen is compared with a score of at most 1 under all_above, got"
-                f" {max(self.pairs.min_chosen)}; set it between 0 and 1"
+                f" {self.pairs.min_chosen}; set it between 0 and 1"
             )
         if self.pairs.rule in ("voted", "reversed") and self.signal in SIGNALS and not SIGNALS[self.signal].bounded:
             raise ValueError(

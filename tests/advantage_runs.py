@@ -13,6 +13,6 @@ REWARD: dict[str, Any] = {
     "rounds": 3,
     "signal": "disparity",
     "advantages": {"traces_per_step": 16},
-    "pairs": {"rule": "best_worst", "max_pairs": 1, "same_answer": True, "most_prompts": 1},
+    "pairs": {"rule": "best_worst", "max_pairs": 1, "same_answer": True, "surest": 0.1},
     "reward_model": {"rounds": 1, "epochs": 2, "learning_rate": 1e-2},
 }

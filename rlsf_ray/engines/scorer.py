@@ -96,7 +96,7 @@ class Scorer:
             ),
             Limits(
                 max_pairs=limits.max_pairs,
-                min_chosen=limits.least_chosen(group.round),
+                min_chosen=limits.min_chosen,
                 min_gap=limits.min_gap,
                 same_answer=limits.same_answer,
                 max_length_ratio=limits.max_length_ratio,

@@ -249,7 +249,7 @@ def _vote_share(rows: list[dict[str, Any]]) -> float:
 
 
 def test_of_a_round_only_the_surest_prompts_are_trained_and_exported(tiny: Path, tmp_path: Path) -> None:
-    pairs = {"rule": "best_worst", "max_pairs": 1, "same_answer": True, "most_prompts": 1}
+    pairs = {"rule": "best_worst", "max_pairs": 1, "same_answer": True, "surest": 0.1}
     summary = loop.run(tiny_config(tiny, pairs=pairs), str(tmp_path / "run"))
     store = RunStore.open(str(tmp_path / "run"))
     formed = store.read_table("pairs").to_pylist()

@@ -33,7 +33,7 @@ def test_every_recipe_loads_and_bears_its_own_name() -> None:
 def test_the_paper_recipe_has_the_authors_numbers() -> None:
     config = load_config("rlsf_paper")
     assert (config.rollout.name, config.rollout.traces, config.data.answer) == ("cot_decoding", 10, "elicit")
-    assert (config.pairs.rule, config.pairs.min_chosen, config.pairs.max_pairs) == ("all_above", (0.9,), None)
+    assert (config.pairs.rule, config.pairs.min_chosen, config.pairs.max_pairs) == ("all_above", 0.9, None)
     assert (config.pairs.same_answer, config.pairs.weight) == (True, "one")
     assert (config.loss.beta, config.loss.label_smoothing, config.loss.nll) == (0.2, 0.01, 0.0)
     assert (config.learner.learning_rate, config.learner.epochs) == (5e-5, 5)
@@ -213,3 +213,10 @@ def test_a_run_with_a_reward_model_changes_what_it_learns_from() -> None:
     assert [config.has_pairs(round) for round in (0, 1, 2)] == [True, True, False]
     assert [config.examples_per_step(round) for round in (1, 2)] == [8, 128]
     assert [config.epochs(round) for round in (1, 2)] == [3, 1]
+
+
+def test_the_surest_share_of_a_round_is_a_number_of_prompts() -> None:
+    assert load_config("rlsf").most_prompts(0) == 20  # a sixth of 120
+    assert load_config("rlsf", ["prompts_per_round=30"]).most_prompts(2) == 5
+    assert load_config("rlsf", ["prompts_per_round=1"]).most_prompts(0) == 1  # never none
+    assert load_config("random_pairs").most_prompts(0) is None

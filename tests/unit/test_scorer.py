@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +20,6 @@ from rlsf_ray.errors import InputError
 def scorer(tiny: Path) -> Iterator[Scorer]:
     made = Scorer(tiny_config(tiny, pairs={"rule": "voted", "max_pairs": 3, "min_chosen": 0.5}))
     yield made
-    made.close()
-
-
-def test_the_limit_may_rise_with_the_rounds(tiny: Path) -> None:
-    """A vote of weight 0.7 passes 0.5 in the first round and not 0.8 in the second, nor in the third."""
-    made = Scorer(tiny_config(tiny, pairs={"rule": "voted", "max_pairs": 3, "min_chosen": [0.5, 0.8]}))
-    traces = [trace(0, "2", 0.5), trace(1, "2", 0.4), trace(2, "3", 0.7)]
-    reasons = [made.score([replace(group(*traces), round=round)])[0].reason for round in range(3)]
-    assert reasons == [None, "below_min_chosen", "below_min_chosen"]
     made.close()
 
 
