@@ -1,0 +1,200 @@
+"""Checks that need no model: does a text solve its task? Pure functions, safe on whatever a model writes.
+
+A check says right or wrong with the reason; a text that it cannot even read is wrong. That a check could not be made at
+all (its own data is bad) is an InputError, never a wrong answer.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import operator
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from rlsf_ray.errors import InputError
+from rlsf_ray.records import Json
+
+LONGEST = 2000  # characters of a text that is read as code
+_OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+_SIGNS = str.maketrans({"×": "*", "÷": "/", "−": "-", "–": "-"})
+_TYPES: dict[str, tuple[type, ...]] = {
+    "string": (str,),
+    "integer": (int,),
+    "float": (float, int),
+    "number": (float, int),
+    "boolean": (bool,),
+    "array": (list, tuple),
+    "tuple": (list, tuple),
+    "dict": (dict,),
+    "object": (dict,),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a text passed, and why not."""
+
+    right: bool
+    reason: str = ""
+
+
+def countdown(text: str, numbers: Sequence[int], target: int) -> Verdict:
+    """Is `text` an expression of + - * / that uses each of `numbers` exactly once and equals `target`, exactly?
+
+    As reasoning-gym asks it; its own scorer evaluates the text as Python, which is no check for what a model writes.
+    """
+    tree = _parsed(text.translate(_SIGNS).strip().rstrip("."))
+    if tree is None:
+        return Verdict(False, "no expression")
+    used: list[int] = []
+    try:
+        value = _value(tree, used)
+    except ZeroDivisionError:
+        return Verdict(False, "divides by zero")
+    except RecursionError:
+        return Verdict(False, "too deep")
+    except ValueError as error:
+        return Verdict(False, str(error))
+    if sorted(used) != sorted(numbers):
+        return Verdict(False, f"uses {sorted(used)}, expected {sorted(numbers)}")
+    return Verdict(value == target, "" if value == target else f"is {value}, expected {target}")
+
+
+def function_call(text: str, functions: Sequence[Json], expected: Sequence[Json]) -> Verdict:
+    """Is `text` the one call that is wanted? BFCL's simple calls: `name(arg=value, ...)`, or JSON with its name.
+
+    `functions` describes what may be called (name, parameters with properties and required); `expected` is BFCL's
+    ground truth [{name: {argument: [values that count]}}], where "" among them means that it may be left out. Values
+    have the described type (an integer counts as a float); texts are equal but for case, spaces and punctuation.
+    """
+    (wanted,) = expected
+    ((name, accepted),) = wanted.items()
+    described = {one["name"]: one["parameters"] for one in functions}
+    if name not in described:
+        raise InputError(f"the wanted function {name} is not among those described, {sorted(described)}; mend the data")
+    properties = described[name]["properties"]
+    call = _json_call(text) or _python_call(text, list(properties))
+    if call is None:
+        return Verdict(False, "no call")
+    called, given = call
+    if called != name:
+        return Verdict(False, f"calls {called}, expected {name}")
+    if odd := sorted(given.keys() - properties.keys()):
+        return Verdict(False, f"unknown argument {odd[0]}")
+    for argument, values in accepted.items():
+        if argument not in given:
+            if argument in described[name].get("required", ()) or "" not in values:
+                return Verdict(False, f"lacks {argument}")
+        elif not _has_type(given[argument], properties[argument]["type"]):
+            return Verdict(False, f"{argument} is no {properties[argument]['type']}")
+        elif not any(_same(given[argument], value) for value in values):
+            return Verdict(False, f"{argument} is {given[argument]!r}")
+    return Verdict(True)
+
+
+def fits_schema(text: str, schema: Json) -> Verdict:
+    """Does the last JSON object or array in `text` fit the JSON Schema? Raises InputError for a schema that is none."""
+    import jsonschema
+
+    kind = jsonschema.validators.validator_for(schema)
+    try:
+        kind.check_schema(schema)
+    except jsonschema.SchemaError as error:
+        raise InputError(f"not a JSON Schema: {error.message}; correct it") from error
+    found = list(_json_values(text))
+    if not found:
+        return Verdict(False, "no JSON")
+    problem = next(kind(schema).iter_errors(found[-1]), None)
+    return Verdict(problem is None, problem.message if problem else "")
+
+
+def _parsed(text: str) -> ast.expr | None:
+    if len(text) > LONGEST:
+        return None
+    try:
+        return ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # what a parser says of hostile text
+        return None
+
+
+def _value(node: ast.expr, used: list[int]) -> Fraction:
+    """The exact value; the whole numbers in it are added to `used`. Raises ValueError for anything but arithmetic."""
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        used.append(node.value)
+        return Fraction(node.value)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -_value(node.operand, used)
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:
+        return _OPERATIONS[type(node.op)](_value(node.left, used), _value(node.right, used))
+    raise ValueError(f"holds {type(node).__name__}, expected whole numbers and + - * /")
+
+
+def _json_values(text: str) -> Iterator[Any]:
+    """Every JSON object or array in a text that does not lie inside another."""
+    decoder, at = json.JSONDecoder(), 0
+    while (match := re.compile(r"[\[{]").search(text, at)) is not None:
+        try:
+            value, at = decoder.raw_decode(text, match.start())
+            yield value
+        except (ValueError, RecursionError):
+            at = match.start() + 1
+
+
+def _json_call(text: str) -> tuple[str, dict[str, Any]] | None:
+    for value in _json_values(text):
+        one = value[0] if isinstance(value, list) and len(value) == 1 else value
+        if isinstance(one, dict) and isinstance(one.get("name"), str):
+            arguments = one.get("arguments", one.get("parameters", {}))
+            if isinstance(arguments, dict):
+                return one["name"], arguments
+    return None
+
+
+def _python_call(text: str, order: Sequence[str]) -> tuple[str, dict[str, Any]] | None:
+    """The first line that is a call of literals; arguments without a name are taken in the order described."""
+    for line in text.strip().strip("`").splitlines():
+        node = _parsed(line.strip().strip("`").removeprefix("[").removesuffix("]"))
+        if not isinstance(node, ast.Call) or len(node.args) > len(order):
+            continue
+        try:
+            given = {name: ast.literal_eval(value) for name, value in zip(order, node.args, strict=False)}
+            given |= {str(word.arg): ast.literal_eval(word.value) for word in node.keywords}
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+            continue
+        return ast.unparse(node.func), given
+    return None
+
+
+def _has_type(value: Any, kind: str) -> bool:
+    if isinstance(value, bool):
+        return kind in ("boolean", "any")
+    return kind == "any" or isinstance(value, _TYPES.get(kind, (object,)))
+
+
+def _same(given: Any, value: Any) -> bool:
+    """Equal as BFCL compares: texts loosely, a dict by the list of values that count for each key, lists in order."""
+    if isinstance(given, str) and isinstance(value, str):
+        return _plain(given) == _plain(value)
+    if isinstance(given, list | tuple) and isinstance(value, list | tuple):
+        return len(given) == len(value) and all(_same(a, b) for a, b in zip(given, value, strict=True))
+    if isinstance(given, dict) and isinstance(value, Mapping):
+        return given.keys() <= value.keys() and all(_counts(given, key, values) for key, values in value.items())
+    return type(given) is not str and bool(given == value)
+
+
+def _counts(given: Mapping[str, Any], key: str, values: Any) -> bool:
+    accepted = values if isinstance(values, list) else [values]
+    return any(_same(given[key], value) for value in accepted) if key in given else "" in accepted
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[\s,./\-_*^'\"]", "", text).casefold()

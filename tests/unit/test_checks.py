@@ -1,0 +1,134 @@
+"""Checks on texts as models write them, and on every call of BFCL's simple set."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlsf_ray.errors import InputError
+from rlsf_ray.tasks.checks import countdown, fits_schema, function_call
+
+DATA = Path(os.environ.get("RLSF_DATA") or Path(__file__).parents[3] / "shared" / "data") / "bfcl"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("94*4 - 61 - 6", ""),
+        ("(94 × 4) − (61 + 6).", ""),
+        ("94*4 - 61", "uses [4, 61, 94], expected [4, 6, 61, 94]"),
+        ("94*4 - 61 - 6 - 6 + 6", "uses [4, 6, 6, 6, 61, 94]"),
+        ("94*4 - 61 + 6", "is 321, expected 309"),
+        ("94/(4 - 4) - 61 - 6", "divides by zero"),
+        ("94*4 - 61 - 6 = 309", "no expression"),
+        ("__import__('os').system('true')", "holds Call"),
+        ("94**4 - 61 - 6", "holds BinOp"),
+        ("94.0*4 - 61 - 6", "holds Constant"),
+        ("True*94*4 - 61 - 6", "holds Constant"),
+        ("(" * 5000, "no expression"),
+        ("-" * 1500 + "4", None),  # deep, and no crash
+        ("", "no expression"),
+    ],
+)
+def test_countdown(text: str, reason: str | None) -> None:
+    found = countdown(text, [6, 61, 94, 4], 309)
+    assert found.right is (reason == "")
+    assert reason is None or reason in found.reason
+
+
+def test_countdown_is_exact() -> None:
+    assert countdown("8/(3 - 8/3)", [3, 3, 8, 8], 24).right  # floating point gives 23.999999999999993
+    assert not countdown("1/3*3", [1, 3, 3], 2).right
+
+
+AREA: dict[str, Any] = {
+    "name": "geo.area",
+    "parameters": {
+        "properties": {
+            "base": {"type": "float"},
+            "unit": {"type": "string"},
+            "exact": {"type": "boolean"},
+            "where": {"type": "dict"},
+        },
+        "required": ["base"],
+    },
+}
+WANTED = [
+    {"geo.area": {"base": [10, 10.5], "unit": ["New York", ""], "exact": [True, ""], "where": [{"x": [1, 2]}, ""]}}
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("geo.area(base=10)", ""),
+        ("geo.area(10, 'new-york')", ""),
+        ("Sure:\n```\ngeo.area(base=10.5, exact=True)\n```", ""),
+        ('{"name": "geo.area", "arguments": {"base": 10, "where": {"x": 2}}}', ""),
+        ("geo.area(base=11)", "base is 11"),
+        ("geo.area(base='10')", "base is no float"),
+        ("geo.area(base=True)", "base is no float"),
+        ("geo.area(base=10, where={'y': 1})", "where is {'y': 1}"),
+        ("geo.area(unit='New York')", "lacks base"),
+        ("geo.area(base=10, colour='red')", "unknown argument colour"),
+        ("geo.volume(base=10)", "calls geo.volume"),
+        ("geo.area(base=open('x'))", "no call"),
+        ("I cannot call anything", "no call"),
+    ],
+)
+def test_function_calls_by_name_required_arguments_types_and_values(text: str, reason: str) -> None:
+    found = function_call(text, [AREA], WANTED)
+    assert found.right is (reason == "")
+    assert reason in found.reason
+
+
+def test_data_that_wants_a_function_it_does_not_describe_is_no_wrong_answer() -> None:
+    with pytest.raises(InputError, match=r"geo\.area is not among those described"):
+        function_call("geo.area(base=10)", [], WANTED)
+
+
+@pytest.mark.skipif(not DATA.exists(), reason=f"{DATA} is not there (set RLSF_DATA to its parent)")
+def test_every_wanted_call_of_bfcl_passes_and_a_spoilt_one_does_not() -> None:
+    rows = [json.loads(line) for line in (DATA / "BFCL_v4_simple_python.json").read_text().splitlines()]
+    lines = (DATA / "possible_answer" / "BFCL_v4_simple_python.json").read_text().splitlines()
+    truth = {one["id"]: one["ground_truth"] for one in map(json.loads, lines)}
+
+    def first(value: Any) -> Any:
+        """A value in place of the lists of those that count, as a model would give it."""
+        if isinstance(value, list):
+            return [first(one) for one in value]
+        return {k: first(v[0]) for k, v in value.items() if v[0] != ""} if isinstance(value, dict) else value
+
+    for row in rows:
+        ((name, accepted),) = truth[row["id"]][0].items()
+        required = row["function"][0]["parameters"].get("required", ())
+        given = {  # one row lets a required argument be left out; required it is
+            argument: first(next(value for value in values if value != ""))
+            for argument, values in accepted.items()
+            if values[0] != "" or argument in required
+        }
+        python = f"{name}({', '.join(f'{k}={v!r}' for k, v in given.items())})"
+        for text in (python, json.dumps({"name": name, "arguments": given})):
+            found = function_call(text, row["function"], truth[row["id"]])
+            assert found.right, (row["id"], text, found.reason)
+        assert not function_call(f"other_{python}", row["function"], truth[row["id"]]).right
+        for argument in required:
+            fewer = {k: v for k, v in given.items() if k != argument}
+            text = json.dumps({"name": name, "arguments": fewer})
+            assert not function_call(text, row["function"], truth[row["id"]]).right, (row["id"], argument)
+    assert len(rows) == 400
+
+
+def test_json_fits_its_schema() -> None:
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    assert fits_schema('Here it is: {"n": 3}', schema).right
+    assert fits_schema('First {"n": "x"}, no: {"n": 3}', schema).right  # the last one counts
+    assert "is not of type 'integer'" in fits_schema('{"n": "3"}', schema).reason
+    assert fits_schema("n = 3", schema).reason == "no JSON"
+    assert fits_schema("{" * 5000, schema).reason == "no JSON"
+    with pytest.raises(InputError, match="not a JSON Schema"):
+        fits_schema("{}", {"type": "number?"})
