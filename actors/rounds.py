@@ -186,6 +186,11 @@ class Rounds:
             await self._admit(round)
         await self._watch.until(lambda: admission.rounds_ended >= self._config.rounds, "the trainer")
 
+    def _trained_reward(self) -> bool:
+        """Is the run in the rounds of its reward model, and one of them is over?"""
+        ended = self._state.admission.rounds_ended
+        return self._config.trains_reward(ended) and self._store.reward_round(ended) is not None
+
     async def _check_reward(self, round: int) -> None:
         """Raises NoPairsError where the policy's rounds begin and those of the reward model had no pairs."""
         settings = self._config.reward_model
@@ -283,9 +288,9 @@ class Rounds:
             record, boxed = await self._commits.get()
             if record is not None:
                 await self._commit(record, boxed)
-            elif self._state.admission.newest > 0:
+            elif self._state.admission.newest > 0 or await asyncio.to_thread(self._trained_reward):
                 raise StorageError(
-                    f"version {self._state.admission.newest} is published, but the trainer finds no checkpoint in"
+                    f"{self._state.admission.rounds_ended} rounds are over, but the trainer finds no checkpoint in"
                     f" {self._store.path('checkpoints')}; restore that folder from a copy, or begin a new run"
                 )
             self._trainer_at = record["round"] + 1 if record else 0

@@ -87,7 +87,8 @@ class Worker:
         self._learner: Learner
         self._versions = [0]  # published before the round in work
         self._before: dict[str, np.ndarray] = {}  # the adapter at the beginning of the round
-        self._left_out: list[TrainingGroup] = []  # of the round in work
+        self._left_out: list[tuple[int, int]] = []  # (sequence, pairs) of the round in work
+        self._round_size = 0  # prompts of the round in work, once all have been leased
         self._gap: float | None = None  # to the generators' log-probs at the round's first step
 
     def run(self) -> None:
@@ -128,11 +129,13 @@ class Worker:
         The first pass trains as groups arrive, unless only the surest of the round are to be trained.
         """
         groups: list[TrainingGroup] = []
-        size, most = self._config.examples_per_step(round), self._config.most_prompts(round)
+        size = self._config.examples_per_step(round)
         try:
             arriving: Iterable[TrainingGroup] = self._leased(round, groups)
-            if most is not None:
-                groups, self._left_out = surest(list(arriving), most)
+            if self._config.keeps_surest(round):
+                known = list(arriving)
+                groups, others = surest(known, self._config.most_prompts(round, self._round_size))
+                self._left_out = [(group.sequence, group.num_examples) for group in others]
                 arriving = groups
             for pass_index in range(self._config.epochs(round)):
                 order = arriving if pass_index == 0 else pass_order(groups, self._config.seed, round, pass_index)
@@ -167,12 +170,12 @@ class Worker:
                 self._check_age(group)
                 taken.append(group)
                 yield group
+            first = self._round_size = lease.next_sequence
             if lease.ended:
                 return
-            first = lease.next_sequence
             if not lease.groups:  # a generator or scorer computes
                 give_memory_back()
-                self._send(("nothing yet",))
+            self._send(("nothing yet",))
 
     def _check_age(self, group: TrainingGroup) -> None:
         written = min(trace.version for trace in group.traces)
@@ -241,7 +244,7 @@ class Worker:
             "versions": self._versions,
             "checksum": checksum(adapter),
             "sequences": [group.sequence for group in groups],
-            "left_out": [[group.sequence, group.num_examples] for group in self._left_out],
+            "left_out": self._left_out,
             "vitals": training_vitals(groups, self._gap or 0.0),
             "ids": [group.id for group in groups],
         }

@@ -54,9 +54,9 @@ def between(
         _claim(to, [fingerprint(folder) for folder in ends])
         for alpha in sorted(set(alphas)):
             tell(f"mixing at alpha {alpha:g}")
-            model = write_mixture(ends[0], ends[1], alpha, to / "models" / f"{alpha:g}")
+            model = write_mixture(ends[0], ends[1], alpha, to / "models" / repr(alpha))
             tell(f"measuring alpha {alpha:g}")
-            mixed = override_config(config, [f"model.name={model}"])
+            mixed = _with_model(config, str(model))
             found["points"].append(_point(alpha, mixed, to, tell if train else None))
             (to / "between.json").write_text(json.dumps(found, indent=1) + "\n")
     return found
@@ -67,7 +67,9 @@ def _claim(to: Path, ends: Any) -> None:
     to.mkdir(parents=True, exist_ok=True)
     mark, ours = to / "mixed.json", json.loads(json.dumps(ends))
     if mark.exists() and json.loads(mark.read_text()) != ours:
-        raise InputError(f"--to: {to} holds mixtures of other models; give another folder")
+        raise InputError(
+            f"--to: {to} holds mixtures of other models, or of other versions of a run; give another folder"
+        )
     mark.write_text(json.dumps(ours) + "\n")
 
 
@@ -95,7 +97,7 @@ def _point(alpha: float, config: RunConfig, to: Path, tell: Tell | None) -> Json
     if tell is not None:
         show = lambda status: tell(f"alpha {alpha:g}: round {status['round'] + 1}, {status['message']}")  # noqa: E731
         try:
-            after = loop.run(config, str(to / "runs" / f"{alpha:g}"), show)["after"]
+            after = loop.run(config, str(to / "runs" / repr(alpha)), show)["after"]
         except (NoPairsError, GuardError) as error:  # likely where a model is too sure: the other points still count
             failed = str(error)
     return {"alpha": alpha, "metrics": before["metrics"], "vitals": before["vitals"], "after": after, "error": failed}
@@ -129,10 +131,14 @@ def write_mixture(a: Path, b: Path, alpha: float, to: Path) -> Path:
     return to
 
 
+def _with_model(config: RunConfig, name: str) -> RunConfig:
+    return override_config(config, [f"model.name={json.dumps(name)}"])
+
+
 def _folder_of(one: str | RunStore, config: RunConfig, scratch: Path) -> Path:
     """The model folder of a model's name, or the merged model of a run's last version."""
     if isinstance(one, RunStore):
         return export_merged(one, latest_version(one, None), scratch)
     from rlsf_ray.engines.models import find_model
 
-    return find_model(override_config(config, [f"model.name={one}"]).model.name)
+    return find_model(_with_model(config, one).model.name)

@@ -146,7 +146,8 @@ def mix(
     """
     wanted = _alphas(alphas)
     for_two = {"--recipe": recipe, "--set": set_, "--train": train, "--to": to}
-    idle = [name for name, value in (for_two if other is None else {"--version": version}).items() if value]
+    for_one = {"--version": version is not None}
+    idle = [name for name, value in (for_two if other is None else for_one).items() if value]
     if idle:
         raise InputError(f"{idle[0]}: is for {'two models' if other is None else 'one run'}; leave it out")
     if other is not None:

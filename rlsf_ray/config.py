@@ -270,11 +270,15 @@ class RunConfig(_Section):
         pairs = self.learner.pairs_per_step
         return pairs if self.advantages is None or self.trains_reward(round) else self.advantages.traces_per_step
 
-    def most_prompts(self, round: int) -> int | None:
-        """How many prompts of the round may be learned from; None: all."""
+    def keeps_surest(self, round: int) -> bool:
+        """Does this round learn from its surest prompts only?"""
+        return self.pairs.surest is not None and self.has_pairs(round)
+
+    def most_prompts(self, round: int, size: int) -> int | None:
+        """How many prompts of the round, which has `size`, may be learned from; None: all."""
         if self.pairs.surest is None or not self.has_pairs(round):
             return None
-        return max(1, math.floor(self.pairs.surest * self.prompts_per_round + 0.5))
+        return max(1, math.floor(self.pairs.surest * size + 0.5))
 
     def epochs(self, round: int) -> int:
         """Passes over the round's groups."""
@@ -305,6 +309,11 @@ class RunConfig(_Section):
     def _check_pairs(self) -> RunConfig:
         if not self.has_pairs(0):
             return self
+        if self.pairs.surest is not None and self.pairs.rule in ("random", "format_only"):
+            raise ValueError(
+                f"pairs.surest compares prompts by how sure a rule is of them, got pairs.rule={self.pairs.rule}, which"
+                " is of none; set pairs.surest: null"
+            )
         if self.pairs.rule == "all_above" and self.pairs.min_chosen > 1.0:
             raise ValueError(
                 "pairs.min_chosen is compared with a score of at most 1 under all_above, got"

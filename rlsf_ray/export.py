@@ -111,8 +111,13 @@ def _left_out(store: RunStore) -> set[str]:
     state = store.read_json("state.json") or {}
     ledger = Ledger.from_json(state.get("ledger", {}))
     found: set[str] = set()
+    ended = {round for round, _ in state.get("ended", ())}
     for round in store.rounds("pairs"):
+        if not store.config.keeps_surest(round):
+            continue
         sequences = set(ledger.sequences(round, FILTERED))
+        if round not in ended:  # which are the surest is not known yet
+            sequences = set(range(store.config.prompts_per_round))
         rows = store.read_table("traces", round).select(["group_id", "sequence"]).to_pylist()
         found |= {row["group_id"] for row in rows if row["sequence"] in sequences}
     return found

@@ -115,7 +115,7 @@ def one_round(parts: Parts, round: int, prompts: Sequence[Prompt]) -> None:
     if parts.config.reward_model and round == parts.config.reward_model.rounds:
         _policy_begins(parts)
     scored = generate_and_score(parts, round, prompts)
-    groups, left_out = surest(scored, parts.config.most_prompts(round))
+    groups, left_out = surest(scored, parts.config.most_prompts(round, len(prompts)))
     if groups:
         reports = train_round(parts, round, groups)
         publish(parts, round, groups, reports[0].logprob_gap, {g.sequence: g.num_examples for g in left_out})

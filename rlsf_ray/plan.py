@@ -164,7 +164,7 @@ def _most_steps(config: RunConfig, prompts_per_round: int) -> int:
     steps = 0
     for round in range(config.rounds):
         most = min(config.pairs.max_pairs or all_pairs, all_pairs) if config.has_pairs(round) else config.rollout.traces
-        prompts = min(config.most_prompts(round) or prompts_per_round, prompts_per_round)
+        prompts = min(config.most_prompts(round, prompts_per_round) or prompts_per_round, prompts_per_round)
         steps += config.epochs(round) * math.ceil(prompts * most / config.examples_per_step(round))
     return steps
 

@@ -201,7 +201,7 @@ class RunState:
                 f"every batch failed, {totals['failed']} of {totals['admitted']} prompts ({counts}); expected pairs"
                 " from at least one; look at the logs of the generators and scorers, then run under another --run name"
             )
-        if self._config.advantages and not self._config.reward_model:
+        if self._config.advantages and (totals["trained"] or not self._config.reward_model):
             return NoPairsError(
                 f"no prompt gave traces with different scores ({counts}); expected at least one in the run. Raise"
                 " rollout.traces, raise rollout.max_tokens if traces were cut off, or choose another signal"

@@ -91,7 +91,7 @@ def test_the_live_judge_is_the_version_that_wrote_whatever_was_published_since(s
         assert row["round"] - 1 <= row["version"] <= row["round"]
         gaps[row["version"] == 0].append(abs(row["score"] - row["second_score"]))
     assert max(gaps[True]) < 1e-4
-    assert min(np.mean(gaps[False]), 1.0) > 1e-3
+    assert np.mean(gaps[False]) > 1e-3
     assert served["two_workers"].read_metrics("judges-scorer-0")
 
 

@@ -216,7 +216,9 @@ def test_a_run_with_a_reward_model_changes_what_it_learns_from() -> None:
 
 
 def test_the_surest_share_of_a_round_is_a_number_of_prompts() -> None:
-    assert load_config("rlsf").most_prompts(0) == 20  # a sixth of 120
-    assert load_config("rlsf", ["prompts_per_round=30"]).most_prompts(2) == 5
-    assert load_config("rlsf", ["prompts_per_round=1"]).most_prompts(0) == 1  # never none
-    assert load_config("random_pairs").most_prompts(0) is None
+    config = load_config("rlsf")
+    assert [config.most_prompts(0, size) for size in (120, 30, 1)] == [20, 5, 1]  # never none
+    assert load_config("random_pairs").most_prompts(0, 120) is None
+    assert load_config("rlsf_reward_model", ["pairs.surest=0.5"]).most_prompts(2, 64) is None  # of advantages
+    with pytest.raises(InputError, match=r"set pairs\.surest: null"):
+        load_config("random_pairs", ["pairs.surest=0.5"])
