@@ -37,6 +37,7 @@ from rlsf_ray.rollouts.programs import write_groups
 OUT = Path(__file__).parent / "results" / "bench_false_alarms.json"
 ANY_PAIRS = [
     "pairs.rule=random",
+    "pairs.surest=null",
     "pairs.min_chosen=0.0",
     "pairs.same_answer=true",
     "learner.warmup_steps=0",

@@ -34,6 +34,7 @@ SETTINGS = (
     "rollout.traces=4",
     "rollout.max_tokens=40",
     "pairs.rule=random",
+    "pairs.surest=null",
     "pairs.min_chosen=0.0",
     "pairs.same_answer=true",
     "learner.epochs=2",

@@ -14,6 +14,7 @@ SMALL = [
     "rollout.traces=4",
     "data.suffix=''",
     "pairs.rule=random",
+    "pairs.surest=null",
     "pairs.min_chosen=0.0",
     "cluster.prompts_per_call=4",
     "cluster.deadline_s=180",

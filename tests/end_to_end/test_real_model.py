@@ -35,6 +35,7 @@ SMALL = (
     "rollout.traces=4",
     "rollout.max_tokens=48",
     "pairs.rule=random",
+    "pairs.surest=null",
     "pairs.min_chosen=0.0",
     "pairs.same_answer=true",
     "learner.epochs=1",
