@@ -20,12 +20,11 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 from ray.util import get_current_placement_group
-from safetensors.numpy import save
 
 from actors.cores import Cores, give_memory_back
 from actors.job import Job, event
 from actors.weight_store import ADAPTER_FILE
-from rlsf_ray.adapters import CANARY_FILE, canaries_to_bytes, checksum
+from rlsf_ray.adapters import CANARY_FILE, canaries_to_bytes, checksum, to_bytes
 from rlsf_ray.engines.base import logprob_noise
 from rlsf_ray.engines.learner import Learner, steps_in
 from rlsf_ray.engines.steps import StepSize, pass_order, surest, training_steps
@@ -233,7 +232,8 @@ class Worker:
         """Save the learner, the adapter of the next version and the ids it was trained on as one checkpoint."""
         of_reward = self._config.trains_reward(round)  # that makes no version: the policy is still the base model
         version = None if of_reward else round + 1
-        self._versions = [*self._versions] if of_reward else [*self._versions, round + 1]
+        if not of_reward:
+            self._versions = [*self._versions, round + 1]
         if self._rank != 0 or isinstance(groups, bool):
             ray.train.report({})
             return
@@ -253,8 +253,7 @@ class Worker:
             give_memory_back()
         with tempfile.TemporaryDirectory() as folder:
             with room_in(folder):
-                weights = {name: np.ascontiguousarray(a) for name, a in adapter.items()}
-                Path(folder, ADAPTER_FILE).write_bytes(save(weights))
+                Path(folder, ADAPTER_FILE).write_bytes(to_bytes(adapter))
                 Path(folder, STATE_FILE).write_bytes(self._learner.state_bytes())
                 Path(folder, CANARY_FILE).write_bytes(canaries)
                 Path(folder, RECORD_FILE).write_text(json.dumps(record))

@@ -45,10 +45,11 @@ def between(
     "after" is None without training, and where that failed for the reason "error". Raises InputError where the two
     models do not have the same shapes, `to` belongs to others, or there is no probe set.
     """
-    if not load_sets(config).probe:
+    questions = len(load_sets(config).probe)
+    if not questions:
         raise InputError("there is no probe set to measure on: data.probe is empty; give it a source with answers")
     names = [one if isinstance(one, str) else one.root for one in (a, b)]
-    found: Json = {"a": names[0], "b": names[1], "num_questions": len(load_sets(config).probe), "points": []}
+    found: Json = {"a": names[0], "b": names[1], "num_questions": questions, "points": []}
     with tempfile.TemporaryDirectory() as scratch:
         ends = [_folder_of(one, config, Path(scratch) / which) for one, which in ((a, "a"), (b, "b"))]
         _claim(to, [fingerprint(folder) for folder in ends])

@@ -26,6 +26,7 @@ _OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] 
     ast.Div: operator.truediv,
 }
 _SIGNS = str.maketrans({"×": "*", "÷": "/", "−": "-", "–": "-"})
+_OPENING = re.compile(r"[\[{]")
 _TYPES: dict[str, tuple[type, ...]] = {
     "string": (str,),
     "integer": (int,),
@@ -141,7 +142,7 @@ def _value(node: ast.expr, used: list[int]) -> Fraction:
 def _json_values(text: str) -> Iterator[Any]:
     """Every JSON object or array in a text that does not lie inside another."""
     decoder, at = json.JSONDecoder(), 0
-    while (match := re.compile(r"[\[{]").search(text, at)) is not None:
+    while (match := _OPENING.search(text, at)) is not None:
         try:
             value, at = decoder.raw_decode(text, match.start())
             yield value
