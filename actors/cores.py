@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from rlsf_ray.config import PoolConfig
+from rlsf_ray.config_sections import PoolConfig
 
 logger = logging.getLogger(__name__)
 

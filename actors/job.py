@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from rlsf_ray.config import PoolConfig
+from rlsf_ray.config_sections import PoolConfig
 from rlsf_ray.errors import ServiceError
 from rlsf_ray.logs import setup_logging
 from rlsf_ray.placement import placed

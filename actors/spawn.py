@@ -18,7 +18,8 @@ from actors.pair_buffer import PairBuffer
 from actors.scorer import ScorerWorker
 from actors.train_driver import TrainDriver
 from actors.weight_store import WeightStore
-from rlsf_ray.config import PoolConfig, RunConfig
+from rlsf_ray.config import RunConfig
+from rlsf_ray.config_sections import PoolConfig
 from rlsf_ray.errors import DeadlineError
 
 RESTARTS = 3

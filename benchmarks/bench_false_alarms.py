@@ -24,7 +24,8 @@ from bench_common import base_parser, machine_facts, parse, prompts_of, small_co
 from actors.cores import Cores
 from actors.generator import Generator
 from rlsf_ray.adapters import checksum
-from rlsf_ray.config import PoolConfig, RunConfig
+from rlsf_ray.config import RunConfig
+from rlsf_ray.config_sections import PoolConfig
 from rlsf_ray.engines.base import Adapter
 from rlsf_ray.engines.build import build_engine
 from rlsf_ray.engines.learner import Learner

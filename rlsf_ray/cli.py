@@ -19,11 +19,26 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rlsf_ray.cli_options import (
+    Address,
+    Name,
+    Recipe,
+    Root,
+    Run,
+    RunName,
+    Seed,
+    Set,
+    Version,
+    absolute,
+    is_run,
+    load,
+    make_console,
+    open_run,
+    read_alphas,
+)
 from rlsf_ray.errors import InputError, RlsfError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from rlsf_ray.config import RunConfig
     from rlsf_ray.records import Json
     from rlsf_ray.run_store import RunStore
@@ -34,25 +49,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-
-Recipe = Annotated[
-    str, typer.Argument(metavar="RECIPE_OR_FILE", help="A recipe's name (see `rlsf recipes`) or a YAML file.")
-]
-Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's name under --root, or its folder or URL.")]
-RunName = Annotated[str, typer.Argument(metavar="RUN", help="The run's name.")]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as loss.beta=0.2; repeatable."),
-]
-Name = Annotated[str | None, typer.Option("--run", metavar="NAME", help="Name of the run.  [default: RECIPE-seedN]")]
-Root = Annotated[
-    str, typer.Option(help="Folder or URL that holds the runs; shared storage on a cluster of several nodes.")
-]
-Address = Annotated[
-    str | None, typer.Option(help="Ray's address, such as auto; else RAY_ADDRESS; else a Ray of its own.")
-]
-Seed = Annotated[int | None, typer.Option(help="Short for --set seed=N.")]
-Version = Annotated[int | None, typer.Option(help="Version of the adapter.  [default: the newest]")]
 
 
 class What(StrEnum):
@@ -73,7 +69,7 @@ def run(
     seed: Seed = None,
 ) -> None:
     """Run a recipe; the same command again resumes it."""
-    _run(_load(recipe, set_, seed), name, root, address)
+    _run(load(recipe, set_, seed), name, root, address)
 
 
 @app.command()
@@ -85,9 +81,9 @@ def demo(
     seed: Seed = None,
 ) -> None:
     """Let SmolLM2-135M teach itself arithmetic, and measure it before and after."""
-    console = _console()
+    console = make_console()
     console.print("SmolLM2-135M-Instruct improves its own arithmetic: no labels, no reward model.", highlight=False)
-    _run(_load("rlsf", set_, seed), name, root, address)
+    _run(load("rlsf", set_, seed), name, root, address)
 
 
 @app.command()
@@ -95,7 +91,7 @@ def plan(recipe: Recipe, set_: Set = None, address: Address = None, seed: Seed =
     """Print the resolved config, what the run needs and what is missing; start nothing."""
     from rlsf_ray.plan import check_input, describe, local_resources
 
-    checked = check_input(_load(recipe, set_, seed))
+    checked = check_input(load(recipe, set_, seed))
     address = address or os.environ.get("RAY_ADDRESS")  # as `rlsf run` has it
     if not address:
         print(describe(checked, local_resources(), "this machine"))
@@ -116,11 +112,11 @@ def evaluate(
     root: Root = "runs",
 ) -> None:
     """Measure a run's newest adapter, or any model, on the probe set."""
-    store = _open(run_or_model, root) if _is_run(run_or_model, root) else None
+    store = open_run(run_or_model, root) if is_run(run_or_model, root) else None
     if store is None:
         if version:
             raise InputError(f"--version {version}: {run_or_model} is not a run under {root}; expected a run's name")
-        config = _load(recipe, [f"model.name={run_or_model}", *(set_ or [])], None)
+        config = load(recipe, [f"model.name={run_or_model}", *(set_ or [])], None)
     else:
         from rlsf_ray.config_loading import override_config
 
@@ -144,7 +140,7 @@ def mix(
 
     With a second model or run, (1 - alpha) A + alpha B: does the first entropy tell what a run gains?
     """
-    wanted = _alphas(alphas)
+    wanted = read_alphas(alphas)
     for_two = {"--recipe": recipe, "--set": set_, "--train": train, "--to": to}
     for_one = {"--version": version is not None}
     idle = [name for name, value in (for_two if other is None else for_one).items() if value]
@@ -152,12 +148,12 @@ def mix(
         raise InputError(f"{idle[0]}: is for {'two models' if other is None else 'one run'}; leave it out")
     if other is not None:
         ends = (run, other)
-        return _mix_two(ends, root, wanted, _load(recipe or "rlif_self_certainty", set_, None), train, to)
+        return _mix_two(ends, root, wanted, load(recipe or "rlif_self_certainty", set_, None), train, to)
     from rlsf_ray.export import latest_version
     from rlsf_ray.mix import mix as measure
     from rlsf_ray.progress import print_mix
 
-    store, console = _open(run, root), _console()
+    store, console = open_run(run, root), make_console()
     with console.status("measuring") as spinner:
         show = lambda alpha: spinner.update(f"measuring alpha {alpha:g}")  # noqa: E731
         print_mix(console, measure(store, latest_version(store, version), wanted, show))
@@ -180,14 +176,14 @@ def answer(
     from rlsf_ray.export import latest_version
     from rlsf_ray.progress import print_replies
 
-    store, asked = _open(run, root), read_questions(questions or [], file)
+    store, asked = open_run(run, root), read_questions(questions or [], file)
     number = latest_version(store, version) if version != 0 else 0
     with closing(Answerer(store, number)) as answerer:
         replies = answerer(asked, sure=sure, least=least, most=most)
     if as_json:
         print("\n".join(json.dumps(asdict(reply), ensure_ascii=False) for reply in replies))
     else:
-        print_replies(_console(), replies)
+        print_replies(make_console(), replies)
 
 
 @app.command()
@@ -196,7 +192,7 @@ def status(run: RunName, address: Address = None) -> None:
     from rlsf_ray import service
     from rlsf_ray.progress import line, panel
 
-    console, found = _console(), service.status(run, address)
+    console, found = make_console(), service.status(run, address)
     console.print(
         panel(found) if console.is_terminal else line(found), highlight=False, soft_wrap=not console.is_terminal
     )
@@ -225,7 +221,7 @@ def report(
     """Write a run's report.html."""
     from rlsf_ray.report import write_report
 
-    print(write_report(_open(run, root), [_open(other, root) for other in beside or ()]))
+    print(write_report(open_run(run, root), [open_run(other, root) for other in beside or ()]))
 
 
 @app.command()
@@ -240,7 +236,7 @@ def export(
     """Take an adapter, the merged model or the preference pairs out of a run."""
     from rlsf_ray.export import export_adapter, export_merged, export_pairs, latest_version
 
-    store = _open(run, root)
+    store = open_run(run, root)
     if not math.isfinite(alpha) or (what is What.pairs and alpha != 1.0):
         raise InputError(
             f"--alpha: expected a number, and none for pairs, got {alpha} with --what {what}; leave it out"
@@ -285,9 +281,9 @@ def _run(config: RunConfig, name: str | None, root: str, address: str | None) ->
 
     run_name = name or f"{config.recipe}-seed{config.seed}"
     setup_logging("driver", run_name)
-    console = _console()
+    console = make_console()
     with Progress(console) as progress:
-        folder = f"{_absolute(root)}/{run_name}"
+        folder = f"{absolute(root)}/{run_name}"
         summary = service.run(config, root=folder, run_name=run_name, address=address, on_status=progress)
     print_before_after(console, summary)
     _print_costs(summary)
@@ -319,7 +315,7 @@ def _evaluate(config: RunConfig, store: RunStore | None, version: int | None, *,
         raise InputError("there is no probe set to measure on: data.probe is empty; give it a source with answers")
     from rlsf_ray.evaluate import measure_version
 
-    console = _console()
+    console = make_console()
     with console.status("measuring") as spinner:
         result = measure_version(
             store, config, sets, number, lambda done: spinner.update(f"measuring: {done}/{len(sets.probe)} questions")
@@ -330,52 +326,14 @@ def _evaluate(config: RunConfig, store: RunStore | None, version: int | None, *,
     print_metrics(console, f"{what}, version {number}, {len(sets.probe)} questions", result["metrics"])
 
 
-def _load(recipe: str, overrides: list[str] | None, seed: int | None) -> RunConfig:
-    from rlsf_ray.config_loading import load_config
-
-    return load_config(recipe, [*(overrides or []), *([] if seed is None else [f"seed={seed}"])])
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console()
-
-
-def _absolute(root: str) -> str:
-    """A URL as it is; a folder made absolute, since workers have working directories of their own."""
-    return root.rstrip("/") if "://" in root else os.path.abspath(os.path.expanduser(root))
-
-
-def _alphas(text: str) -> list[float]:
-    try:
-        found = [float(alpha) for alpha in text.split(",")]
-    except ValueError:
-        found = []
-    if not found or not all(map(math.isfinite, found)):
-        raise InputError(f"--alphas: expected numbers between commas, such as 0,0.5,1, got {text!r}")
-    return found
-
-
 def _mix_two(
     ends: tuple[str, str], root: str, alphas: list[float], config: RunConfig, train: bool, to: Path | None
 ) -> None:
     from rlsf_ray.between import between, draw
     from rlsf_ray.progress import print_between
 
-    console, folder = _console(), (to or Path("mixed")).absolute()
-    a, b = (_open(end, root) if _is_run(end, root) else end for end in ends)
+    console, folder = make_console(), (to or Path("mixed")).absolute()
+    a, b = (open_run(end, root) if is_run(end, root) else end for end in ends)
     with console.status("measuring") as spinner:
         found = between(a, b, alphas, config, folder, train=train, tell=spinner.update)
     print_between(console, found, draw(found, folder))
-
-
-def _is_run(run: str, root: str) -> bool:
-    return "://" in run or any(Path(folder, "config.yaml").is_file() for folder in (run, Path(_absolute(root), run)))
-
-
-def _open(run: str, root: str) -> RunStore:
-    from rlsf_ray.run_store import RunStore
-
-    is_folder = "://" in run or Path(run, "config.yaml").is_file()
-    return RunStore.open(_absolute(run) if is_folder else f"{_absolute(root)}/{run}")

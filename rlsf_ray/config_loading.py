@@ -15,7 +15,8 @@ from typing import Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from rlsf_ray.config import RunConfig, SourceConfig, nearest
+from rlsf_ray.config import RunConfig
+from rlsf_ray.config_sections import SourceConfig, nearest
 from rlsf_ray.errors import InputError
 from rlsf_ray.records import Json
 

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rlsf_ray.config import ModelConfig
+from rlsf_ray.config_sections import ModelConfig
 from rlsf_ray.engines.models import cached_model_folder, context_length
 from rlsf_ray.errors import InputError
 from rlsf_ray.records import Json, Prompt

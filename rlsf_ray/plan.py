@@ -11,8 +11,9 @@ from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 
-from rlsf_ray.config import PoolConfig, RunConfig
+from rlsf_ray.config import RunConfig
 from rlsf_ray.config_loading import dump_config
+from rlsf_ray.config_sections import PoolConfig
 from rlsf_ray.engines.models import most_tokens
 from rlsf_ray.errors import InputError
 from rlsf_ray.model_check import ModelFacts, check_lengths, check_model, elicit_length, prompt_lengths

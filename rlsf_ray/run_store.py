@@ -12,10 +12,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-import platform
 import time
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -27,6 +25,7 @@ from rlsf_ray.adapters import checksum
 from rlsf_ray.config import RunConfig
 from rlsf_ray.encoding import to_events, to_json
 from rlsf_ray.errors import InputError, WeightsError
+from rlsf_ray.kept_config import differences, packages, read_config
 from rlsf_ray.records import Json, WeightsVersion
 from rlsf_ray.storage import Storage, damaged
 from rlsf_ray.tables import group_to_row, pair_rows, row_to_group, rows_to_outcome, trace_rows
@@ -59,10 +58,10 @@ class RunStore:
         """
         storage = Storage(root)
         ours = config.model_dump(mode="json")
-        theirs = _read_config(storage) or cls._begin(storage, ours)
+        theirs = read_config(storage) or cls._begin(storage, ours)
         if theirs != ours:
             raise InputError(
-                f"{storage.root} holds a run with other settings:\n{_differences(theirs, ours)}\n"
+                f"{storage.root} holds a run with other settings:\n{differences(theirs, ours)}\n"
                 "give this run another --run name, or give the same settings to resume that one"
             )
         return cls(storage, config)
@@ -71,9 +70,9 @@ class RunStore:
     def _begin(storage: Storage, ours: Json) -> Json:
         """Write the config, unless another process has done so meanwhile; returns the one that counts."""
         with storage.lock(".config.lock"):
-            theirs = _read_config(storage)
+            theirs = read_config(storage)
             if theirs is None:
-                storage.write("packages.json", to_json(_packages()))
+                storage.write("packages.json", to_json(packages()))
                 storage.write("config.yaml", yaml.safe_dump(ours, sort_keys=False).encode())
             return theirs or ours
 
@@ -81,7 +80,7 @@ class RunStore:
     def open(cls, root: str) -> RunStore:
         """An existing run. Raises `InputError` if there is none."""
         storage = Storage(root)
-        values = _read_config(storage)
+        values = read_config(storage)
         if values is None:
             raise InputError(f"no run at {storage.root}: expected a config.yaml there; check the run's name or path")
         try:
@@ -280,41 +279,3 @@ class RunStore:
 
 def _evaluation_path(version: int) -> str:
     return f"eval/version-{version:04d}.json"
-
-
-def _read_config(storage: Storage) -> Json | None:
-    data = storage.read("config.yaml")
-    if data is None:
-        return None
-    try:
-        values = yaml.safe_load(data)
-    except yaml.YAMLError as error:
-        raise damaged(storage.path("config.yaml"), error) from error
-    if not isinstance(values, dict):
-        raise damaged(storage.path("config.yaml"), f"expected keys, got {type(values).__name__}")
-    return values
-
-
-def _differences(theirs: Json, ours: Json) -> str:
-    """One line for each differing key, as a dotted path: what was asked for now, what the run has."""
-    old, new = _flat(theirs), _flat(ours)
-    keys = [key for key in {**old, **new} if old.get(key, "absent") != new.get(key, "absent")]
-    return "\n".join(f"  {key}: got {new.get(key, 'absent')}, expected {old.get(key, 'absent')}" for key in keys)
-
-
-def _flat(value: Any, path: str = "") -> dict[str, str]:
-    """Leaves by their dotted path; an empty list or section is a leaf."""
-    if not value or not isinstance(value, dict | list):
-        return {path: repr(value)}
-    flat: dict[str, str] = {}
-    for name, part in value.items() if isinstance(value, dict) else enumerate(value):
-        flat |= _flat(part, f"{path}.{name}" if path else str(name))
-    return flat
-
-
-def _packages() -> Json:
-    installed = {d.metadata["Name"]: d.version for d in metadata.distributions() if d.metadata["Name"]}
-    return {
-        "python": platform.python_version(),
-        "packages": dict(sorted(installed.items(), key=lambda p: p[0].lower())),
-    }

@@ -16,7 +16,8 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from rlsf_ray.config import LearnerConfig, RunConfig
+from rlsf_ray.config import RunConfig
+from rlsf_ray.config_sections import LearnerConfig
 from rlsf_ray.errors import InputError, WeightsError
 
 HEAD_WEIGHT = "reward_head.weight"  # of a reward model, beside its adapter

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlsf_ray.config import ModelConfig
+from rlsf_ray.config_sections import ModelConfig
 from rlsf_ray.errors import InputError
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

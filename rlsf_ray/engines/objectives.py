@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from rlsf_ray.algorithms.losses import importance_weights, kl_penalty, pair_loss, policy_gradient
-from rlsf_ray.config import AdvantagesConfig, LossConfig, RunConfig
+from rlsf_ray.config import RunConfig
+from rlsf_ray.config_sections import AdvantagesConfig, LossConfig
 from rlsf_ray.engines.packing import Row, by_trace, hidden_states, trace_logprobs, trace_logprobs_and_entropies
 from rlsf_ray.engines.steps import StepSize
 from rlsf_ray.records import TrainingGroup

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tokenizers.decoders import DecodeStream
 
-from rlsf_ray.config import ModelConfig
+from rlsf_ray.config_sections import ModelConfig
 from rlsf_ray.engines.base import Completion, Request
 from rlsf_ray.errors import InputError
 from rlsf_ray.records import IntArray, Prompt

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from rlsf_ray.adapters import checksum
-from rlsf_ray.config import LearnerConfig, ModelConfig
+from rlsf_ray.config_sections import LearnerConfig, ModelConfig
 from rlsf_ray.engines.base import Adapter, Completion, Request
 from rlsf_ray.engines.lora import adapter_arrays, add_adapter, load_adapter
 from rlsf_ray.engines.models import context_length, find_model, load_model, load_tokenizer

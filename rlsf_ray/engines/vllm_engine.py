@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from rlsf_ray.adapters import checksum, to_peft
-from rlsf_ray.config import LearnerConfig, ModelConfig
+from rlsf_ray.config_sections import LearnerConfig, ModelConfig
 from rlsf_ray.engines.base import Adapter, Completion, Request
 from rlsf_ray.engines.lora import check_mergeable, merges, write_merged
 from rlsf_ray.engines.models import context_length, find_model, generation_config, load_tokenizer, most_tokens

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rlsf_ray.config import LearnerConfig, ModelConfig
+from rlsf_ray.config_sections import LearnerConfig, ModelConfig
 from rlsf_ray.engines.lora import target_modules
 from rlsf_ray.errors import EngineError, InputError
 

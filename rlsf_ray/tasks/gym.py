@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import count
 from typing import Any
 
-from rlsf_ray.config import SourceConfig
+from rlsf_ray.config_sections import SourceConfig
 from rlsf_ray.errors import InputError
 from rlsf_ray.records import Json
 from rlsf_ray.tasks.questions import (

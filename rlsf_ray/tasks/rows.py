@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from rlsf_ray.config import SourceConfig
+from rlsf_ray.config_sections import SourceConfig
 from rlsf_ray.errors import InputError
 from rlsf_ray.records import Json
 from rlsf_ray.tasks.files import Rows, check_columns, file_stem, read_rows

@@ -11,7 +11,8 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from rlsf_ray.config import RunConfig, SourceConfig
+from rlsf_ray.config import RunConfig
+from rlsf_ray.config_sections import SourceConfig
 from rlsf_ray.errors import InputError
 from rlsf_ray.records import ProbePrompt, Prompt
 from rlsf_ray.tasks.files import file_stem

@@ -13,7 +13,7 @@ from tiny import tiny_config, tiny_model
 
 from rlsf_ray import loop
 from rlsf_ray.between import between, draw, gain, write_mixture
-from rlsf_ray.config import ModelConfig
+from rlsf_ray.config_sections import ModelConfig
 from rlsf_ray.engines.models import load_model
 from rlsf_ray.errors import InputError
 from rlsf_ray.run_store import RunStore

@@ -15,8 +15,8 @@ from needs import VLLM
 from actors.cores import Cores
 from actors.generator import Generator
 from rlsf_ray.adapters import checksum
-from rlsf_ray.config import PoolConfig
 from rlsf_ray.config_loading import load_config
+from rlsf_ray.config_sections import PoolConfig
 from rlsf_ray.engines import vllm_engine
 from rlsf_ray.engines.base import LOGPROB_NOISE, Request, Sampling
 from rlsf_ray.engines.learner import Learner

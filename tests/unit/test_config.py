@@ -156,7 +156,7 @@ def test_a_users_own_function_is_accepted_by_its_form() -> None:
 
 
 def test_the_known_rollouts_are_those_of_the_functions() -> None:
-    from rlsf_ray.config import ROLLOUT_NAMES
+    from rlsf_ray.config_sections import ROLLOUT_NAMES
     from rlsf_ray.rollouts.programs import ROLLOUTS
 
     assert set(ROLLOUTS) == set(ROLLOUT_NAMES)

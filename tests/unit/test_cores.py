@@ -9,7 +9,7 @@ import pytest
 
 from actors import cores as module
 from actors.cores import Cores
-from rlsf_ray.config import PoolConfig
+from rlsf_ray.config_sections import PoolConfig
 
 HOLD = (
     "import sys, tempfile; tempfile.tempdir = sys.argv[1]; from rlsf_ray.config import PoolConfig\n"

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rlsf_ray.config import RunConfig, SourceConfig
+from rlsf_ray.config import RunConfig
+from rlsf_ray.config_sections import SourceConfig
 from rlsf_ray.errors import InputError
 from rlsf_ray.records import ProbePrompt
 from rlsf_ray.tasks.sources import load_prompts, load_sets
@@ -192,7 +193,7 @@ def test_the_real_commonsenseqa_file_loads_whole() -> None:
 def test_a_hub_set_that_cannot_be_reached_is_an_input_error() -> None:
     pytest.importorskip("datasets", reason="datasets is installed only where a hub set is asked for")
     code = (
-        "from rlsf_ray.config import SourceConfig\n"
+        "from rlsf_ray.config_sections import SourceConfig\n"
         "from rlsf_ray.errors import InputError\n"
         "from rlsf_ray.tasks.sources import load_prompts\n"
         "source = SourceConfig(kind='hub', name='no-such-owner/no-such-set')\n"

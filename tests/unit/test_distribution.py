@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rlsf_ray.algorithms.signals import TOP
-from rlsf_ray.config import ModelConfig
+from rlsf_ray.config_sections import ModelConfig
 from rlsf_ray.engines import distribution
 from rlsf_ray.engines.lora import Head
 from rlsf_ray.engines.models import load_model

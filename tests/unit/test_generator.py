@@ -13,7 +13,7 @@ from tiny import tiny_config
 
 from actors.cores import Cores
 from actors.generator import Generator
-from rlsf_ray.config import PoolConfig
+from rlsf_ray.config_sections import PoolConfig
 from rlsf_ray.errors import EngineError, WeightsError
 from rlsf_ray.records import Canary, FloatArray, WeightsVersion
 

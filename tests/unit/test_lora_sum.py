@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_config
 
-from rlsf_ray.config import ModelConfig
+from rlsf_ray.config_sections import ModelConfig
 from rlsf_ray.engines.learner import Learner
 from rlsf_ray.engines.lora import sum_at_once, sums_at_once
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlsf_ray.config import ModelConfig
+from rlsf_ray.config_sections import ModelConfig
 from rlsf_ray.engines import packing
 from rlsf_ray.engines.lora import check_logits
 from rlsf_ray.engines.models import load_model

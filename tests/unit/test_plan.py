@@ -180,7 +180,7 @@ def test_smollm2_without_the_packages_that_convert_it_is_refused(tmp_path: Path)
     """In a Python whose import path ends before this environment's packages, there is neither of the two."""
     code = (
         "import sys\n"
-        "from rlsf_ray.config import ModelConfig; from rlsf_ray.model_check import check_model\n"
+        "from rlsf_ray.config_sections import ModelConfig; from rlsf_ray.model_check import check_model\n"
         "from rlsf_ray.errors import InputError\n"
         "sys.path[:] = [path for path in sys.path if not path.endswith('site-packages')]\n"
         "try: check_model(ModelConfig(name='smollm2'))\n"

@@ -14,7 +14,7 @@ from group_data import advantage_group
 from tiny import tiny_config
 
 from rlsf_ray.algorithms.losses import importance_weights, kl_penalty, policy_gradient
-from rlsf_ray.config import AdvantagesConfig
+from rlsf_ray.config_sections import AdvantagesConfig
 from rlsf_ray.engines.learner import Learner
 from rlsf_ray.engines.models import load_model
 from rlsf_ray.engines.objectives import PolicyGradient

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlsf_ray.config import LearnerConfig, ModelConfig
+from rlsf_ray.config_sections import LearnerConfig, ModelConfig
 from rlsf_ray.engines import packing
 from rlsf_ray.engines import transformers_engine as module
 from rlsf_ray.engines.base import Completion, Request, Sampling

@@ -1,0 +1,52 @@
+"""The config as a run directory keeps it, with the packages that ran it."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from typing import Any
+
+import yaml
+
+from rlsf_ray.records import Json
+from rlsf_ray.storage import Storage, damaged
+
+
+def read_config(storage: Storage) -> Json | None:
+    """The keys of `config.yaml`, None where there is none. Raises `StorageError` if it is damaged."""
+    data = storage.read("config.yaml")
+    if data is None:
+        return None
+    try:
+        values = yaml.safe_load(data)
+    except yaml.YAMLError as error:
+        raise damaged(storage.path("config.yaml"), error) from error
+    if not isinstance(values, dict):
+        raise damaged(storage.path("config.yaml"), f"expected keys, got {type(values).__name__}")
+    return values
+
+
+def differences(theirs: Json, ours: Json) -> str:
+    """One line for each differing key, as a dotted path: what was asked for now, what the run has."""
+    old, new = _flat(theirs), _flat(ours)
+    keys = [key for key in {**old, **new} if old.get(key, "absent") != new.get(key, "absent")]
+    return "\n".join(f"  {key}: got {new.get(key, 'absent')}, expected {old.get(key, 'absent')}" for key in keys)
+
+
+def _flat(value: Any, path: str = "") -> dict[str, str]:
+    """Leaves by their dotted path; an empty list or section is a leaf."""
+    if not value or not isinstance(value, dict | list):
+        return {path: repr(value)}
+    flat: dict[str, str] = {}
+    for name, part in value.items() if isinstance(value, dict) else enumerate(value):
+        flat |= _flat(part, f"{path}.{name}" if path else str(name))
+    return flat
+
+
+def packages() -> Json:
+    """Versions of Python and of every installed package."""
+    installed = {d.metadata["Name"]: d.version for d in metadata.distributions() if d.metadata["Name"]}
+    return {
+        "python": platform.python_version(),
+        "packages": dict(sorted(installed.items(), key=lambda p: p[0].lower())),
+    }
