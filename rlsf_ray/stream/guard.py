@@ -36,6 +36,14 @@ class Vitals:
     logprob_gap: float = 0.0  # trainer against generators, in nats a token, when that training began
     prompts: int = 0  # how many were written for
 
+    @property
+    def agreement_if_answered(self) -> float:
+        """Share of the pairs of answered traces of a prompt with the same answer: not moved by learning the format.
+
+        As if traces without an answer were spread evenly; where they are not it is too high, for the base model most.
+        """
+        return self.agreement / max(self.parsed, 1e-6) ** 2
+
     @classmethod
     def from_json(cls, found: Json) -> Vitals:
         """What `asdict` gave, after JSON, which has no nan."""
@@ -89,6 +97,7 @@ SIGNS = (
 )
 FLIPS = 0.4  # share of settled votes that changed from one version to the next: at least half of these were wrong
 LEAST_VOTES, MANY_VOTES = 8, 20  # settled for both versions: to speak of a share; to stop a run for it
+UNANIMOUS = 0.45  # rise of the agreement of answered traces: the pairs of a run are too few to teach so many answers
 SURER, TWICE = 0.15, 2.0  # answer probability that rises so much, and more than twice as much as agreement
 LEAST_ENTROPY = 0.5  # nats a token, at which the models of RLIF 2506.17219 (section 5) gained nothing more
 LEAST_PROMPTS = 20  # with fewer a sign may be chance: a warning at most
@@ -141,6 +150,10 @@ class Guard:
             reason = sign.crossed(getattr(now, sign.name), getattr(base, sign.name))
             if reason and not any(reason == known for _, known in found):
                 found.append((sign.action, reason))
+        same, at_first = now.agreement_if_answered, base.agreement_if_answered
+        if same > at_first + UNANIMOUS:
+            text = f"two answers to a prompt agree in {same:.0%}, the base model's in {at_first:.0%}"
+            found.append(("stop", f"{text}, expected at most {at_first + UNANIMOUS:.0%}"))
         surer, agrees = now.answer_prob - base.answer_prob, now.agreement - base.agreement
         if surer > max(SURER, TWICE * agrees):
             found.append(("warn", f"answer_prob rose by {surer:.3g} while agreement moved by {agrees:+.3g}"))
