@@ -27,6 +27,7 @@ def configs(tiny: Path) -> dict[str, RunConfig]:
         "certainty": tiny_config(tiny, **NO_PROBE, **CERTAINTY),
         "two_workers": tiny_config(tiny, **NO_PROBE, **CERTAINTY | two),
         "reward": tiny_config(tiny, **NO_PROBE, **REWARD),
+        "reward_two_workers": tiny_config(tiny, **NO_PROBE, **REWARD | {"cluster": {"trainers": {"count": 2}}}),
     }
 
 
@@ -69,14 +70,16 @@ def test_the_service_gives_the_scores_and_the_adapters_of_the_loop(
         assert max(np.abs(weights[key] - others[key]).max() for key in others) <= 1e-5
 
 
-def test_two_training_workers_give_the_losses_of_one(served: dict[str, RunStore]) -> None:
+@pytest.mark.parametrize(("alone", "together"), [("certainty", "two_workers"), ("reward", "reward_two_workers")])
+def test_two_training_workers_give_the_losses_of_one(served: dict[str, RunStore], alone: str, together: str) -> None:
+    """Of the first round; that of a reward model learns from the surest prompts only."""
     one, two = (
         [
             {key: row[key] for key in row if key != "time"}
             for row in served[name].read_metrics("train")
             if not row["round"]
         ]
-        for name in ("certainty", "two_workers")
+        for name in (alone, together)
     )
     assert len(one) == len(two) >= 2
     for row, other in zip(one, two, strict=True):
