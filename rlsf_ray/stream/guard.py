@@ -97,7 +97,7 @@ SIGNS = (
 )
 FLIPS = 0.4  # share of settled votes that changed from one version to the next: at least half of these were wrong
 LEAST_VOTES, MANY_VOTES = 8, 20  # settled for both versions: to speak of a share; to stop a run for it
-UNANIMOUS = 0.45  # rise of the agreement of answered traces: the pairs of a run are too few to teach so many answers
+UNANIMOUS = 0.4  # rise of the agreement of answered traces: the pairs of a run are too few to teach so many answers
 SURER, TWICE = 0.15, 2.0  # answer probability that rises so much, and more than twice as much as agreement
 LEAST_ENTROPY = 0.5  # nats a token, at which the models of RLIF 2506.17219 (section 5) gained nothing more
 LEAST_PROMPTS = 20  # with fewer a sign may be chance: a warning at most

@@ -48,8 +48,8 @@ def test_each_sign_of_collapse_stops_the_run_with_its_numbers(name: str, value: 
 
 def test_sudden_unanimity_stops_the_run_but_an_answer_format_that_is_learned_does_not() -> None:
     unanimous = replace(HEALTHY, agreement=0.7, parsed=1.0)
-    text = "two answers to a prompt agree in 70%, the base model's in 25%, expected at most 70%"
-    assert guard().observe(1, replace(unanimous, agreement=0.69)).action == "go_on"
+    text = "two answers to a prompt agree in 70%, the base model's in 25%, expected at most 65%"
+    assert guard().observe(1, replace(unanimous, agreement=0.64)).action == "go_on"
     verdict = guard().observe(1, unanimous)
     assert (verdict.action, verdict.reasons) == ("stop", (text,))
     shy = replace(HEALTHY, agreement=0.1, parsed=0.45)  # of the answered traces half agree
