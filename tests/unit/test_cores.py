@@ -12,7 +12,7 @@ from actors.cores import Cores
 from rlsf_ray.config_sections import PoolConfig
 
 HOLD = (
-    "import sys, tempfile; tempfile.tempdir = sys.argv[1]; from rlsf_ray.config import PoolConfig\n"
+    "import sys, tempfile; tempfile.tempdir = sys.argv[1]; from rlsf_ray.config_sections import PoolConfig\n"
     "from actors.cores import Cores\n"
     "with Cores(PoolConfig()).turn(): print(flush=True); sys.stdin.read()"
 )
