@@ -12,6 +12,8 @@ from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from rlsf_ray.algorithms.signals import SIGNALS
 from rlsf_ray.config_sections import (
+    ROLES,
+    SEVERAL_TURNS,
     AdvantagesConfig,
     ClusterConfig,
     DataConfig,
@@ -23,6 +25,7 @@ from rlsf_ray.config_sections import (
     RewardModelConfig,
     RolloutConfig,
     Section,
+    nearest,
     one_of,
 )
 
@@ -147,6 +150,34 @@ class RunConfig(Section):
                 f" rollout.name={self.rollout.name}, rollout.temperature={self.rollout.temperature}; set"
                 " rollout.temperature: 1.0 (and rollout.name: sample), or leave `advantages` out to learn from pairs"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_turns(self) -> RunConfig:
+        name, signal = self.rollout.name, SIGNALS.get(self.signal)
+        if name in SEVERAL_TURNS:
+            if self.model.chat == "plain" or self.data.answer == "elicit":
+                raise ValueError(
+                    f"rollout.name={name} has several turns and needs a chat template, and answers that stand in the"
+                    f" text, got model.chat={self.model.chat}, data.answer={self.data.answer}; set model.chat: template"
+                )
+            if signal and "text" not in signal.needs:
+                raise ValueError(
+                    f"signal={self.signal} is about all tokens of a trace, and rollout.name={name} has some that nobody"
+                    " drew; use passed, or a signal of the answer, such as answer_prob"
+                )
+        elif ":" not in name and ((signal and signal.of_turns) or (self.advantages and self.advantages.turns)):
+            what = f"signal={self.signal}" if signal and signal.of_turns else "advantages.turns"
+            raise ValueError(
+                f"{what} is for rollouts of several turns, got rollout.name={name}; expected one of"
+                f" {', '.join(SEVERAL_TURNS)}"
+            )
+        settings = self.advantages
+        roles = [*settings.turns, *settings.held_turns] if settings else []
+        if ":" not in name and (odd := [role for role in roles if role not in ROLES]):
+            raise ValueError(f"no turn has the role {odd[0]!r}; expected {', '.join(ROLES)}{nearest(odd[0], ROLES)}")
+        if len(set(roles)) < len(roles):
+            raise ValueError(f"advantages.turns and advantages.held_turns name a role twice: {roles}; name each once")
         return self
 
     @model_validator(mode="after")

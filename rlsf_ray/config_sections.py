@@ -14,6 +14,8 @@ from rlsf_ray.algorithms.preferences import RULES
 
 # Known to rollouts/programs.py, which lies above this module; a test holds the two equal.
 ROLLOUT_NAMES = ("sample", "cot_decoding")
+ROLES = ("attempt", "reflection", "retry", "critique", "verdict")
+SEVERAL_TURNS = ("reflect_retry", "try_again", "second_try", "refine", "verify_revise", "verify_refine")
 ANSWER_FORMATS = ("number", "boxed", "phrase", "choice", "elicit")  # and regex:<pattern>
 
 
@@ -68,7 +70,7 @@ class ModelConfig(Section):
 class SourceConfig(Section):
     """One source of prompts."""
 
-    kind: Literal["reasoning_gym", "file", "gsm8k", "commonsenseqa", "hub"] = "reasoning_gym"
+    kind: Literal["reasoning_gym", "file", "gsm8k", "commonsenseqa", "bfcl", "hub"] = "reasoning_gym"
     name: str | None = None  # reasoning-gym data set, or hub id
     path: str | None = None  # .jsonl or .parquet file
     count: PositiveInt | None = None  # None: all
@@ -77,12 +79,14 @@ class SourceConfig(Section):
     messages: str | None = None  # column with chat messages, instead of `question`
     answer: str | None = "answer"  # column with the gold answer; read for probe sources only
     id: str | None = None  # column with ids; None: the row number
+    check: str | None = None  # column with the check of an answer: {"kind": ..., "data": {...}}
+    labels: bool = False  # may a check that knows the wanted answer be trained on? Then the run is not label-free
 
     @model_validator(mode="after")
     def _complete(self) -> SourceConfig:
         if self.kind in ("reasoning_gym", "hub") and not self.name:
             raise ValueError(f"a {self.kind} source needs `name`, got none; set name: <data set>")
-        if self.kind in ("file", "gsm8k", "commonsenseqa") and not self.path:
+        if self.kind in ("file", "gsm8k", "commonsenseqa", "bfcl") and not self.path:
             raise ValueError(f"a {self.kind} source needs `path`, got none; set path: <file>")
         if self.kind == "reasoning_gym" and self.count is None:
             raise ValueError("a reasoning_gym source is endless and needs `count`, got none; set count: 100")
@@ -102,10 +106,11 @@ class DataConfig(Section):
 class RolloutConfig(Section):
     """prompt -> group."""
 
-    name: Annotated[str, one_of("rollout", ROLLOUT_NAMES)] = "sample"
+    name: Annotated[str, one_of("rollout", (*ROLLOUT_NAMES, *SEVERAL_TURNS))] = "sample"
     traces: int = Field(default=8, ge=2)
     temperature: PositiveFloat = 0.9
-    max_tokens: PositiveInt = 80
+    max_tokens: PositiveInt = 80  # of each turn
+    tries: int = Field(default=2, ge=2)  # try_again, verify_refine: answers of one trace, at most
 
 
 class PairsConfig(Section):
@@ -135,6 +140,8 @@ class AdvantagesConfig(Section):
     """Scored group -> an advantage for each trace, and their loss. Where it is set, it stands in place of pairs."""
 
     rule: Annotated[str, one_of("advantage rule", tuple(ADVANTAGE_RULES))] = "group_norm"
+    turns: tuple[str, ...] = ()  # roles whose tokens are credited, in rollouts of several turns; none: all
+    held_turns: tuple[str, ...] = ()  # roles that feel the KL penalty only, whatever comes of them
     traces_per_step: PositiveInt = 64
     normalise: Literal["trace", "token", "constant"] = "trace"  # by the trace's length, all tokens, the token limit
     clip: float = Field(default=0.2, gt=0.0, lt=1.0)

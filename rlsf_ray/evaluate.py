@@ -20,8 +20,10 @@ from rlsf_ray.records import Group, Json, ProbePrompt, Trace
 from rlsf_ray.rollouts.programs import write_calibration_groups, write_probe_groups
 from rlsf_ray.run_store import RunStore
 from rlsf_ray.stream.guard import Vitals
+from rlsf_ray.tasks.checks import is_right
 from rlsf_ray.tasks.equality import AnswerChecker
 from rlsf_ray.tasks.sources import PromptSets
+from rlsf_ray.tries import judge_episodes
 from rlsf_ray.vitals import take_vitals
 
 Item = TypeVar("Item")
@@ -146,6 +148,7 @@ def judge_groups(
                 "greedy": _judged(groups["greedy"].traces[0], item, checker),
                 "branches": _judge_all(groups["branches"], item, checker) if "branches" in groups else [],
             }
+            | ({"episodes": judge_episodes(groups["episodes"], item, checker)} if "episodes" in groups else {})
         )
     return rows
 
@@ -166,7 +169,7 @@ def _judge_all(group: Group, item: ProbePrompt, checker: AnswerChecker) -> list[
 
 def _judged(trace: Trace, item: ProbePrompt, checker: AnswerChecker) -> Json:
     answer = trace.answer
-    correct = bool(answer and checker.equal(answer.text, item.gold))
+    correct = is_right(trace.answer_text, item, checker)
     span = slice(*answer.tokens) if answer else slice(0)
     return {
         "text": trace.text,

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from rlsf_ray.algorithms import calibration, voting
 from rlsf_ray.records import Json
+from rlsf_ray.tries import counts_of_tries
 
 Floats = NDArray[np.float64]
 
@@ -46,9 +47,11 @@ def measure(rows: Sequence[Json]) -> Json:
     right, parsed = (
         np.array([sum(map(read, row["samples"])) for row in rows], dtype=float) for read in (_right, _parsed)
     )
+    shares = {"accuracy_given_parsed": (right, parsed)} | (counts_of_tries(rows) if "episodes" in rows[0] else {})
     with np.errstate(invalid="ignore"):  # no sample of any drawn question may have an answer
-        drawn = right[draws].sum(axis=1) / parsed[draws].sum(axis=1)
-        _put(metrics, "accuracy_given_parsed", float(right.sum() / parsed.sum()), drawn)
+        for name, (part, whole) in shares.items():
+            drawn = part[draws].sum(axis=1) / whole[draws].sum(axis=1)
+            _put(metrics, name, float(part.sum() / whole.sum()), drawn)
     for name in known_confidences(rows):
         confidence, correct = confidences(rows, name)
         for kind, statistic in STATISTICS.items():

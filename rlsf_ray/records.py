@@ -6,6 +6,7 @@ Records on the training side (`Prompt` to `TrainingGroup`) have no field for a g
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,18 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int32]
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """How a task tells by itself whether an answer solves it: a kind of tasks/checks.py, and what that needs to know.
+
+    It comes with the question (the numbers of a countdown); where it holds wanted answers, it is a label, and named so.
+    """
+
+    kind: str
+    data: Json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +38,7 @@ class Prompt:
     task: str
     key: str
     answer_format: str = "number"  # how the answer is found in a trace: see algorithms/answers.py
+    check: Check | None = None  # for rollouts that ask whether an answer is right
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,11 +59,23 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """What the model wrote in one go, in a trace of several turns."""
+
+    role: str  # attempt, reflection, retry, critique, verdict ...
+    tokens: tuple[int, int]  # [start, end) in the trace's tokens
+    text: str
+    answer: str | None = None
+    passed: float = float("nan")  # 1 or 0 by a check; nan: not checked, or the check failed to run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Trace:
     """One sampled completion. Statistics are of the raw distribution (temperature 1).
 
     `logprob` [T] is the log-probability of the chosen token, `top1` and `top2` [T] the two largest
-    probabilities at its position.
+    probabilities at its position. A trace of several `turns` also holds the tokens that stand between them, which
+    nobody drew (their log-prob is 0); `text` and `answer` are then those of the last turn that answers the prompt.
     """
 
     id: str
@@ -63,6 +89,7 @@ class Trace:
     top2: FloatArray
     finished: bool  # False: cut off at the token limit
     answer: Answer | None = None
+    turns: tuple[Turn, ...] = ()  # none: the whole trace was written in one go
 
     def __post_init__(self) -> None:
         lengths = {len(self.token_ids), len(self.logprob), len(self.top1), len(self.top2)}
@@ -70,6 +97,16 @@ class Trace:
             raise ValueError(f"trace {self.id}: token_ids, logprob, top1, top2 must have one length, got {lengths}")
         if self.answer is not None and self.answer.tokens[1] > len(self.token_ids):
             raise ValueError(f"trace {self.id}: answer span {self.answer.tokens} outside {len(self.token_ids)} tokens")
+
+    def written(self, roles: Collection[str] = ()) -> NDArray[np.bool_]:
+        """Which tokens [T] the model wrote, in turns of these roles (none: of any)."""
+        if not self.turns:
+            return np.ones(len(self.token_ids), dtype=np.bool_)
+        mask = np.zeros(len(self.token_ids), dtype=np.bool_)
+        for turn in self.turns:
+            if not roles or turn.role in roles:
+                mask[slice(*turn.tokens)] = True
+        return mask
 
     @property
     def answer_text(self) -> str | None:
@@ -149,14 +186,20 @@ class TrainingTrace:
     token_ids: IntArray  # [T]
     logprob: FloatArray  # [T], by the generator that wrote them
     reference_logprob: FloatArray  # [T], of the frozen base model
-    advantage: float = 0.0  # where the group has no pairs
+    credit: FloatArray | None = None  # [T]: advantage of each token (1 in a pair), nan: not learned from; None: all 1
 
     def __post_init__(self) -> None:
-        if not len(self.token_ids) == len(self.logprob) == len(self.reference_logprob):
+        credit = self.logprob if self.credit is None else self.credit
+        if not len(self.token_ids) == len(self.logprob) == len(self.reference_logprob) == len(credit):
             raise ValueError(
-                f"trace {self.id}: {len(self.token_ids)} tokens, but {len(self.logprob)} log-probs and"
-                f" {len(self.reference_logprob)} reference log-probs"
+                f"trace {self.id}: {len(self.token_ids)} tokens, but {len(self.logprob)} log-probs,"
+                f" {len(self.reference_logprob)} reference log-probs and credit for {len(credit)}"
             )
+
+    @property
+    def learned(self) -> NDArray[np.bool_]:
+        """Which tokens [T] the loss sees."""
+        return np.ones(len(self.token_ids), dtype=np.bool_) if self.credit is None else ~np.isnan(self.credit)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -243,6 +286,3 @@ class Reply:
     confidence: float  # calibrated, in [0, 1]
     traces: int
     version: int
-
-
-Json = dict[str, Any]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,13 @@ from rlsf_ray.records import Json, Outcome, Pair, ScoredGroup, TrainingGroup, Tr
 _TOKENS, _FLOATS, _SPAN = pa.list_(pa.int32()), pa.list_(pa.float32()), pa.list_(pa.int32())
 _SEED = pa.uint64()
 
+_TURN = {
+    "role": pa.string(),
+    "tokens": _SPAN,
+    "text": pa.string(),
+    "answer": pa.string(),
+    "passed": pa.float64(),
+}
 _TRACES = {
     "group_id": pa.string(),
     "prompt_id": pa.string(),
@@ -38,6 +46,7 @@ _TRACES = {
     "answer": pa.string(),
     "answer_chars": _SPAN,
     "answer_tokens": _SPAN,
+    "turns": pa.list_(pa.struct(list(_TURN.items()))),
     "label": pa.int32(),
     "signal": pa.string(),
     "score": pa.float64(),
@@ -72,7 +81,7 @@ _TRAINING_TRACE = {
     "token_ids": _TOKENS,
     "logprob": _FLOATS,
     "reference_logprob": _FLOATS,
-    "advantage": pa.float64(),
+    "credit": _FLOATS,
 }
 _PAIR = {"chosen": pa.int32(), "rejected": pa.int32(), "weight": pa.float64(), "margin": pa.float64()}
 _GROUPS = {
@@ -117,8 +126,9 @@ def trace_rows(scored: ScoredGroup) -> list[Json]:
             "answer_chars": answer and answer.chars,
             "answer_tokens": answer and answer.tokens,
         }
+        turns = [asdict(turn) | {"passed": _or_null(turn.passed)} for turn in trace.turns]
         judged = dict(zip(("score", "second_score", "advantage"), map(_or_null, found), strict=True))
-        rows.append({**shared, "trace_id": trace.id, **own, **arrays, **span, "label": label, **judged})
+        rows.append({**shared, "trace_id": trace.id, **own, **arrays, **span, "turns": turns, "label": label, **judged})
     return rows
 
 
@@ -177,6 +187,7 @@ def row_to_group(row: Json) -> TrainingGroup:
                 "token_ids": np.asarray(trace["token_ids"], np.int32),
                 "logprob": np.asarray(trace["logprob"], np.float32),
                 "reference_logprob": np.asarray(trace["reference_logprob"], np.float32),
+                "credit": None if trace["credit"] is None else np.asarray(trace["credit"], np.float32),
             }
         )
         for trace in row["traces"]

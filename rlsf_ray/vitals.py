@@ -51,7 +51,7 @@ def training_vitals(groups: Sequence[TrainingGroup], logprob_gap: float) -> Json
     The mean of log p(policy) - log p(base) over the tokens written, in nats; `logprob_gap` is of the first step.
     """
     traces = [trace for group in groups for trace in group.traces]
-    ratios = [trace.logprob - trace.reference_logprob for trace in traces]
+    ratios = [(trace.logprob - trace.reference_logprob)[trace.learned] for trace in traces]
     return {"kl": float(np.concatenate(ratios).mean(dtype=np.float64)), "logprob_gap": logprob_gap}
 
 

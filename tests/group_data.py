@@ -45,7 +45,7 @@ def advantage_group(index: int, num_traces: int) -> TrainingGroup:
             token_ids=draw.integers(4, 300, 3 + k).astype(np.int32),
             logprob=np.full(3 + k, -5.0, dtype=np.float32),
             reference_logprob=np.full(3 + k, -5.0, dtype=np.float32),
-            advantage=float(advantages[k]),
+            credit=np.full(3 + k, advantages[k], dtype=np.float32),
         )
         for k in range(num_traces)
     )

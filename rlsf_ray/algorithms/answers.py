@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 IntArray = NDArray[np.int32]
 Span = tuple[int, int]
 
+ANSWERING = ("attempt", "retry")  # roles of the turns that answer the prompt
 FORMATS = ("number", "boxed", "phrase", "choice", "regex:<pattern>")
 
 # A sign counts only where it cannot be an operator ("= -3", but not in "5-3"); "12." is 12 at the end of a sentence.

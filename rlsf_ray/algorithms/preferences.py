@@ -165,6 +165,26 @@ def reversed_voted(candidates: Candidates, limits: Limits, rng: np.random.Genera
     return Decision(swapped, voted_way.reason, weight)
 
 
+def final_over_first(candidates: Candidates, limits: Limits, rng: np.random.Generator) -> Decision:
+    """Every second trace, a refined answer, over the one before it, its draft, where it scores higher.
+
+    For the rollout `refine`: EVOLVE 2502.05605.
+    """
+    answers, ranks = candidates.answers, candidates.ranks
+    both = [(j + 1, j) for j in range(0, len(answers) - 1, 2) if answers[j + 1] >= 0]
+    if not both:
+        return _unanswered(candidates)
+    changed = [(i, j) for i, j in both if limits.same_answer or answers[i] != answers[j]]
+    if not changed:
+        return Decision(reason="one_answer")
+    better = [(i, j) for i, j in changed if ranks[i] > ranks[j] and not _below(float(ranks[i]), limits.min_chosen)]
+    if not better:
+        return Decision(reason="tie")
+    better.sort(key=lambda pair: -candidates.gap(*pair))
+    sure = float(max(ranks[i] for i, _ in better))
+    return _within_limits(better[: limits.max_pairs], candidates, limits, sure=sure)
+
+
 def random_pairs(candidates: Candidates, limits: Limits, rng: np.random.Generator) -> Decision:
     """Control: distinct pairs in a random direction, whatever the scores; one pair where there is no cap.
 
@@ -210,6 +230,7 @@ RULES: dict[str, Rule] = {
     "random": random_pairs,
     "reversed": reversed_voted,
     "format_only": format_only,
+    "final_over_first": final_over_first,
 }
 
 

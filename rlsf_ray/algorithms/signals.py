@@ -17,6 +17,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from rlsf_ray.algorithms.answers import ANSWERING
+
 FloatArray = NDArray[np.float32]
 Scores = NDArray[np.float64]
 TOP = 20  # tokens of the `top_` statistics, which are other quantities than those over the whole vocabulary
@@ -38,12 +40,21 @@ class Distribution(NamedTuple):
     top_certainty: FloatArray
 
 
+class TurnStats(NamedTuple):
+    """What signals may read of one turn: `passed` is 1 or 0 by a check, nan where there was none or it failed."""
+
+    role: str
+    answer: str | None
+    passed: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TraceStats:
     """What signals may read of one trace. Probabilities are of the raw distribution (temperature 1).
 
     `logprob`, `top1`, `top2` [T]; `span` [start, end) are the answer's tokens; `label` is its answer class (-1: none).
-    `distribution` and `p_true` are there for a signal that needs them; `p_true` is nan without an answer.
+    `distribution` and `p_true` are there for a signal that needs them; `p_true` is nan without an answer. `turns` are
+    there in rollouts of several.
     """
 
     logprob: FloatArray
@@ -54,6 +65,7 @@ class TraceStats:
     finished: bool
     distribution: Distribution | None = None
     p_true: float = float("nan")
+    turns: tuple[TurnStats, ...] = ()
 
     def __post_init__(self) -> None:
         if not len(self.logprob) == len(self.top1) == len(self.top2):
@@ -145,6 +157,34 @@ def majority(traces: Sequence[TraceStats]) -> Scores:
     return np.where([trace.finished for trace in traces], votes, np.nan)
 
 
+def passed(traces: Sequence[TraceStats]) -> Scores:
+    """1 if the last answer passes its check, 0 if not; absent where it was not, or could not be, checked.
+
+    Reflect, Retry, Reward 2505.24726.
+    """
+    return np.array([_outcome(trace) for trace in traces], dtype=np.float64)
+
+
+def unary_feedback(traces: Sequence[TraceStats]) -> Scores:
+    """2^-n if the n-th attempt (from 0) passes, less half the share of repeated answers. UFO 2507.14295."""
+
+    def score(trace: TraceStats) -> float:
+        answers = [turn.answer for turn in trace.turns if turn.answer is not None]
+        right = _outcome(trace) * 0.5 ** (len(trace.turns) - 1)
+        return right - 0.5 * (1.0 - len(set(answers)) / len(answers) if answers else 0.0)
+
+    return np.array([score(trace) for trace in traces], dtype=np.float64)
+
+
+def progress(traces: Sequence[TraceStats]) -> Scores:
+    """First plus second try, plus 10 times the progress between them. SCoRe 2409.12917, stage II.
+
+    One return for both tries; a first try is not told apart from what its second made of it.
+    """
+    tries = [[turn.passed for turn in trace.turns if turn.role in ANSWERING] for trace in traces]
+    return np.array([one[0] + one[-1] + 10.0 * (one[-1] - one[0]) if len(one) == 2 else np.nan for one in tries])
+
+
 def self_consistency(traces: Sequence[TraceStats]) -> Scores:
     """Share of ALL K traces that give this trace's answer, in (0, 1]. EMPO 2504.05812's cluster share, and others."""
     return _share(traces, np.where(_answered(traces), 1.0, 0.0), total=float(len(traces)))
@@ -158,11 +198,12 @@ def disparity_vote(traces: Sequence[TraceStats]) -> Scores:
 
 @dataclass(frozen=True, slots=True)
 class Signal:
-    """A signal's function, what it needs of a trace, and whether its scores lie in [0, 1]."""
+    """A signal's function, what it needs of a trace, whether its scores lie in [0, 1] and are about its turns."""
 
     fn: Callable[[Sequence[TraceStats]], Sequence[float] | Scores]
     needs: frozenset[str] = frozenset({"text", "logprob", "top2"})
     bounded: bool = False
+    of_turns: bool = False
 
     def __post_init__(self) -> None:
         if odd := self.needs - {"text", "logprob", "top2", "distribution", "probe"}:
@@ -185,6 +226,9 @@ SIGNALS: dict[str, Signal] = {
     "majority": Signal(majority, _TEXT, bounded=True),
     "self_consistency": Signal(self_consistency, _TEXT, bounded=True),
     "disparity_vote": Signal(disparity_vote, _TEXT | {"top2"}, bounded=True),
+    "passed": Signal(passed, _TEXT, bounded=True, of_turns=True),
+    "unary_feedback": Signal(unary_feedback, _TEXT, of_turns=True),
+    "progress": Signal(progress, _TEXT, of_turns=True),
 }
 
 
@@ -196,6 +240,10 @@ def _each_answer(traces: Sequence[TraceStats], score: Callable[[TraceStats, slic
 
 def _each_finished(traces: Sequence[TraceStats], score: Callable[[TraceStats], np.floating]) -> Scores:
     return np.array([float(score(trace)) if trace.finished else np.nan for trace in traces], dtype=np.float64)
+
+
+def _outcome(trace: TraceStats) -> float:
+    return next((turn.passed for turn in reversed(trace.turns) if turn.role in ANSWERING), float("nan"))
 
 
 def _read(trace: TraceStats) -> Distribution:

@@ -63,6 +63,10 @@ class Engine(Protocol):
         """Token ids of plain text that continues a trace (no special tokens)."""
         ...
 
+    def encode_reply(self, text: str, last: int) -> IntArray:
+        """Token ids between a written turn that ends with the token `last` and the next one: the user says `text`."""
+        ...
+
     def encode(self, prompt: Prompt) -> IntArray:
         """Token ids [P] of the prompt, through the model's chat template or the plain one."""
         ...

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from rlsf_ray.algorithms.signals import Distribution, TraceStats
+from rlsf_ray.algorithms.signals import Distribution, TraceStats, TurnStats
 from rlsf_ray.config import RunConfig
 from rlsf_ray.engines.distribution import read_distributions
 from rlsf_ray.engines.lora import HEAD_WEIGHT, add_adapter, check_logits, load_adapter
@@ -173,6 +173,7 @@ def trace_stats(group: Group, labels: Sequence[int]) -> list[TraceStats]:
             span=trace.answer.tokens if trace.answer else None,
             label=label,
             finished=trace.finished,
+            turns=tuple(TurnStats(turn.role, turn.answer, turn.passed) for turn in trace.turns),
         )
         for trace, label in zip(group.traces, labels, strict=True)
     ]

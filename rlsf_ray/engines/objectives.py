@@ -1,7 +1,7 @@
 """What a step minimises: groups, read by the model, -> a loss summed over examples, and the sums to report.
 
 Everything is a sum, over pairs or over traces: the caller divides by the size of the whole step, over all its passes
-and workers. N completion tokens of K traces.
+and workers. N completion tokens of K traces, of those that the loss sees.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ class Preferences:
         self, model: Any, groups: Sequence[TrainingGroup], size: StepSize, newest: int
     ) -> tuple[torch.Tensor, Sums]:
         settings = self._settings
-        policy = [trace for row in trace_logprobs(model, rows_of(groups)) for trace in row]
+        read = [trace for row in trace_logprobs(model, rows_of(groups)) for trace in row]
+        learned = [torch.from_numpy(trace.learned).to(read[0].device) for group in groups for trace in group.traces]
+        policy = [values[mask] for values, mask in zip(read, learned, strict=True)]
         first = np.cumsum([0, *(len(group.traces) for group in groups)])  # of each group among all traces
         traces = [trace for group in groups for trace in group.traces]
         pairs = [(start, pair) for start, group in zip(first, groups, strict=False) for pair in group.pairs]
@@ -65,8 +67,8 @@ class Preferences:
         loss, sums = pair_loss(
             settings.name,
             torch.stack([values.sum() for values in policy]),
-            torch.tensor([float(t.reference_logprob.sum(dtype=np.float64)) for t in traces], device=device),
-            torch.tensor([len(trace.token_ids) for trace in traces], device=device),
+            torch.tensor([float(t.reference_logprob[t.learned].sum(dtype=np.float64)) for t in traces], device=device),
+            torch.tensor([len(values) for values in policy], device=device),
             torch.tensor([start + pair.chosen for start, pair in pairs], device=device),
             torch.tensor([start + pair.rejected for start, pair in pairs], device=device),
             torch.tensor([pair.weight for _, pair in pairs], device=device),
@@ -94,9 +96,10 @@ class PolicyGradient:
     ) -> tuple[torch.Tensor, Sums]:
         settings = self._settings
         found, entropy = trace_logprobs_and_entropies(model, rows_of(groups), gradient=bool(settings.entropy_bonus))
-        policy = torch.cat([trace for row in found for trace in row])
         traces = [trace for group in groups for trace in group.traces]
-        lengths, device = [len(trace.token_ids) for trace in traces], policy.device
+        learned = torch.from_numpy(np.concatenate([trace.learned for trace in traces])).to(entropy.device)
+        policy, entropy = torch.cat([trace for row in found for trace in row])[learned], entropy[learned]
+        lengths, device = [int(trace.learned.sum()) for trace in traces], policy.device
 
         def spread(values: Sequence[float]) -> torch.Tensor:
             """One value a trace -> one a token [N]."""
@@ -104,7 +107,7 @@ class PolicyGradient:
 
         written, reference = _tokens(groups, "logprob", device), _tokens(groups, "reference_logprob", device)
         fresh = spread([trace.version == newest for trace in traces]) > 0
-        advantages = spread([trace.advantage for trace in traces])
+        advantages = _tokens(groups, "credit", device)
         weights = torch.where(fresh, 1.0, importance_weights(policy, written, most=settings.max_weight))
         old = torch.where(fresh, written, policy.detach())
         clip, clip_high = settings.clip, settings.clip_high
@@ -160,8 +163,9 @@ def rows_of(groups: Sequence[TrainingGroup]) -> list[Row]:
 
 
 def _tokens(groups: Sequence[TrainingGroup], name: str, device: Any) -> torch.Tensor:
-    """A field [T] of every trace as one [N]."""
-    return torch.from_numpy(np.concatenate([getattr(t, name) for group in groups for t in group.traces])).to(device)
+    """A field [T] of every trace, of the tokens that the loss sees, as one [N]."""
+    found = [getattr(trace, name)[trace.learned] for group in groups for trace in group.traces]
+    return torch.from_numpy(np.concatenate(found)).to(device)
 
 
 def _gap(policy: torch.Tensor, written: torch.Tensor) -> Sums:

@@ -83,6 +83,8 @@ class Scorer:
 
     def _advantages(self, group: Group, scores: np.ndarray, rule: advantages.Rule) -> dict[str, Any]:
         found = advantages.credit(scores, np.asarray([trace.finished for trace in group.traces]), rule)
+        if len(group.traces) == 1 and group.traces[0].turns:  # a rollout that had no need to go on
+            return {"reason": "passed_at_once"}
         return {"advantages": found.advantages, "reason": found.reason}
 
     def _pairs(self, group: Group, labels: Sequence[int], scores: np.ndarray) -> dict[str, Any]:
@@ -115,6 +117,7 @@ class Scorer:
         group = scored.group
         used = sorted({index for pair in scored.pairs for index in (pair.chosen, pair.rejected)})
         used = used or [k for k, advantage in enumerate(scored.advantages) if not math.isnan(advantage)]
+        credit = {k: self._credit_of(scored, k) for k in used}
         reference = self.judge.reference(group.prompt_ids, [group.traces[k].token_ids for k in used])
         return TrainingGroup(
             id=group.id,
@@ -124,7 +127,9 @@ class Scorer:
             signal=scored.signal,
             sure=scored.sure,
             prompt_ids=group.prompt_ids,
-            traces=tuple(_training_trace(scored, k, values) for k, values in zip(used, reference, strict=True)),
+            traces=tuple(
+                _training_trace(scored, k, values, credit[k]) for k, values in zip(used, reference, strict=True)
+            ),
             pairs=tuple(
                 Pair(
                     chosen=used.index(pair.chosen),
@@ -135,6 +140,16 @@ class Scorer:
                 for pair in scored.pairs
             ),
         )
+
+    def _credit_of(self, scored: ScoredGroup, index: int) -> np.ndarray | None:
+        """What each token of a trace counts [T]; None: 1."""
+        trace, settings = scored.group.traces[index], self._config.advantages
+        if not scored.advantages or settings is None:
+            return np.where(trace.written(), 1.0, np.nan).astype(np.float32) if trace.turns else None
+        credit = np.where(trace.written(settings.turns), scored.advantages[index], np.nan).astype(np.float32)
+        if settings.held_turns:
+            credit[trace.written(settings.held_turns)] = 0.0
+        return credit
 
     def close(self) -> None:
         self._checker.close()
@@ -155,7 +170,7 @@ def outcome(scored: ScoredGroup) -> Outcome:
     )
 
 
-def _training_trace(scored: ScoredGroup, index: int, reference: np.ndarray) -> TrainingTrace:
+def _training_trace(scored: ScoredGroup, index: int, reference: np.ndarray, credit: np.ndarray | None) -> TrainingTrace:
     trace = scored.group.traces[index]
     return TrainingTrace(
         id=trace.id,
@@ -166,7 +181,7 @@ def _training_trace(scored: ScoredGroup, index: int, reference: np.ndarray) -> T
         token_ids=trace.token_ids,
         logprob=trace.logprob,
         reference_logprob=reference.astype(np.float32),
-        advantage=scored.advantages[index] if scored.advantages else 0.0,
+        credit=credit,
     )
 
 

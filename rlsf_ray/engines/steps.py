@@ -19,12 +19,12 @@ class StepSize:
     """What the whole of a step holds, over all workers."""
 
     examples: int
-    tokens: int  # of the traces
+    tokens: int  # of the traces, that the loss sees
 
     @classmethod
     def of(cls, step: Sequence[TrainingGroup]) -> StepSize:
         """The size of a whole step."""
-        lengths = (len(trace.token_ids) for group in step for trace in group.traces)
+        lengths = (int(trace.learned.sum()) for group in step for trace in group.traces)
         return cls(sum(group.num_examples for group in step), sum(lengths))
 
 

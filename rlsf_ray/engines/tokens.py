@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,27 @@ def encode_prompt(tokenizer: Any, model: ModelConfig, prompt: Prompt) -> IntArra
 def encode_text(tokenizer: Any, text: str) -> IntArray:
     """Token ids of plain text that continues a trace (no special tokens)."""
     return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
+
+
+def encode_reply(tokenizer: Any, model: ModelConfig, text: str, last: int, ends: Collection[int]) -> IntArray:
+    """Token ids that stand between a written turn, whose last token is `last`, and the next: `text`, said by the user.
+
+    As the chat template has it, but for the written turn itself, which stays token by token as it was drawn. `ends`:
+    tokens that end a turn. Raises InputError for a model without turns.
+    """
+    if model.chat == "plain":
+        raise InputError(
+            "rollouts of several turns need a chat template, got model.chat=plain; set model.chat: template"
+        )
+    mark = "\u2063turn\u2063"
+    messages = [("user", "?"), ("assistant", mark), ("user", text)]
+    chat = [{"role": role, "content": content} for role, content in messages]
+    whole = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    _, found, after = whole.partition(mark)
+    if not found:
+        raise InputError("the model's chat template drops what the assistant said; rollouts of several turns need it")
+    ids = encode_text(tokenizer, after)
+    return ids[1:] if len(ids) and int(ids[0]) in ends and last in ends else ids
 
 
 def check_lengths(requests: Sequence[Request], context: int) -> None:

@@ -18,7 +18,7 @@ from rlsf_ray.engines.base import Adapter, Completion, Request
 from rlsf_ray.engines.lora import adapter_arrays, add_adapter, load_adapter
 from rlsf_ray.engines.models import context_length, find_model, load_model, load_tokenizer
 from rlsf_ray.engines.packing import read_texts
-from rlsf_ray.engines.tokens import check_lengths, completion, encode_prompt, encode_text, eos_ids
+from rlsf_ray.engines.tokens import check_lengths, completion, encode_prompt, encode_reply, encode_text, eos_ids
 from rlsf_ray.errors import EngineError, WeightsError
 from rlsf_ray.records import FloatArray, IntArray, Json, Prompt
 
@@ -51,6 +51,10 @@ class TransformersEngine:
     def encode_text(self, text: str) -> IntArray:
         """Token ids of plain text that continues a trace (no special tokens)."""
         return encode_text(self._tokenizer, text)
+
+    def encode_reply(self, text: str, last: int) -> IntArray:
+        """Token ids between a written turn that ends with the token `last` and the next one: the user says `text`."""
+        return encode_reply(self._tokenizer, self._config, text, last, self._eos)
 
     def load_version(self, version: int, adapter: Adapter) -> str:
         """Keep `adapter` as `version` and make it active; what the model then holds is read back and compared."""

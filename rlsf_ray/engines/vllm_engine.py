@@ -27,7 +27,7 @@ from rlsf_ray.engines.base import Adapter, Completion, Request
 from rlsf_ray.engines.lora import check_mergeable, merges, write_merged
 from rlsf_ray.engines.models import context_length, find_model, generation_config, load_tokenizer, most_tokens
 from rlsf_ray.engines.scratch import Scratch
-from rlsf_ray.engines.tokens import check_lengths, completion, encode_prompt, encode_text, eos_ids
+from rlsf_ray.engines.tokens import check_lengths, completion, encode_prompt, encode_reply, encode_text, eos_ids
 from rlsf_ray.engines.version_turn import VersionTurn
 from rlsf_ray.engines.vllm_params import TOP, read_output, sampling_params
 from rlsf_ray.engines.vllm_start import Statistics, engine_arguments, start
@@ -102,6 +102,10 @@ class VLLMEngine:
     def encode_text(self, text: str) -> IntArray:
         """Token ids of plain text that continues a trace (no special tokens)."""
         return encode_text(self._tokenizer, text)
+
+    def encode_reply(self, text: str, last: int) -> IntArray:
+        """Token ids between a written turn that ends with the token `last` and the next one: the user says `text`."""
+        return encode_reply(self._tokenizer, self._config, text, last, self._eos)
 
     # --- versions -----------------------------------------------------------------------------------------------
 

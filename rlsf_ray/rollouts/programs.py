@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +13,8 @@ from rlsf_ray.choices import choose
 from rlsf_ray.config import RunConfig
 from rlsf_ray.engines.base import Completion, Request, Sampling
 from rlsf_ray.records import Answer, Group, IntArray, Prompt, Trace
+from rlsf_ray.rollouts.seeds import group_id, trace_seed
+from rlsf_ray.rollouts.several import PROGRAMS, write_episodes, write_talks
 
 Rollout = Callable[[RunConfig], Sampling]
 Span = tuple[int, int]
@@ -35,21 +37,31 @@ def cot_decoding(config: RunConfig) -> Sampling:
 ROLLOUTS: dict[str, Rollout] = {"sample": sample, "cot_decoding": cot_decoding}
 
 
+def choose_rollout(config: RunConfig) -> Any:
+    """How the run's traces are written: a `Rollout`, or (an async function) a program of several turns."""
+    return choose({**ROLLOUTS, **PROGRAMS}, config.rollout.name, "rollout.name")
+
+
 def write_groups(
     engine: Any, prompts: Sequence[Prompt], *, config: RunConfig, round: int, first_sequence: int, version: int
 ) -> list[Group]:
     """One group of K traces for each prompt, with answers found."""
-    sampling = choose(ROLLOUTS, config.rollout.name, "rollout.name")(config)
+    rollout = choose_rollout(config)
+    sequences = range(first_sequence, first_sequence + len(prompts))
+    if inspect.iscoroutinefunction(rollout):
+        return write_talks(rollout, engine, prompts, config=config, round=round, sequences=sequences, version=version)
+    sampling = rollout(config)
     salt, count = f"{config.seed}/round-{round}", config.rollout.traces
     requests = [_request(prompt, engine.encode(prompt), sampling, count, salt) for prompt in prompts]
-    return _write(engine, prompts, requests, round, range(first_sequence, first_sequence + len(prompts)), version)
+    return _write(engine, prompts, requests, round, sequences, version)
 
 
 def write_probe_groups(
     engine: Any, prompts: Sequence[Prompt], *, config: RunConfig, version: int, first_sequence: int
 ) -> dict[str, list[Group]]:
     """For evaluation, a group of each kind for each prompt: {"sampled": `eval.samples` traces, "greedy": one trace,
-    "branches": `eval.branches` traces of CoT-decoding, no such kind if that is 0}.
+    "branches": `eval.branches` traces of CoT-decoding, no such kind if that is 0, "episodes": `eval.samples` traces of
+    a rollout of several turns, no such kind for others}.
 
     The seeds do not depend on the run's seed, so that every run measures the base model alike.
     """
@@ -60,7 +72,13 @@ def write_probe_groups(
     }
     if many:
         kinds["branches"] = (Sampling(method="branch", max_tokens=tokens), many, "branches")
-    return _write_kinds(engine, prompts, kinds, first_sequence, version)
+    written = _write_kinds(engine, prompts, kinds, first_sequence, version)
+    rollout = choose_rollout(config)
+    if inspect.iscoroutinefunction(rollout):
+        written["episodes"] = write_episodes(
+            rollout, engine, prompts, config=config, version=version, first_sequence=first_sequence
+        )
+    return written
 
 
 def write_calibration_groups(
@@ -131,16 +149,6 @@ def _write(
         )
         for index, name in enumerate(group_id(prompt, round) for prompt in prompts)
     ]
-
-
-def group_id(prompt: Prompt, round: int) -> str:
-    """Names one (prompt, round)."""
-    return f"r{round}/{prompt.id}" if round >= 0 else f"probe/{prompt.id}"
-
-
-def trace_seed(salt: str, prompt_id: str, index: int) -> int:
-    """Each trace has its own random stream, made of run seed, round, prompt and trace index."""
-    return int.from_bytes(hashlib.sha256(f"{salt}/{prompt_id}/{index}".encode()).digest()[:8], "big") >> 1
 
 
 def _answers(

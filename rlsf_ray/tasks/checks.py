@@ -11,12 +11,14 @@ import json
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 from rlsf_ray.errors import InputError
-from rlsf_ray.records import Json
+from rlsf_ray.records import Check, Json, ProbePrompt
+from rlsf_ray.tasks.equality import AnswerChecker
+from rlsf_ray.tasks.sandbox import run_tests
+from rlsf_ray.tasks.verdict import Verdict
 
 LONGEST = 2000  # characters of a text that is read as code
 _OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
@@ -26,6 +28,7 @@ _OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] 
     ast.Div: operator.truediv,
 }
 _SIGNS = str.maketrans({"×": "*", "÷": "/", "−": "-", "–": "-"})
+_BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
 _OPENING = re.compile(r"[\[{]")
 _TYPES: dict[str, tuple[type, ...]] = {
     "string": (str,),
@@ -40,12 +43,25 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """Whether a text passed, and why not."""
+def check_answer(check: Check, answer: str | None) -> Verdict:
+    """Does the answer pass? A check that breaks says so, which is no wrong answer. Raises InputError for bad data."""
+    if check.kind not in CHECKS:
+        raise InputError(f"no check is called {check.kind!r}; expected one of {', '.join(CHECKS)}")
+    if answer is None:
+        return Verdict(False, "no answer")
+    try:
+        return CHECKS[check.kind](answer, **check.data)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a model's text does to a check
+        return Verdict(None, f"the check broke: {type(error).__name__}: {error}")
 
-    right: bool
-    reason: str = ""
+
+def is_right(answer: str | None, item: ProbePrompt, checker: AnswerChecker) -> bool:
+    """By the task's own check where it has one (a countdown has many right answers), else by the gold answer."""
+    if item.prompt.check is not None:
+        return bool(check_answer(item.prompt.check, answer).right)
+    return answer is not None and checker.equal(answer, item.gold)
 
 
 def countdown(text: str, numbers: Sequence[int], target: int) -> Verdict:
@@ -116,6 +132,20 @@ def fits_schema(text: str, schema: Json) -> Verdict:
         return Verdict(False, "no JSON")
     problem = next(kind(schema).iter_errors(found[-1]), None)
     return Verdict(problem is None, problem.message if problem else "")
+
+
+def code(text: str, tests: str) -> Verdict:
+    """Does the text's last Python block (or all of it) pass the tests, which are assertions? Run apart: sandbox.py."""
+    blocks = _BLOCK.findall(text)
+    return run_tests(blocks[-1] if blocks else text, tests)
+
+
+CHECKS: dict[str, Callable[..., Verdict]] = {
+    "countdown": countdown,
+    "function_call": function_call,
+    "schema": fits_schema,
+    "code": code,
+}
 
 
 def _parsed(text: str) -> ast.expr | None:

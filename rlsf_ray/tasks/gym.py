@@ -9,7 +9,7 @@ from typing import Any
 
 from rlsf_ray.config_sections import SourceConfig
 from rlsf_ray.errors import InputError
-from rlsf_ray.records import Json
+from rlsf_ray.records import Check, Json
 from rlsf_ray.tasks.questions import (
     Question,
     as_user,
@@ -50,7 +50,10 @@ def _gym_question(item: Json, name: str, labelled: bool) -> Question:
     is_asked = is_arithmetic(expression) and expression in question
     key = canonical_key(expression if is_asked else question)
     gold = cell_text(item["answer"], f"reasoning-gym {name}", "answer") if labelled else None
-    return Question(id=question_id(name, key), messages=as_user(question), task=name, key=key, gold=gold)
+    check = None
+    if name == "countdown":  # what the question itself says
+        check = Check(kind=name, data={part: item["metadata"][part] for part in ("numbers", "target")})
+    return Question(id=question_id(name, key), messages=as_user(question), task=name, key=key, gold=gold, check=check)
 
 
 def _gym_dataset(name: str, options: Json, seed: int) -> Any:

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from rlsf_ray.errors import InputError
-from rlsf_ray.records import Prompt
+from rlsf_ray.records import Check, Prompt
 
 Messages = tuple[tuple[str, str], ...]  # (role, content)
 
@@ -33,6 +33,7 @@ class Question:
     key: str
     gold: str | None
     answer_format: str | None = None  # None: the run's `data.answer`
+    check: Check | None = None
 
 
 def canonical_key(text: str) -> str:
@@ -98,6 +99,7 @@ def to_prompt(question: Question, *, suffix: str, answer_format: str) -> Prompt:
         task=question.task,
         key=question.key,
         answer_format=question.answer_format or answer_format,
+        check=question.check,
     )
 
 

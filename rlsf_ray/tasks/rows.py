@@ -7,7 +7,7 @@ from typing import Any
 
 from rlsf_ray.config_sections import SourceConfig
 from rlsf_ray.errors import InputError
-from rlsf_ray.records import Json
+from rlsf_ray.records import Check, Json
 from rlsf_ray.tasks.files import Rows, check_columns, file_stem, read_rows
 from rlsf_ray.tasks.questions import (
     Messages,
@@ -48,7 +48,7 @@ def _columns(source: SourceConfig, labelled: bool) -> list[str]:
                     " set answer: <column>"
                 )
             columns.append(source.answer)
-    return [*columns, *([source.id] if source.id else [])]
+    return [*columns, *filter(None, (source.id, source.check))]
 
 
 def _hub_rows(source: SourceConfig) -> Rows:
@@ -94,7 +94,8 @@ def _plain_row(source: SourceConfig, row: Json, at: str, item_id: str, task: str
     else:
         messages = as_user(cell_text(row[source.question], at, source.question))
     gold = cell_text(row[str(source.answer)], at, str(source.answer)) if labelled else None
-    return Question(id=item_id, messages=messages, task=task, key=key_of_messages(messages), gold=gold)
+    check = _check(row[source.check], at, source.check) if source.check else None
+    return Question(id=item_id, messages=messages, task=task, key=key_of_messages(messages), gold=gold, check=check)
 
 
 def _gsm8k_row(source: SourceConfig, row: Json, at: str, item_id: str, task: str, labelled: bool) -> Question:
@@ -126,6 +127,14 @@ def _commonsenseqa_row(source: SourceConfig, row: Json, at: str, item_id: str, t
     key = canonical_key(text)
     return Question(
         id=item_id, messages=as_user(text), task="commonsenseqa", key=key, gold=gold, answer_format="choice"
+    )
+
+
+def _check(value: Any, at: str, column: str) -> Check:
+    if isinstance(value, dict) and isinstance(value.get("kind"), str) and isinstance(value.get("data"), dict):
+        return Check(kind=value["kind"], data=value["data"])
+    raise InputError(
+        f'{at}: column {column!r} is {value!r:.200}, expected {{"kind": ..., "data": {{...}}}}; correct the row'
     )
 
 

@@ -15,6 +15,7 @@ from rlsf_ray.config import RunConfig
 from rlsf_ray.config_sections import SourceConfig
 from rlsf_ray.errors import InputError
 from rlsf_ray.records import ProbePrompt, Prompt
+from rlsf_ray.tasks.bfcl import bfcl_questions
 from rlsf_ray.tasks.files import file_stem
 from rlsf_ray.tasks.gym import gym_questions
 from rlsf_ray.tasks.questions import Question, first_duplicate, spread_seed, to_prompt
@@ -153,7 +154,8 @@ def _read(source: SourceConfig, *, seed: int, labelled: bool) -> Iterator[Questi
     seed = spread_seed(_identity(source), seed)
     if source.kind == "reasoning_gym":
         return gym_questions(source, seed=seed, labelled=labelled)
-    questions = row_questions(source, labelled=labelled)
+    read = bfcl_questions if source.kind == "bfcl" else row_questions
+    questions = read(source, labelled=labelled)
     random.Random(seed).shuffle(questions)
     return iter(questions)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from advantage_runs import CERTAINTY, REWARD
+from several_runs import reflecting
 from tiny import tiny_config
 
 from rlsf_ray import loop
@@ -21,12 +22,13 @@ NO_PROBE: Json = {"data": {"probe": []}}
 
 
 @pytest.fixture(scope="module")
-def configs(tiny: Path) -> dict[str, RunConfig]:
+def configs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunConfig]:
     two = {"rounds": 3, "cluster": {"trainers": {"count": 2}, "max_staleness": 1}}
     return {
         "certainty": tiny_config(tiny, **NO_PROBE, **CERTAINTY),
         "two_workers": tiny_config(tiny, **NO_PROBE, **CERTAINTY | two),
         "reward": tiny_config(tiny, **NO_PROBE, **REWARD),
+        "several": tiny_config(tiny, **reflecting(tmp_path_factory.mktemp("several"))),
         "reward_two_workers": tiny_config(tiny, **NO_PROBE, **REWARD | {"cluster": {"trainers": {"count": 2}}}),
     }
 
@@ -44,7 +46,7 @@ def served(
     return {name: RunStore.open(str(folder / name)) for name in configs}
 
 
-@pytest.mark.parametrize("name", ["certainty", "reward"])
+@pytest.mark.parametrize("name", ["certainty", "reward", "several"])
 def test_the_service_gives_the_scores_and_the_adapters_of_the_loop(
     served: dict[str, RunStore], configs: dict[str, RunConfig], tmp_path: Path, name: str
 ) -> None:
@@ -54,13 +56,18 @@ def test_the_service_gives_the_scores_and_the_adapters_of_the_loop(
     words = ["trace_id", "signal", "reason"]
     assert tables[0].select(words).to_pylist() == tables[1].select(words).to_pylist()
     assert tables[0].num_rows > 60
-    for column in ("score", "second_score", "advantage"):
+    for column in ("score", "second_score", "advantage") if name != "several" else ("score", "advantage"):
         ours, theirs = (np.array(table[column].to_pylist(), dtype=float) for table in tables)
         np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4)
     assert served[name].versions() == looped.versions()
     last = looped.versions()[-1]
     found, expected = (store.read_adapter(last)[0] for store in (served[name], looped))
     assert max(np.abs(found[key] - expected[key]).max() for key in expected) <= 1e-5
+    if name == "several":
+        assert tables[0].select(["turns"]).to_pylist() == tables[1].select(["turns"]).to_pylist()
+        groups = [served[name].row_to_group(row) for row in served[name].read_table("groups").to_pylist()]
+        assert len(groups) > 2
+        assert all(0 < trace.learned.sum() < len(trace.token_ids) for group in groups for trace in group.traces)
     if name == "reward":
         states = [store.read_json("state.json") for store in (served[name], looped)]
         ends = [Ledger.from_json(state["ledger"]).totals() for state in states]

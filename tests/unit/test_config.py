@@ -13,10 +13,13 @@ from rlsf_ray.errors import InputError
 
 def test_every_recipe_loads_and_bears_its_own_name() -> None:
     assert recipe_names() == [
+        "deep_self_evolving",
+        "evolve",
         "format_only",
         "length_matched",
         "majority_pairs",
         "random_pairs",
+        "reflect_retry_reward",
         "reversed_pairs",
         "rlif_majority",
         "rlif_self_certainty",
@@ -26,6 +29,10 @@ def test_every_recipe_loads_and_bears_its_own_name() -> None:
         "rlsf_best_worst",
         "rlsf_paper",
         "rlsf_reward_model",
+        "score_first",
+        "score_second",
+        "self_rewarding_correction",
+        "try_again",
     ]
     assert [load_config(name).recipe for name in recipe_names()] == recipe_names()
 
@@ -43,6 +50,22 @@ def test_recipes_differ_from_rlsf_only_where_they_say_so() -> None:
     default, best_worst = load_config("rlsf"), load_config("rlsf_best_worst")
     assert best_worst.pairs.rule == "best_worst"
     assert best_worst.model_copy(update={"pairs": default.pairs, "recipe": "rlsf"}) == default
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["rollout.name=sample"], "signal=passed is for rollouts of several turns, got rollout.name=sample"),
+        (["signal=mean_logprob"], "signal=mean_logprob is about all tokens of a trace"),
+        (["model.chat=plain"], "needs a chat template"),
+        (["advantages.turns=[reflexion]"], r"no turn has the role 'reflexion'.*did you mean 'reflection'"),
+        (["advantages.held_turns=[reflection]"], "name a role twice"),
+        (["rollout.temperature=0.7"], "advantages need traces as the policy draws them"),
+    ],
+)
+def test_rollouts_of_several_turns_are_checked_with_what_learns_from_them(changes: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_config("reflect_retry_reward", changes)
 
 
 def test_dumped_config_loads_back_equal(tmp_path) -> None:

@@ -15,7 +15,11 @@ import pytest
 from rlsf_ray.config import RunConfig
 from rlsf_ray.config_sections import SourceConfig
 from rlsf_ray.errors import InputError
-from rlsf_ray.records import ProbePrompt
+from rlsf_ray.records import Check, ProbePrompt
+from rlsf_ray.tasks.bfcl import bfcl_questions
+from rlsf_ray.tasks.checks import check_answer
+from rlsf_ray.tasks.gym import gym_questions
+from rlsf_ray.tasks.rows import row_questions
 from rlsf_ray.tasks.sources import load_prompts, load_sets
 
 DATA = Path(os.environ.get("RLSF_DATA") or Path(__file__).parents[3] / "shared" / "data")
@@ -205,3 +209,45 @@ def test_a_hub_set_that_cannot_be_reached_is_an_input_error() -> None:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert "hub data set 'no-such-owner/no-such-set' cannot be loaded" in done.stdout
+
+
+def test_the_wanted_calls_of_bfcl_are_labels_and_only_used_where_that_is_said(tmp_path: Path) -> None:
+    call = {"name": "area", "parameters": {"properties": {"base": {"type": "integer"}}, "required": ["base"]}}
+    asked = {"id": "s_0", "question": [[{"role": "user", "content": "Base 10?"}]], "function": [call]}
+    (tmp_path / "possible_answer").mkdir()
+    (tmp_path / "simple.json").write_text(json.dumps(asked))
+    (tmp_path / "possible_answer/simple.json").write_text(
+        json.dumps({"id": "s_0", "ground_truth": [{"area": {"base": [10]}}]})
+    )
+    source = SourceConfig(kind="bfcl", path=str(tmp_path / "simple.json"))
+    with pytest.raises(InputError, match=r"which are labels.*set labels: true"):
+        bfcl_questions(source, labelled=False)
+    (trained,) = bfcl_questions(source.model_copy(update={"labels": True}), labelled=False)
+    (probed,) = bfcl_questions(source, labelled=True)
+    assert (trained.gold, probed.gold) == (None, "area(base=10)")
+    assert trained.check == probed.check
+    assert trained.check is not None
+    assert check_answer(trained.check, "area(base=10)").right is True
+    assert check_answer(trained.check, "area(base=11)").right is False
+    assert '"area"' in trained.messages[0][1]
+
+
+def test_a_column_of_checks_is_read_and_a_broken_one_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "checked.jsonl"
+    check = {"kind": "countdown", "data": {"numbers": [1, 2], "target": 3}}
+    path.write_text(json.dumps({"question": "Make 3", "check": check}))
+    source = SourceConfig(kind="file", path=str(path), check="check")
+    (question,) = row_questions(source, labelled=False)
+    assert question.check == Check(**check)
+    path.write_text(json.dumps({"question": "Make 3", "check": "1 + 2"}))
+    with pytest.raises(InputError, match=r"row 1: column 'check' is '1 \+ 2', expected"):
+        row_questions(source, labelled=False)
+
+
+def test_a_countdown_brings_its_check_whether_or_not_its_gold_answer_is_read() -> None:
+    source = SourceConfig(name="countdown", count=3, options={"min_numbers": 3, "max_numbers": 3})
+    (first, second) = (next(gym_questions(source, seed=1, labelled=labelled)) for labelled in (False, True))
+    assert first.check == second.check
+    assert first.check is not None
+    assert first.gold is None
+    assert check_answer(first.check, second.gold).right is True

@@ -155,7 +155,7 @@ def trl_loss(policy: Any, groups: list[Any], folder: Path, **settings: Any) -> t
         "prompt_mask": prompt_mask,
         "completion_ids": ids,
         "completion_mask": mask,
-        "advantages": torch.tensor([trace.advantage for _, trace in pairs], dtype=torch.float32),
+        "advantages": torch.tensor([float(trace.credit[0]) for _, trace in pairs], dtype=torch.float32),
         "old_per_token_logps": padded([t.logprob for _, t in pairs], after, left=False, dtype=np.float32)[0],
         "ref_per_token_logps": padded([t.reference_logprob for _, t in pairs], after, left=False, dtype=np.float32)[0],
         "num_items_in_batch": mask.sum(),
@@ -236,7 +236,7 @@ def test_good_traces_become_likelier_and_bad_ones_less_so(tiny: Path) -> None:
         groups = [_as_now(made, group) for group in groups]
         made.train_step(groups, size=StepSize.of(groups), round=0, pass_index=0)
     gains = [(now - then).mean() for now, then in zip(made.logprobs(texts), before, strict=True)]
-    advantages = [trace.advantage for group in groups for trace in group.traces]
+    advantages = [float(trace.credit[0]) for group in groups for trace in group.traces]
     assert np.corrcoef(gains, advantages)[0, 1] > 0.5
 
 
@@ -254,7 +254,7 @@ def test_stale_traces_are_weighed_and_not_clipped(tiny: Path) -> None:
         newest: copy.deepcopy(made).train_step([older], size=StepSize.of([older]), round=0, pass_index=0, newest=newest)
         for newest in (0, 1)  # the traces are of version 0: fresh, stale
     }
-    good = sum(trace.advantage > 0 for trace in group.traces) / len(group.traces)
+    good = sum(trace.credit[0] > 0 for trace in group.traces) / len(group.traces)
     assert reports[0].means()["clipped"] == pytest.approx(good, abs=1e-5)
     assert reports[0].means()["weight"] == pytest.approx(1.0)
     assert reports[1].means()["clipped"] == 0.0

@@ -146,7 +146,15 @@ def test_random_directions_are_even_and_repeat_with_the_seed() -> None:
     assert drawn == [ends(decide("random", group, seed=seed))[0] for seed in range(200)]
 
 
-@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "format_only"])
+def test_a_refined_answer_is_chosen_over_its_own_draft_where_it_scores_higher() -> None:
+    group = candidates([0.2, 0.4, 0.5, 0.3, 0.1, 0.6, 0.2, 0.2], [0, 1, 2, 3, 4, 1, 5, 5])
+    assert ends(decide("final_over_first", group)) == [(5, 4), (1, 0)]  # widest gap first; (2, 3) got worse
+    assert ends(decide("final_over_first", group, Limits(max_pairs=1))) == [(5, 4)]
+    assert decide("final_over_first", candidates([0.5, 0.3], [0, 1])).reason == "tie"
+    assert decide("final_over_first", group).sure == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule not in ("format_only", "final_over_first")])
 @pytest.mark.parametrize(
     ("group", "limits", "reason"),
     [

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from rlsf_ray.algorithms.signals import SIGNALS, Distribution, TraceStats
+from rlsf_ray.algorithms.signals import SIGNALS, Distribution, TraceStats, TurnStats
 
 
 def trace(
@@ -83,13 +84,14 @@ def test_disparity_vote_without_any_disparity_is_zero() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, signal in SIGNALS.items() if "text" in signal.needs and name != "majority"]
+    "name",
+    [name for name, signal in SIGNALS.items() if "text" in signal.needs and name != "majority" and not signal.of_turns],
 )
 def test_score_is_absent_without_an_answer_and_for_a_trace_that_was_cut_off(name: str) -> None:
     assert np.isnan(scores(name, *group())).tolist() == [False, False, False, True, True]
 
 
-@pytest.mark.parametrize("name", [name for name, signal in SIGNALS.items() if signal.bounded])
+@pytest.mark.parametrize("name", [name for name, signal in SIGNALS.items() if signal.bounded and not signal.of_turns])
 def test_bounded_signals_stay_in_the_unit_interval(name: str) -> None:
     rng = np.random.default_rng(0)
     traces = [trace(*rng.uniform(0.5, 1.0, size=6), span=(2, 5), label=k % 3) for k in range(7)]  # no tie
@@ -155,3 +157,26 @@ def test_p_true_is_shared_among_the_answers_called_true() -> None:
     assert scores("p_true", claim(0, 0.9), claim(0, 0.9), claim(1, 0.6)) == pytest.approx([0.6, 0.6, 0.4])
     # below 1 nothing is shared: a lone doubtful answer stays doubtful
     assert scores("p_true", claim(0, 0.2)) == pytest.approx([0.2])
+
+
+def _tries(*passed: float, answers: Sequence[str | None] = ()) -> TraceStats:
+    """A trace of attempts, all but the first called retries, that passed or not."""
+    roles = ["attempt", *["retry"] * (len(passed) - 1)]
+    written = answers or [str(n) for n in range(len(passed))]
+    turns = tuple(TurnStats(*one) for one in zip(roles, written, passed, strict=True))
+    return replace(trace(0.5, span=(0, 1)), turns=turns)
+
+
+def test_signals_of_turns_by_hand() -> None:
+    nan = float("nan")
+    assert SIGNALS["passed"].fn([_tries(0, 1), _tries(1, 0), _tries(0, nan)]) == pytest.approx([1, 0, nan], nan_ok=True)
+    ufo = SIGNALS["unary_feedback"].fn([_tries(1), _tries(0, 0, 1), _tries(0, 0, answers=["4", "4"])])
+    assert ufo == pytest.approx([1.0, 0.25, -0.25])
+    score = SIGNALS["progress"].fn([_tries(0, 1), _tries(1, 1), _tries(1, 0), _tries(1)])
+    assert score == pytest.approx([11.0, 2.0, -9.0, nan], nan_ok=True)
+
+
+def test_a_verdict_or_a_thought_is_no_answer() -> None:
+    one = _tries(1.0)
+    judged = replace(one, turns=(*one.turns, TurnStats("verdict", "yes", float("nan"))))
+    assert SIGNALS["passed"].fn([judged]) == pytest.approx([1.0])

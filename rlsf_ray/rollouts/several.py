@@ -1,0 +1,205 @@
+"""Rollouts of several turns: small programs, each a paper's way of letting a model have another go.
+
+Each returns the traces of one prompt, by their index. What a turn is worth is not their business: a signal and
+`advantages.turns` (or a pair rule) decide that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+
+from rlsf_ray.config import RunConfig
+from rlsf_ray.engines.base import Engine
+from rlsf_ray.records import Group, Prompt
+from rlsf_ray.rollouts.desk import Desk, Program, Talk
+from rlsf_ray.rollouts.seeds import group_id
+
+REFLECT = (
+    "That answer is wrong. In one or two short sentences, say what went wrong and what to do better next time."
+    " Do not answer the task yet."
+)
+RETRY = "Keep that in mind and answer the task again."
+AGAIN = "That is not right. Try again."
+REVISE = "There may be a mistake in your answer. Look at it again, mend it if need be, and give your answer once more."
+CRITIQUE = "Say in one or two short sentences what is weak or wrong in your answer."
+REFINE = "Now write the best answer that you can."
+VERIFY = "Is your answer correct? Reply with one word, yes or no."
+
+
+async def reflect_retry(desk: Desk, prompt: Prompt) -> list[Talk]:
+    """Attempt; where that fails, K reflections on it and a retry after each. Reflect, Retry, Reward 2505.24726.
+
+    An attempt that passes leaves one trace, from which nothing is learned.
+    """
+    first = desk.begin(prompt)
+    await first.write("attempt")
+    if await first.check():
+        return [first]
+    first.say(REFLECT)
+
+    async def once_more(talk: Talk) -> None:
+        await talk.write("reflection")
+        talk.say(RETRY)
+        await talk.write("retry")
+        await talk.check()
+
+    return await _forked(first, once_more)
+
+
+async def try_again(desk: Desk, prompt: Prompt) -> list[Talk]:
+    """K episodes of up to `rollout.tries` attempts, told only that the last one failed. UFO 2507.14295."""
+
+    async def episode(talk: Talk) -> None:
+        for left in reversed(range(desk.config.rollout.tries)):
+            await talk.write("attempt")
+            if await talk.check() or not left:
+                return
+            talk.say(AGAIN)
+
+    return await _independent(desk, prompt, episode)
+
+
+async def second_try(desk: Desk, prompt: Prompt) -> list[Talk]:
+    """K episodes of an attempt and a second one, whether the first was right or not. SCoRe 2409.12917."""
+
+    async def episode(talk: Talk) -> None:
+        await talk.write("attempt")
+        await talk.check()
+        talk.say(REVISE)
+        await talk.write("retry")
+        await talk.check()
+
+    return await _independent(desk, prompt, episode)
+
+
+async def refine(desk: Desk, prompt: Prompt) -> list[Talk]:
+    """K / 2 attempts, each followed by what a critique made of it as a direct answer; unchecked. EVOLVE 2502.05605.
+
+    For the pair rule final_over_first. The paper also trains the refining itself, on answers given a draft.
+    """
+
+    async def episode(index: int) -> list[Talk]:
+        talk = desk.begin(prompt, index)
+        await talk.write("attempt")
+        draft = talk.fork(index)
+        talk.say(CRITIQUE)
+        await talk.write("critique")
+        talk.say(REFINE)
+        await talk.write("retry")
+        return [draft, await talk.direct(index + 1)]
+
+    found = await asyncio.gather(*map(episode, range(0, desk.config.rollout.traces - 1, 2)))
+    return [talk for both in found for talk in both]
+
+
+async def verify_revise(desk: Desk, prompt: Prompt) -> list[Talk]:
+    """One attempt; K times a verdict on it and, where that is no, a retry. Self-rewarding correction 2502.19613."""
+    first = desk.begin(prompt)
+    await first.write("attempt")
+    await first.check()
+    first.say(VERIFY)
+
+    async def judged(talk: Talk) -> None:
+        if says_yes((await talk.write("verdict")).text):
+            return
+        talk.say(RETRY)
+        await talk.write("retry")
+        await talk.check()
+
+    return await _forked(first, judged)
+
+
+async def verify_refine(desk: Desk, prompt: Prompt) -> list[Talk]:
+    """K long chains of verdict and retry side by side, for a vote over their ends. DSER 2510.17498; nothing is checked.
+
+    A chain goes on whatever its verdict says: what counts is where many chains end up.
+    """
+
+    async def chain(talk: Talk) -> None:
+        await talk.write("attempt")
+        for _ in range(desk.config.rollout.tries - 1):
+            talk.say(CRITIQUE)
+            await talk.write("verdict")
+            talk.say(REFINE)
+            await talk.write("retry")
+
+    return await _independent(desk, prompt, chain)
+
+
+PROGRAMS: dict[str, Program] = {
+    "reflect_retry": reflect_retry,
+    "try_again": try_again,
+    "second_try": second_try,
+    "refine": refine,
+    "verify_revise": verify_revise,
+    "verify_refine": verify_refine,
+}
+
+
+def says_yes(text: str) -> bool:
+    """Does a verdict call the answer correct?"""
+    return text.strip().casefold().startswith(("yes", "correct", "it is correct"))
+
+
+async def _independent(desk: Desk, prompt: Prompt, episode: Callable[[Talk], Awaitable[None]]) -> list[Talk]:
+    talks = [desk.begin(prompt, k) for k in range(desk.config.rollout.traces)]
+    await asyncio.gather(*map(episode, talks))
+    return talks
+
+
+async def _forked(first: Talk, rest: Callable[[Talk], Awaitable[None]]) -> list[Talk]:
+    talks = [first.fork(k) for k in range(first.desk.config.rollout.traces)]
+    await asyncio.gather(*map(rest, talks))
+    return talks
+
+
+def write_talks(
+    program: Program,
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    *,
+    config: RunConfig,
+    round: int,
+    sequences: Sequence[int],
+    version: int,
+) -> list[Group]:
+    """One group for each prompt, by a program."""
+    desk = Desk(engine, config, version=version, salt=f"{config.seed}/round-{round}" if round >= 0 else "probe")
+    found = desk.run(program, prompts)
+    return [
+        Group(
+            id=name,
+            round=round,
+            sequence=sequence,
+            version=version,
+            prompt=prompt,
+            prompt_ids=talks[0].prompt_ids,
+            traces=tuple(talk.trace(f"{name}/{talk.index}") for talk in talks),
+        )
+        for prompt, sequence, talks in zip(prompts, sequences, found, strict=True)
+        for name in [group_id(prompt, round)]
+    ]
+
+
+def write_episodes(
+    program: Program, engine: Engine, prompts: Sequence[Prompt], *, config: RunConfig, version: int, first_sequence: int
+) -> list[Group]:
+    """For evaluation, `eval.samples` whole episodes of each prompt, which share no turn; every run draws them alike."""
+    alone = config.model_copy(update={"rollout": config.rollout.model_copy(update={"traces": 1})})
+    desk, count = Desk(engine, alone, version=version, salt="episode"), config.eval.samples
+    copies = [replace(prompt, id=f"{prompt.id}/{k}") for prompt in prompts for k in range(count)]
+    found = [talks[0] for talks in desk.run(program, copies)]
+    return [
+        Group(
+            id=group_id(prompt, -1),
+            round=-1,
+            sequence=first_sequence + index,
+            version=version,
+            prompt=prompt,
+            prompt_ids=found[index * count].prompt_ids,
+            traces=tuple(talk.trace(group_id(talk.prompt, -1)) for talk in found[index * count : (index + 1) * count]),
+        )
+        for index, prompt in enumerate(prompts)
+    ]

@@ -1,0 +1,75 @@
+"""What further tries are worth: whole episodes of the probe set, judged turn by turn, and the shares told of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlsf_ray.algorithms.answers import ANSWERING, normalise
+from rlsf_ray.records import Group, Json, ProbePrompt
+from rlsf_ray.tasks.checks import is_right
+from rlsf_ray.tasks.equality import AnswerChecker
+from rlsf_ray.vitals import repetition
+
+Counts = NDArray[np.float64]
+
+
+def judge_episodes(group: Group, item: ProbePrompt, checker: AnswerChecker) -> list[list[Json]]:
+    """The turns of each episode; `right` is None for turns that do not answer the prompt."""
+    return [
+        [
+            {
+                "role": turn.role,
+                "text": turn.text,
+                "answer": turn.answer,
+                "right": is_right(turn.answer, item, checker) if turn.role in ANSWERING else None,
+                "length": turn.tokens[1] - turn.tokens[0],
+                "repetition": repetition(trace.token_ids[slice(*turn.tokens)]),
+            }
+            for turn in trace.turns
+        ]
+        for trace in group.traces
+    ]
+
+
+def counts_of_tries(rows: Sequence[Json]) -> dict[str, tuple[Counts, Counts]]:
+    """{metric: (counts [Q], of how many [Q])}: a share is the sum of the one over the sum of the other.
+
+    `wrong_to_right` is of episodes that went on after a wrong first answer (pass on the second try given failure),
+    `right_to_wrong` of those that went on after a right one; `voted_tries`: is the commonest last answer right?
+    `thought_` is of all turns that are no answer.
+    """
+    found: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        for name, pair in _of_question(row["episodes"]).items():
+            found.setdefault(name, []).append(pair)
+    columns = {name: np.array(pairs, dtype=float).T for name, pairs in found.items()}
+    return {name: (part, whole) for name, (part, whole) in columns.items()}
+
+
+def _of_question(episodes: Sequence[Sequence[Json]]) -> dict[str, tuple[float, float]]:
+    tries = [[bool(turn["right"]) for turn in turns if turn["right"] is not None] for turns in episodes]
+    again = [one for one in tries if len(one) > 1]
+    failed, passed = [one for one in again if not one[0]], [one for one in again if one[0]]
+    thoughts = [turn for turns in episodes for turn in turns if turn["right"] is None]
+    return {
+        "first_try": (sum(one[0] for one in tries), len(tries)),
+        "last_try": (sum(one[-1] for one in tries), len(tries)),
+        "voted_tries": (_voted([[turn for turn in turns if turn["right"] is not None][-1] for turns in episodes]), 1),
+        "wrong_to_right": (sum(one[-1] for one in failed), len(failed)),
+        "right_to_wrong": (sum(not one[-1] for one in passed), len(passed)),
+        "thought_length": (sum(turn["length"] for turn in thoughts), len(thoughts)),
+        "thought_repetition": (sum(turn["repetition"] for turn in thoughts), len(thoughts)),
+    }
+
+
+def _voted(lasts: Sequence[Json]) -> bool:
+    """Is the commonest answer right? Of equally common ones the first counts."""
+    votes = Counter(normalise(turn["answer"]) for turn in lasts if turn["answer"] is not None)
+    if not votes:
+        return False
+    ((winner, _),) = votes.most_common(1)
+    return any(turn["right"] for turn in lasts if turn["answer"] is not None and normalise(turn["answer"]) == winner)

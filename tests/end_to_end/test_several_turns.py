@@ -1,0 +1,55 @@
+"""Rollouts of several turns in one process on the tiny model: what is kept, credited and measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from several_runs import reflecting
+from tiny import tiny_config
+
+from rlsf_ray import loop
+from rlsf_ray.errors import InputError
+from rlsf_ray.records import Json
+from rlsf_ray.run_store import RunStore
+
+
+@pytest.fixture(scope="module")
+def ended(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunStore, Json]:
+    folder = tmp_path_factory.mktemp("several")
+    summary = loop.run(tiny_config(tiny, **reflecting(folder)), str(folder / "run"))
+    return RunStore.open(str(folder / "run")), summary
+
+
+def test_reflections_are_learned_from_and_every_prompt_has_its_end(ended: tuple[RunStore, Json]) -> None:
+    store, summary = ended
+    counts = summary["accounting"]
+    assert counts["trained"] + counts["filtered"] == counts["admitted"] == 16
+    assert set(counts["reasons"]) <= {"passed_at_once", "equal_scores"}
+    assert counts["trained"] > 0
+    rows = store.read_table("traces").to_pylist()
+    assert {turn["role"] for row in rows for turn in row["turns"]} == {"attempt", "reflection", "retry"}
+    for row in rows:
+        tries = [turn["passed"] for turn in row["turns"] if turn["role"] != "reflection"]
+        assert row["score"] == tries[-1]
+        assert len(tries) == 1 + (tries[0] == 0.0)
+
+
+def test_the_probe_set_is_measured_try_by_try(ended: tuple[RunStore, Json]) -> None:
+    store, summary = ended
+    for version in summary["versions"]:
+        metrics = version["metrics"]
+        assert 0.0 <= metrics["first_try"] <= metrics["last_try"] <= 1.0  # a right answer is not asked again here
+        assert metrics["thought_length"] > 0
+    rows = store.read_json("eval/version-0000.json")["questions"]
+    episodes = [turns for row in rows for turns in row["episodes"]]
+    assert len(episodes) == 6 * 2
+    first = sum(turns[0]["right"] for turns in episodes) / len(episodes)
+    assert summary["versions"][0]["metrics"]["first_try"] == pytest.approx(first)
+
+
+def test_a_prompt_without_a_check_is_named_before_anything_is_trained(tiny: Path, tmp_path: Path) -> None:
+    settings = reflecting(tmp_path)
+    settings["data"]["train"][0]["check"] = None
+    with pytest.raises(InputError, match="has no check"):
+        loop.run(tiny_config(tiny, **settings), str(tmp_path / "run"))

@@ -1,0 +1,44 @@
+"""What further tries are worth, by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rlsf_ray.records import Json
+from rlsf_ray.tries import counts_of_tries
+
+
+def episode(*tries: tuple[str, bool], thought: int = 10) -> list[Json]:
+    """Answers with whether they are right, and a thought of so many tokens before each but the first."""
+    turns: list[Json] = []
+    for n, (answer, right) in enumerate(tries):
+        if n:
+            turns.append({"role": "reflection", "answer": None, "right": None, "length": thought, "repetition": 0.5})
+        turns.append({"role": "retry" if n else "attempt", "answer": answer, "right": right, "length": 3})
+    return turns
+
+
+def shares(*rows: list[list[Json]]) -> dict[str, float]:
+    with np.errstate(invalid="ignore"):
+        found = counts_of_tries([{"episodes": episodes} for episodes in rows])
+        return {name: float(part.sum() / whole.sum()) for name, (part, whole) in found.items()}
+
+
+def test_shares_of_tries() -> None:
+    found = shares(
+        [episode(("1", True)), episode(("2", False), ("1", True))],
+        [episode(("3", False), ("4", False)), episode(("5", True), ("6", False), thought=20)],
+    )
+    assert found["first_try"] == 0.5
+    assert found["last_try"] == 0.5
+    assert found["wrong_to_right"] == 0.5  # of the two that failed at first
+    assert found["right_to_wrong"] == 1.0  # of the one that was asked again though it was right
+    assert found["thought_length"] == pytest.approx(40 / 3)
+    assert found["thought_repetition"] == 0.5
+
+
+def test_the_vote_is_over_the_last_answers() -> None:
+    wins = [episode(("9", False), ("4", True)), episode(("4.0", True)), episode(("5", False))]
+    loses = [episode(("4", True)), episode(("5", False)), episode(("4", True), ("5", False))]
+    assert shares(wins, loses)["voted_tries"] == 0.5
