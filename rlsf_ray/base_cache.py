@@ -15,7 +15,7 @@ from rlsf_ray.config import RunConfig
 from rlsf_ray.config_sections import SEVERAL_TURNS
 from rlsf_ray.engines.models import cache_root, find_model
 from rlsf_ray.records import Json
-from rlsf_ray.rollouts import desk, programs, several
+from rlsf_ray.rollouts import desk, programs, several, stand_ins
 from rlsf_ray.tasks import checks, equality
 from rlsf_ray.tasks.sources import PromptSets
 
@@ -23,7 +23,21 @@ logger = logging.getLogger(__name__)
 
 # What a measure rests on
 JUDGES = (
-    *(agreement, answers, calibration, checks, desk, equality, evaluate, measures, programs, records, several, tries),
+    *(
+        agreement,
+        answers,
+        calibration,
+        checks,
+        desk,
+        equality,
+        evaluate,
+        measures,
+        programs,
+        records,
+        several,
+        stand_ins,
+        tries,
+    ),
     *(vitals, voting),
 )
 
@@ -65,7 +79,9 @@ def measure_key(config: RunConfig, sets: PromptSets) -> Json:
         "probe": [[item.prompt.id, item.prompt.messages, item.prompt.answer_format, item.gold] for item in sets.probe],
         "calibration": [[p.id, p.messages, p.answer_format] for p in sets.calibration],
         "sampling": [config.rollout.temperature, config.rollout.max_tokens, config.eval.samples, config.eval.branches],
-        "rollout": [config.rollout.name, config.rollout.tries] if config.rollout.name in SEVERAL_TURNS else [],
+        "rollout": [config.rollout.name, config.rollout.tries, config.rollout.check]
+        if config.rollout.name in SEVERAL_TURNS
+        else [],
         "checks": [asdict(item.prompt.check) for item in sets.probe if item.prompt.check],
         "batch": config.probe_prompts_per_call,
     }

@@ -110,6 +110,9 @@ class RolloutConfig(Section):
     traces: int = Field(default=8, ge=2)
     temperature: PositiveFloat = 0.9
     max_tokens: PositiveInt = 80  # of each turn
+    check: Literal["task", "majority", "p_true"] = (
+        "task"  # who says whether an answer passes; see rollouts/stand_ins.py
+    )
     tries: int = Field(default=2, ge=2)  # try_again, verify_refine: answers of one trace, at most
 
 

@@ -22,13 +22,12 @@ from rlsf_ray.engines.lora import HEAD_WEIGHT, add_adapter, check_logits, load_a
 from rlsf_ray.engines.models import load_model, load_tokenizer
 from rlsf_ray.engines.objectives import rewards_of
 from rlsf_ray.engines.packing import Row, in_passes, read_texts, trace_logprobs
-from rlsf_ray.engines.tokens import encode_prompt, encode_text
+from rlsf_ray.engines.tokens import asked_if_true, encode_prompt, encode_text
 from rlsf_ray.errors import EngineError
-from rlsf_ray.records import Group, IntArray, Prompt
+from rlsf_ray.records import Group, IntArray
 
 Who = Literal["live", "frozen"]
 READ_BY_SCORER = frozenset({"distribution", "probe"})  # needs of a signal that no generator supplies
-P_TRUE = "\n\nProposed answer: {answer}\n\nIs the proposed answer true or false? Reply with one word, True or False."
 
 
 class Judge:
@@ -155,7 +154,7 @@ class Judge:
             if label >= 0 and trace.answer is not None:
                 answers.setdefault(label, trace.answer.text)
         for answer in answers.values():
-            asked = encode_prompt(self._tokenizer, self._config.model, _probe(group.prompt, answer))
+            asked = encode_prompt(self._tokenizer, self._config.model, asked_if_true(group.prompt, answer))
             texts += [(asked, word) for word in words]
         sums = [
             float(values.sum()) for values in read_texts(self._model, texts, self._config.learner.max_tokens_per_pass)
@@ -181,16 +180,6 @@ def trace_stats(group: Group, labels: Sequence[int]) -> list[TraceStats]:
 
 def _read_again(noted: TraceStats, seen: Distribution) -> TraceStats:
     return replace(noted, logprob=seen.logprob, top1=seen.top1, top2=seen.top2, distribution=seen)
-
-
-def _probe(prompt: Prompt, answer: str) -> Prompt:
-    *before, (role, content) = prompt.messages
-    return Prompt(
-        id=prompt.id,
-        messages=(*before, (role, content + P_TRUE.format(answer=answer))),
-        task=prompt.task,
-        key=prompt.key,
-    )
 
 
 def _different(group: Group) -> dict[bytes, IntArray]:

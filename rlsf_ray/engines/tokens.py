@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,14 @@ from rlsf_ray.config_sections import ModelConfig
 from rlsf_ray.engines.base import Completion, Request
 from rlsf_ray.errors import InputError
 from rlsf_ray.records import IntArray, Prompt
+
+P_TRUE = "\n\nProposed answer: {answer}\n\nIs the proposed answer true or false? Reply with one word, True or False."
+
+
+def asked_if_true(prompt: Prompt, answer: str) -> Prompt:
+    """The prompt, with an answer proposed, as a question to be answered with True or False. P(True) 2207.05221."""
+    *before, (role, content) = prompt.messages
+    return replace(prompt, messages=(*before, (role, content + P_TRUE.format(answer=answer))))
 
 
 def encode_prompt(tokenizer: Any, model: ModelConfig, prompt: Prompt) -> IntArray:

@@ -20,9 +20,11 @@ from rlsf_ray.engines.base import Completion, Engine, Request, Sampling
 from rlsf_ray.errors import InputError
 from rlsf_ray.records import Answer, FloatArray, IntArray, Prompt, Trace, Turn
 from rlsf_ray.rollouts.seeds import trace_seed
+from rlsf_ray.rollouts.stand_ins import by_majority, by_p_true
 from rlsf_ray.tasks.checks import check_answer
 from rlsf_ray.tasks.verdict import Verdict
 
+STAND_INS = {"majority": by_majority, "p_true": by_p_true}
 Program = Callable[["Desk", Prompt], Awaitable[list["Talk"]]]
 QUIET = 8  # turns of the event loop without news, after which every program waits: one wake-up passes through a few
 
@@ -35,6 +37,7 @@ class Desk:
         self._asked: list[tuple[Request, asyncio.Future[Completion]]] = []
         self._read: list[tuple[IntArray, IntArray, asyncio.Future[FloatArray]]] = []
         self._checks: set[asyncio.Future[Verdict]] = set()
+        self.votes: dict[str, asyncio.Future[str | None]] = {}  # by prompt, where votes stand in for a check
 
     def run(self, program: Program, prompts: Sequence[Prompt]) -> list[list[Talk]]:
         """The talks of each prompt. The first error of a program ends them all."""
@@ -57,7 +60,9 @@ class Desk:
         return await future
 
     async def check(self, prompt: Prompt, answer: str | None) -> Verdict:
-        """Whether the prompt's own check lets the answer pass; in a thread, since it may run a program."""
+        """Whether the answer passes: by the task's own check, in a thread, or by what stands in (`rollout.check`)."""
+        if (stand_in := STAND_INS.get(self.config.rollout.check)) is not None:
+            return await stand_in(self, prompt, answer)
         if prompt.check is None:
             raise InputError(
                 f"prompt {prompt.id} has no check, and rollout.name={self.config.rollout.name} needs one; use a source"

@@ -13,7 +13,7 @@ from tiny import tiny_config
 
 from rlsf_ray.config import RunConfig
 from rlsf_ray.engines.base import Completion, Request
-from rlsf_ray.engines.tokens import encode_prompt
+from rlsf_ray.engines.tokens import asked_if_true, encode_prompt
 from rlsf_ray.engines.transformers_engine import TransformersEngine
 from rlsf_ray.errors import InputError
 from rlsf_ray.records import Check, Group, Prompt
@@ -235,3 +235,37 @@ def _says(one: Completion, text: str) -> Completion:
         char_spans=spans,
         finished=True,
     )
+
+
+def test_votes_stand_in_for_a_check_and_are_asked_for_once_a_prompt(tiny: Path) -> None:
+    class Scripted(Counting):
+        def generate(self, requests: Sequence[Request], version: int) -> list[list[Completion]]:
+            written = super().generate(requests, version)
+            return [[_says(one, text)] for (one,), text in zip(written, next(self.script), strict=True)]
+
+    settings = {"name": "second_try", "traces": 2, "max_tokens": 8, "check": "majority"}
+    config = tiny_config(tiny, signal="passed", rollout=settings)
+    scripted = Scripted(config.model, config.learner, threads=1)
+    votes = ["It is 7"] * 4 + ["It is 5"] * 3 + ["No idea"]
+    scripted.calls = []
+    scripted.script = iter([["It is 5", "It is 7"], votes, ["It is 7.0", "None"]])  # type: ignore[attr-defined]
+    bare = Prompt(id="p", messages=(("user", "3 + 4 ="),), task="t", key="3+4")
+    (group,) = write(scripted, config, [bare])
+    assert scripted.calls == [2, 8, 2]
+    assert [[turn.passed for turn in trace.turns] for trace in group.traces] == [[0.0, 1.0], [1.0, 0.0]]
+    scripted.script = iter([["It is 5", "It is 7"], ["It is 7", "It is 5"] * 4, ["It is 7", "It is 7"]])  # type: ignore[attr-defined]
+    (tied,) = write(scripted, config, [bare])
+    assert all(np.isnan(turn.passed) for trace in tied.traces for turn in trace.turns)
+
+
+def test_the_model_s_own_opinion_stands_in_for_a_check(engine: Counting, tiny: Path) -> None:
+    settings = {"name": "second_try", "traces": 2, "max_tokens": 8, "check": "p_true"}
+    config = tiny_config(tiny, signal="passed", rollout=settings)
+    bare = Prompt(id="p", messages=(("user", "State the final answer: 3 + 4 ="),), task="t", key="3+4")
+    (group,) = write(engine, config, [bare])
+    for trace in group.traces:
+        for turn in trace.turns:
+            assert turn.answer is not None
+            asked = engine.encode(asked_if_true(bare, turn.answer))
+            true, false = engine.logprobs([(asked, engine.encode_text(word)) for word in ("True", "False")], 0)
+            assert turn.passed == float(true.sum() > false.sum())

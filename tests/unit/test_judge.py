@@ -12,11 +12,11 @@ from group_data import group, trace
 from tiny import tiny_config
 
 from rlsf_ray.config import RunConfig
-from rlsf_ray.engines.judge import P_TRUE, Judge
+from rlsf_ray.engines.judge import Judge
 from rlsf_ray.engines.learner import Learner
 from rlsf_ray.engines.models import load_model, load_tokenizer
 from rlsf_ray.engines.scorer import Scorer
-from rlsf_ray.engines.tokens import encode_prompt
+from rlsf_ray.engines.tokens import P_TRUE, encode_prompt
 from rlsf_ray.errors import EngineError
 
 DISTRIBUTION = frozenset({"distribution"})
