@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlsf_ray.records import Json, Reply
-from rlsf_ray.wording import METRICS, duration
+from rlsf_ray.wording import METRICS, TRIES, duration
 
 
 class Progress:
@@ -132,7 +132,7 @@ def print_before_after(console: Console, summary: Json) -> None:
     table.add_column("")
     for heading in ("before", "after", "change"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for key, name, direction, digits in METRICS:
+    for key, name, direction, digits in (*METRICS, *TRIES):
         if before.get(key) is None and after.get(key) is None:
             continue
         values = [_value(metrics, key, digits) for metrics in (before, after)]
@@ -155,7 +155,7 @@ def print_metrics(console: Console, title: str, metrics: Json) -> None:
     table = Table(title=title, title_justify="left")
     table.add_column("")
     table.add_column("value", justify="right", no_wrap=True)
-    for key, name, _, digits in METRICS:
+    for key, name, _, digits in (*METRICS, *TRIES):
         if metrics.get(key) is None:
             continue
         table.add_row(name, _value(metrics, key, digits))

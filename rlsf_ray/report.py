@@ -11,13 +11,15 @@ from string import Template
 
 from rlsf_ray import __version__, plots
 from rlsf_ray.config import RunConfig
+from rlsf_ray.config_sections import ROLLOUT_NAMES
 from rlsf_ray.judging import between_judges
 from rlsf_ray.records import Json
 from rlsf_ray.report_course import accounting, time, training
 from rlsf_ray.report_parts import examples, facts, figure, missing, number, section, signed, swaps, table, verdict
 from rlsf_ray.report_signs import DRAWN, beside, guard, judges, mix, thought
+from rlsf_ray.report_turns import turns
 from rlsf_ray.run_store import RunStore
-from rlsf_ray.wording import CONFIDENCES, METRICS, STATISTICS, duration
+from rlsf_ray.wording import CONFIDENCES, METRICS, STATISTICS, TRIES, duration
 
 NUM_EXAMPLES = 10
 
@@ -36,6 +38,12 @@ class RunData:
     watched: Json  # {"verdicts", "rolled_back", "training_vitals"} of the guard
     train: list[Json]  # by step
     stages: list[Json]
+    last_traces: list[Json]  # of the last round
+
+    @property
+    def credited(self) -> tuple[str, ...]:
+        """Roles of the turns that learn; none: all."""
+        return self.config.advantages.turns if self.config.advantages else ()
 
     @property
     def ends(self) -> tuple[Json | None, Json | None]:
@@ -71,7 +79,18 @@ def read_run(store: RunStore) -> RunData:
         watched=store.read_json("state.json") or {},
         train=[train[step] for step in sorted(train)],
         stages=store.read_metrics("stages"),
+        last_traces=_last_traces(store),
     )
+
+
+def _last_traces(store: RunStore) -> list[Json]:
+    """The rows of the last round's traces, where they have several turns."""
+    rounds = store.rounds("traces")
+    if not rounds or store.config.rollout.name in ROLLOUT_NAMES:
+        return []
+    columns = ["group_id", "prompt_id", "index", "turns", "score", "advantage", "reason"]
+    rows: list[Json] = store.read_table("traces", rounds[-1]).select(columns).to_pylist()
+    return rows
 
 
 def render(run: RunData, others: Sequence[RunData] = ()) -> str:
@@ -85,6 +104,7 @@ def render(run: RunData, others: Sequence[RunData] = ()) -> str:
         section("others", "Beside other runs", beside(lasts)),
         section("guard", "Signs of collapse", guard(run.vitals, run.summary.get("guard") or run.watched)),
         section("thought", "How it reasons", thought(run.evals)),
+        section("turns", "Turn by turn", turns(run.last_traces, run.credited)),
         section("judges", "Live and frozen judge", judges(run.judged)),
         section("mix", "Between the base model and the adapter", mix(run.mix)),
         section("training", "Training", training(run.train, learned)),
@@ -148,7 +168,7 @@ def _results(run: RunData) -> str:
         return missing("Nothing was measured: the run has no probe set, or it stopped before its first evaluation.")
     old, new = (e["metrics"] if e else {} for e in (before, after))
     rows = []
-    for key, name, direction, digits in METRICS:
+    for key, name, direction, digits in (*METRICS, *TRIES):
         if old.get(key) is None and new.get(key) is None:
             continue  # not asked for
         change = verdict(old.get(key), new.get(key), direction)

@@ -11,6 +11,7 @@ from tiny import tiny_config
 from rlsf_ray import loop
 from rlsf_ray.errors import InputError
 from rlsf_ray.records import Json
+from rlsf_ray.report import write_report
 from rlsf_ray.run_store import RunStore
 
 
@@ -53,3 +54,15 @@ def test_a_prompt_without_a_check_is_named_before_anything_is_trained(tiny: Path
     settings["data"]["train"][0]["check"] = None
     with pytest.raises(InputError, match="has no check"):
         loop.run(tiny_config(tiny, **settings), str(tmp_path / "run"))
+
+
+def test_the_report_shows_the_last_round_turn_by_turn(ended: tuple[RunStore, Json]) -> None:
+    store, _ = ended
+    page = Path(write_report(store)).read_text()
+    section = page.partition('<section id="turns">')[2].partition("</section>")[0]
+    rows = [row for row in store.read_table("traces", 1).to_pylist() if row["reason"] is None]
+    assert section.count('class="turn reflection up"') > 0
+    assert section.count('class="turn reflection down"') > 0
+    assert 'class="turn attempt up"' not in section  # not credited
+    assert rows[0]["prompt_id"] in section
+    assert "First try" in page

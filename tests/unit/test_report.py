@@ -19,6 +19,7 @@ SECTIONS = [
     "others",
     "guard",
     "thought",
+    "turns",
     "judges",
     "mix",
     "training",
