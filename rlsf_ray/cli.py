@@ -187,6 +187,27 @@ def answer(
 
 
 @app.command()
+def failures(
+    recipe: Recipe,
+    to: Annotated[Path, typer.Option(help="New .jsonl file of prompts; the same call again goes on.")],
+    most: Annotated[float, typer.Option(min=0, max=1, help="Largest share of passing samples that is kept.")] = 0.5,
+    set_: Set = None,
+    seed: Seed = None,
+) -> None:
+    """Find the training prompts that the model fails, as data for recipes that learn from failures."""
+    from rlsf_ray.failures import find_failures
+    from rlsf_ray.plan import check_input
+
+    config = load(recipe, set_, seed)
+    check_input(config)
+    console = make_console()
+    with console.status("sampling") as spinner:
+        told = lambda done, of, kept: spinner.update(f"sampling: {done}/{of} prompts, {kept} kept")  # noqa: E731
+        kept, judged = find_failures(config, to, most=most, on_batch=told)
+    print(f"{kept} of {judged} prompts kept in {to}")
+
+
+@app.command()
 def status(run: RunName, address: Address = None) -> None:
     """Show how far a running run is."""
     from rlsf_ray import service

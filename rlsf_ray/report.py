@@ -149,12 +149,10 @@ def _headline(run: RunData) -> str:
     interval = _interval(run)
     if old is None or new is None:
         return "Sampled accuracy was not measured."
-    moved = "rose" if new > old else "fell" if new < old else "stayed"
+    moved = "rose" if new > old else "fell"
+    change = f"{moved} from <b>{number(old)}</b> to <b>{number(new)}</b>" if new != old else f"stayed {number(old)}"
     span = f", 95&nbsp;% interval of the difference {signed(interval[1])} to {signed(interval[2])}" if interval else ""
-    return (
-        f"Sampled accuracy on {after['num_questions']} held-out questions {moved} from"
-        f" <b>{number(old)}</b> to <b>{number(new)}</b>{span}."
-    )
+    return f"Sampled accuracy on {after['num_questions']} held-out questions {change}{span}."
 
 
 def _interval(run: RunData) -> Sequence[float] | None:

@@ -9,7 +9,7 @@ from itertools import groupby
 from rlsf_ray.records import Json
 from rlsf_ray.report_parts import missing, number, signed
 
-GROUPS, TRACES = 3, 4
+GROUPS, TRACES = 3, 3
 
 
 def turns(rows: Sequence[Json], credited: Sequence[str]) -> str:
@@ -20,8 +20,8 @@ def turns(rows: Sequence[Json], credited: Sequence[str]) -> str:
     talks.sort(key=lambda group: group[0]["reason"] is not None)
     learned = sum(group[0]["reason"] is None for group in talks)
     note = (
-        f"The last round: {learned} of {len(talks)} prompts are learned from. A bar at the left marks turns that are"
-        " credited, each of their tokens with the trace's advantage; all other tokens get no gradient."
+        f"The last round: {learned} of {len(talks)} prompts are learned from. Turns with a green or red"
+        " bar are credited, each of their tokens with the trace's advantage; all other tokens get no gradient."
     )
     return f'<p class="note">{note}</p>' + "".join(_group(group, credited) for group in talks[:GROUPS])
 

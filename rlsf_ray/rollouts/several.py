@@ -28,6 +28,16 @@ REFINE = "Now write the best answer that you can."
 VERIFY = "Is your answer correct? Reply with one word, yes or no."
 
 
+async def attempts(desk: Desk, prompt: Prompt) -> list[Talk]:
+    """K attempts, each checked: which prompts does the model fail?"""
+
+    async def episode(talk: Talk) -> None:
+        await talk.write("attempt")
+        await talk.check()
+
+    return await _independent(desk, prompt, episode)
+
+
 async def reflect_retry(desk: Desk, prompt: Prompt) -> list[Talk]:
     """Attempt; where that fails, K reflections on it and a retry after each. Reflect, Retry, Reward 2505.24726.
 
