@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
+from rlsf_ray.algorithms.answers import normalise
 from rlsf_ray.errors import InputError
 from rlsf_ray.records import Check, Json, ProbePrompt
 from rlsf_ray.tasks.equality import AnswerChecker
@@ -140,8 +141,15 @@ def code(text: str, tests: str) -> Verdict:
     return run_tests(blocks[-1] if blocks else text, tests)
 
 
+def exact(text: str, accepted: Sequence[str]) -> Verdict:
+    """Is it one of the accepted answers, in canonical form? Where they come from decides whether that is a label."""
+    right = normalise(text) in {normalise(one) for one in accepted}
+    return Verdict(right, "" if right else f"is {text.strip()!r:.80}")
+
+
 CHECKS: dict[str, Callable[..., Verdict]] = {
     "countdown": countdown,
+    "exact": exact,
     "function_call": function_call,
     "schema": fits_schema,
     "code": code,

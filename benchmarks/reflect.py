@@ -1,0 +1,154 @@
+"""Reflect, Retry, Reward: what are a second try and a trained reflection worth? First and last try, before and after.
+
+    python benchmarks/reflect.py passwords            # a task made so that a good reflection is all that is needed
+    python benchmarks/reflect.py countdown --seed 1
+    python benchmarks/reflect.py bfcl                 # ../shared/data/bfcl; the wanted calls are labels
+    python benchmarks/reflect.py --table              # reflect.md from the committed results
+
+`passwords`: one of two words is the password, drawn by chance. Nobody can know which at the first try; after a failure
+whoever says "it must have been the other word" and then says that word is right. Words of the probe set are others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+from bench_common import machine_facts
+from evidence import PACKAGES, SHARED
+
+from rlsf_ray import loop
+from rlsf_ray.config_loading import load_config
+from rlsf_ray.records import Json
+from rlsf_ray.wording import TRIES
+
+RESULTS = Path(__file__).parent / "results" / "reflect"
+PAGE = Path(__file__).parent / "results" / "reflect.md"
+BFCL = Path(__file__).parents[2] / "shared" / "data" / "bfcl" / "BFCL_v4_simple_python.json"
+_WORDS = (
+    "apple river stone cloud bread horse window garden candle bridge forest silver paper mountain ocean pencil"
+    " basket summer yellow doctor market ladder button dragon engine pillow rocket tunnel violin wagon zebra lemon"
+    " castle desert feather guitar hammer island jacket kettle"
+)
+TASKS = ("passwords", "countdown", "bfcl")
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("task", nargs="?", choices=TASKS, default="passwords")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--table", action="store_true", help="write reflect.md from the committed results")
+    parser.add_argument("--runs", type=Path, default=Path("runs/reflect"), help="where the run directories lie")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for trials: nothing is kept")
+    options = parser.parse_args()
+    if options.table:
+        PAGE.write_text(page())
+        print(PAGE.read_text())
+        return
+    folder = options.runs.absolute() / f"{options.task}-{options.seed}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    kept = run_task(options.task, options.seed, folder, options.set)
+    if not options.set:
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        (RESULTS / f"{options.task}-{options.seed}.json").write_text(json.dumps(kept) + "\n")
+    print("\n".join(lines_of(kept)))
+
+
+def run_task(task: str, seed: int, folder: Path, changes: list[str]) -> Json:
+    """Train `reflect_retry_reward` on the task; what is kept of it."""
+    start = time.time()
+    settings = [*SHARED, f"seed={seed}", "eval.samples=4", "guard=warn", *settings_of(task, folder), *changes]
+    summary = loop.run(load_config("reflect_retry_reward", settings), str(folder / "run"))
+    names = [key for key, *_ in TRIES]
+    return {
+        "task": task,
+        "seed": seed,
+        "command": f"python benchmarks/reflect.py {task} --seed {seed}",
+        "machine": machine_facts(*PACKAGES),
+        "minutes": round((time.time() - start) / 60, 1),
+        "accounting": summary["accounting"],
+        **{
+            when: {name + end: summary[when].get(name + end) for name in names for end in ("", "_low", "_high")}
+            for when in ("before", "after")
+        },
+    }
+
+
+def settings_of(task: str, folder: Path) -> list[str]:
+    """Where the task's prompts come from, as settings."""
+    if task == "countdown":
+        return []
+    if task == "bfcl":
+        source = f"kind: bfcl, path: {BFCL}"
+        return [
+            f"data.train=[{{{source}, count: 250, labels: true}}]",
+            f"data.probe=[{{{source}, count: 100}}]",
+            r"data.answer='regex:(?s)\s*(.*\S)\s*'",
+        ]
+    words = [str(word) for word in np.random.default_rng(0).permutation(_WORDS.split())]
+    train, probe = (write_passwords(folder / f"{name}.jsonl", part) for name, part in _halves(words))
+    source = "kind: file, check: check, path:"
+    return [
+        f"data.train=[{{{source} {train}, count: 300}}]",
+        f"data.probe=[{{{source} {probe}, count: 100}}]",
+        "data.answer='regex:[A-Za-z]+'",
+        "rollout.max_tokens=40",
+    ]
+
+
+def _halves(words: list[str]) -> list[tuple[str, list[str]]]:
+    return [("train", words[: len(words) * 2 // 3]), ("probe", words[len(words) * 2 // 3 :])]
+
+
+def write_passwords(path: Path, words: list[str]) -> Path:
+    """All pairs of the words as prompts, each with its password."""
+    draw, rows = np.random.default_rng(1), []
+    for pair in combinations(words, 2):
+        first, second = (pair[i] for i in draw.permutation(2))
+        password = pair[int(draw.integers(2))]
+        question = f'The password is either "{first}" or "{second}". Which of the two is it? Reply with one word.'
+        check = {"kind": "exact", "data": {"accepted": [password]}}
+        rows.append(json.dumps({"question": question, "answer": password, "check": check}))
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+def lines_of(kept: Json) -> list[str]:
+    """One result as a section of reflect.md."""
+    head = ["", f"## {kept['task']}, seed {kept['seed']}", "", f"`{kept['command']}`, {kept['minutes']} min.", ""]
+    counts = ", ".join(f"{count} {name}" for name, count in kept["accounting"].items() if isinstance(count, int))
+    rows = [
+        f"| {name} | {_shown(kept['before'], key, digits)} | {_shown(kept['after'], key, digits)} |"
+        for key, name, _, digits in TRIES
+    ]
+    return [*head, "| | before | after |", "| --- | --- | --- |", *rows, "", f"Prompts: {counts}."]
+
+
+def _shown(metrics: Json, key: str, digits: int) -> str:
+    value, low, high = (metrics.get(key + end) for end in ("", "_low", "_high"))
+    if value is None:
+        return "-"
+    return f"{value:.{digits}f}" + (f" [{low:.{digits}f}, {high:.{digits}f}]" if low is not None else "")
+
+
+def page() -> str:
+    """reflect.md."""
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    lines = [
+        "# Reflect, Retry, Reward on SmolLM2-135M",
+        "",
+        "Written by `python benchmarks/reflect.py --table` from `results/reflect/`. Four episodes of each probe"
+        " question; 95 % intervals over questions. First tries are never rewarded.",
+    ]
+    return "\n".join([*lines, *(line for kept in found for line in lines_of(kept))]) + "\n"
+
+
+if __name__ == "__main__":
+    main()
