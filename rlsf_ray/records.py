@@ -75,7 +75,8 @@ class Trace:
 
     `logprob` [T] is the log-probability of the chosen token, `top1` and `top2` [T] the two largest
     probabilities at its position. A trace of several `turns` also holds the tokens that stand between them, which
-    nobody drew (their log-prob is 0); `text` and `answer` are then those of the last turn that answers the prompt.
+    nobody drew (their log-prob is 0); `text`, `finished` and `answer` are then those of the last turn that answers the
+    prompt.
     """
 
     id: str

@@ -26,6 +26,7 @@ from rlsf_ray.tasks.verdict import Verdict
 
 STAND_INS = {"majority": by_majority, "p_true": by_p_true}
 Program = Callable[["Desk", Prompt], Awaitable[list["Talk"]]]
+LOOK_S = 0.05
 QUIET = 8  # turns of the event loop without news, after which every program waits: one wake-up passes through a few
 
 
@@ -79,17 +80,15 @@ class Desk:
         try:
             while waiting := [task for task in tasks if not task.done()]:
                 await self._settle()
-                if self._checks:
-                    await asyncio.wait(self._checks, return_when=asyncio.FIRST_COMPLETED)
-                elif self._asked or self._read:
+                if (self._asked or self._read) and not self._checks:
                     self._answer()
                     until = time.monotonic() + self.config.cluster.deadline_s
                 else:
-                    await asyncio.wait(waiting, timeout=0.05, return_when=asyncio.FIRST_COMPLETED)
+                    await asyncio.wait({*waiting, *self._checks}, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
                     if time.monotonic() > until:
                         raise InputError(
-                            f"rollout {self.config.rollout.name} has waited for something of its own for more than"
-                            f" cluster.deadline_s={self.config.cluster.deadline_s:g}; give its waits a deadline"
+                            f"rollout {self.config.rollout.name} has waited for a check or something of its own for more"
+                            f" than cluster.deadline_s={self.config.cluster.deadline_s:g}; give its waits a deadline"
                         )
                 for task in tasks:
                     if task.done():
@@ -189,17 +188,17 @@ class Talk:
 
     def trace(self, name: str) -> Trace:
         """What has been written, as a record of that id."""
-        last = self.written[-1]
+        answered = self._answered()
         seed = trace_seed(self.desk.salt, self.prompt.id, self.index)
         return Trace(
             id=name,
             index=self.index,
             seed=seed,
             version=self.desk.version,
-            text=self.turns[self._answered()].text,
+            text=self.turns[answered].text,
             token_ids=self._token_ids(),
             **{name: self._statistic(name) for name in ("logprob", "top1", "top2")},
-            finished=last.finished,
+            finished=self.written[answered].finished,
             answer=self._answer(),
             turns=tuple(self.turns),
         )
