@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -84,11 +85,12 @@ class Desk:
                     self._answer()
                     until = time.monotonic() + self.config.cluster.deadline_s
                 else:
-                    await asyncio.wait({*waiting, *self._checks}, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
+                    watched: set[asyncio.Future[Any]] = {*waiting, *self._checks}
+                    await asyncio.wait(watched, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
                     if time.monotonic() > until:
                         raise InputError(
-                            f"rollout {self.config.rollout.name} has waited for a check or something of its own for more"
-                            f" than cluster.deadline_s={self.config.cluster.deadline_s:g}; give its waits a deadline"
+                            f"rollout {self.config.rollout.name} has waited for a check or something of its own for"
+                            f" more than cluster.deadline_s={self.config.cluster.deadline_s:g}; give its waits a deadline"
                         )
                 for task in tasks:
                     if task.done():
