@@ -77,7 +77,7 @@ class Desk:
 
     async def _run(self, program: Program, prompts: Sequence[Prompt]) -> list[list[Talk]]:
         tasks = [asyncio.ensure_future(program(self, prompt)) for prompt in prompts]
-        until = time.monotonic() + self.config.cluster.deadline_s
+        name, until = self.config.rollout.name, time.monotonic() + self.config.cluster.deadline_s
         try:
             while waiting := [task for task in tasks if not task.done()]:
                 await self._settle()
@@ -89,8 +89,8 @@ class Desk:
                     await asyncio.wait(watched, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
                     if time.monotonic() > until:
                         raise InputError(
-                            f"rollout {self.config.rollout.name} has waited for a check or something of its own for"
-                            f" more than cluster.deadline_s={self.config.cluster.deadline_s:g}; give its waits a deadline"
+                            f"rollout {name} has waited for a check or something of its own for more"
+                            f" than cluster.deadline_s={self.config.cluster.deadline_s:g}; give its waits a deadline"
                         )
                 for task in tasks:
                     if task.done():
