@@ -173,6 +173,11 @@ class RunConfig(Section):
                 f" {', '.join(SEVERAL_TURNS)}"
             )
         settings = self.advantages
+        if self.rollout.uncredited_temperature is not None and not (settings and settings.turns):
+            raise ValueError(
+                "rollout.uncredited_temperature is for turns beside those of advantages.turns, got none there; leave it"
+                " out, or name the turns"
+            )
         roles = [*settings.turns, *settings.held_turns] if settings else []
         if ":" not in name and (odd := [role for role in roles if role not in ROLES]):
             raise ValueError(f"no turn has the role {odd[0]!r}; expected {', '.join(ROLES)}{nearest(odd[0], ROLES)}")

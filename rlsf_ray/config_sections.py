@@ -109,6 +109,7 @@ class RolloutConfig(Section):
     name: Annotated[str, one_of("rollout", (*ROLLOUT_NAMES, *SEVERAL_TURNS))] = "sample"
     traces: int = Field(default=8, ge=2)
     temperature: PositiveFloat = 0.9
+    uncredited_temperature: float | None = Field(default=None, ge=0.0)  # of turns that are not learned from; 0: greedy
     max_tokens: PositiveInt = 80  # of each turn
     check: Literal["task", "majority", "p_true"] = (
         "task"  # who says whether an answer passes; see rollouts/stand_ins.py

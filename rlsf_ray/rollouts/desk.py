@@ -49,6 +49,16 @@ class Desk:
         """The empty trace `index` of a prompt."""
         return Talk(self, prompt, index, self.engine.encode(prompt))
 
+    def sampling(self, role: str) -> Sampling:
+        """How a turn is drawn. One that is not credited is no sample of the policy: it may be drawn closer."""
+        settings, learning = self.config.rollout, self.config.advantages
+        credited = not (learning and learning.turns) or role in (*learning.turns, *learning.held_turns)
+        closer = settings.temperature if settings.uncredited_temperature is None else settings.uncredited_temperature
+        temperature = settings.temperature if credited else closer
+        if temperature == 0.0:
+            return Sampling(method="greedy", max_tokens=settings.max_tokens)
+        return Sampling(method="sample", max_tokens=settings.max_tokens, temperature=temperature)
+
     async def complete(self, request: Request) -> Completion:
         """What the engine writes for a request of one seed."""
         future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
@@ -161,16 +171,11 @@ class Talk:
         first = replace(turn, tokens=(0, len(one.token_ids)))
         return replace(self, index=index, written=[alone], said=[none], turns=[first])
 
-    async def write(self, role: str, *, max_tokens: int | None = None, temperature: float | None = None) -> Turn:
+    async def write(self, role: str) -> Turn:
         """The model's next turn. Its random stream is made of run seed, round, prompt, trace and turn."""
         if not self.written:
             self.said.append(np.zeros(0, dtype=np.int32))
-        settings = self.desk.config.rollout
-        sampling = Sampling(
-            method="greedy" if temperature == 0.0 else "sample",
-            max_tokens=max_tokens or settings.max_tokens,
-            temperature=temperature or settings.temperature,
-        )
+        sampling = self.desk.sampling(role)
         context = np.concatenate([self.prompt_ids, self._token_ids(), self.said[-1]])
         seed = trace_seed(self.desk.salt, self.prompt.id, f"{self.index}/{len(self.turns)}")
         one = await self.desk.complete(Request(prompt_ids=context, seeds=(seed,), sampling=sampling))

@@ -60,6 +60,7 @@ def test_recipes_differ_from_rlsf_only_where_they_say_so() -> None:
         (["model.chat=plain"], "needs a chat template"),
         (["advantages.turns=[reflexion]"], r"no turn has the role 'reflexion'.*did you mean 'reflection'"),
         (["advantages.held_turns=[reflection]"], "name a role twice"),
+        (["advantages.turns=[]"], "uncredited_temperature is for turns beside"),
         (["rollout.temperature=0.7"], "advantages need traces as the policy draws them"),
     ],
 )
@@ -204,7 +205,7 @@ def test_no_default_is_infinite_and_the_config_stays_small() -> None:
         return [leaf for inner in value.values() for leaf in leaves(inner)] if isinstance(value, dict) else [value]
 
     values = leaves(yaml.safe_load(dump_config(load_config("rlsf"))))
-    assert len(values) <= 64
+    assert len(values) <= 66
     assert all(math.isfinite(value) for value in values if isinstance(value, float))
     assert RunConfig.model_config["extra"] == "forbid"
 

@@ -105,6 +105,22 @@ def test_the_statistics_are_those_of_the_whole_text_read_at_once(engine: Countin
         np.testing.assert_allclose(read[mask], trace.logprob[mask], atol=2e-4)
 
 
+def test_turns_that_are_not_credited_may_be_greedy(engine: Counting, tiny: Path) -> None:
+    config = tiny_config(
+        tiny,
+        signal="passed",
+        rollout={"name": "reflect_retry", "traces": 3, "max_tokens": 8, "uncredited_temperature": 0.0},
+        advantages={"turns": ["reflection"]},
+    )
+    desk = Desk(engine, config, version=0, salt="")
+    assert [desk.sampling(role).method for role in ("attempt", "reflection", "retry")] == ["greedy", "sample", "greedy"]
+    (group,) = write(engine, config, prompts(1))
+    for trace in group.traces:
+        for turn in trace.turns[::2]:
+            spread = slice(*turn.tokens)
+            np.testing.assert_allclose(np.exp(trace.logprob[spread]), trace.top1[spread], rtol=1e-5)
+
+
 def test_all_programs_of_a_batch_are_served_together(engine: Counting, tiny: Path) -> None:
     engine.calls.clear()
     write(engine, several(tiny, "reflect_retry"), prompts(5))
