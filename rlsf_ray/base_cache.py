@@ -79,9 +79,7 @@ def measure_key(config: RunConfig, sets: PromptSets) -> Json:
         "probe": [[item.prompt.id, item.prompt.messages, item.prompt.answer_format, item.gold] for item in sets.probe],
         "calibration": [[p.id, p.messages, p.answer_format] for p in sets.calibration],
         "sampling": [config.rollout.temperature, config.rollout.max_tokens, config.eval.samples, config.eval.branches],
-        "rollout": [config.rollout.name, config.rollout.tries, config.rollout.check]
-        if config.rollout.name in SEVERAL_TURNS
-        else [],
+        "rollout": config.rollout.model_dump() if config.rollout.name in SEVERAL_TURNS else {},
         "checks": [asdict(item.prompt.check) for item in sets.probe if item.prompt.check],
         "batch": config.probe_prompts_per_call,
     }
