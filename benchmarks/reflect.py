@@ -96,7 +96,7 @@ def settings_of(task: str, folder: Path) -> list[str]:
     train, probe = (write_passwords(folder / f"{name}.jsonl", part) for name, part in _halves(words))
     source = "kind: file, check: check, path:"
     return [
-        f"data.train=[{{{source} {train}, count: 300}}]",
+        f"data.train=[{{{source} {train}, count: 300, labels: true}}]",
         f"data.probe=[{{{source} {probe}, count: 100}}]",
         "data.answer='regex:[A-Za-z]+'",
         "rollout.max_tokens=40",

@@ -13,37 +13,43 @@ from rlsf_ray import __version__, evaluate, measures, records, tries, vitals
 from rlsf_ray.algorithms import agreement, answers, calibration, voting
 from rlsf_ray.config import RunConfig
 from rlsf_ray.config_sections import SEVERAL_TURNS
+from rlsf_ray.engines import tokens
 from rlsf_ray.engines.models import cache_root, find_model
 from rlsf_ray.records import Json
-from rlsf_ray.rollouts import desk, programs, several, stand_ins
-from rlsf_ray.tasks import checks, equality
+from rlsf_ray.rollouts import desk, programs, seeds, several, stand_ins
+from rlsf_ray.tasks import checks, equality, sandbox, verdict
 from rlsf_ray.tasks.sources import PromptSets
 
 logger = logging.getLogger(__name__)
 
 # What a measure rests on
 JUDGES = (
-    *(
-        agreement,
-        answers,
-        calibration,
-        checks,
-        desk,
-        equality,
-        evaluate,
-        measures,
-        programs,
-        records,
-        several,
-        stand_ins,
-        tries,
-    ),
-    *(vitals, voting),
+    agreement,
+    answers,
+    calibration,
+    checks,
+    desk,
+    equality,
+    evaluate,
+    measures,
+    programs,
+    records,
+    sandbox,
+    seeds,
+    several,
+    stand_ins,
+    tokens,
+    tries,
+    verdict,
+    vitals,
+    voting,
 )
 
 
 def cached_base(config: RunConfig, sets: PromptSets) -> Json | None:
     """An earlier evaluation of the same base model on the same probe set with the same settings."""
+    if ":" in config.rollout.name:  # a user's own program: what it does is not in the key
+        return None
     path = _cache_path(config, sets)
     try:
         return json.loads(path.read_text())
@@ -53,6 +59,8 @@ def cached_base(config: RunConfig, sets: PromptSets) -> Json | None:
 
 def store_base(config: RunConfig, sets: PromptSets, evaluation: Json) -> None:
     """Keep the base model's evaluation for later runs."""
+    if ":" in config.rollout.name:
+        return
     path = _cache_path(config, sets)
     half_made = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
     try:
@@ -79,10 +87,16 @@ def measure_key(config: RunConfig, sets: PromptSets) -> Json:
         "probe": [[item.prompt.id, item.prompt.messages, item.prompt.answer_format, item.gold] for item in sets.probe],
         "calibration": [[p.id, p.messages, p.answer_format] for p in sets.calibration],
         "sampling": [config.rollout.temperature, config.rollout.max_tokens, config.eval.samples, config.eval.branches],
-        "rollout": config.rollout.model_dump() if config.rollout.name in SEVERAL_TURNS else {},
+        "rollout": _of_turns(config) if config.rollout.name in SEVERAL_TURNS else {},
         "checks": [asdict(item.prompt.check) for item in sets.probe if item.prompt.check],
         "batch": config.probe_prompts_per_call,
     }
+
+
+def _of_turns(config: RunConfig) -> Json:
+    """How episodes are drawn: turns that are credited in another way than the others."""
+    learned = config.advantages
+    return config.rollout.model_dump() | {"learned": [learned.turns, learned.held_turns] if learned else None}
 
 
 def fingerprint(folder: Path) -> list[tuple[str, int, str]]:

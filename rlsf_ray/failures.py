@@ -6,7 +6,8 @@ Reflect, Retry, Reward 2505.24726, section 3: several samples of each prompt, an
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -27,12 +28,17 @@ def find_failures(
     """Write the training prompts of which at most the share `most` of `rollout.traces` samples pass, as JSON Lines.
 
     `to` is then a source: {kind: file, path: to, messages: messages, check: check}. Every prompt that has been judged
-    stands in `<to>.judged` at once, so the same call goes on after an interruption. A sample whose check could not be
-    made counts as not passed. Returns (kept, judged). `on_batch`: (judged, of, kept).
+    stands in `<to>.judged` at once, so the same call goes on after an interruption. Samples whose check could not be
+    made do not count. `data.suffix` stands in the messages already. Returns (kept, judged). `on_batch`: (judged, of,
+    kept).
     """
     judged_file = to.with_name(to.name + ".judged")
     judged_file.parent.mkdir(parents=True, exist_ok=True)
-    prompts, rows = load_sets(config).train, _known(judged_file, config)
+    config = config.model_copy(  # samples that differ, whatever the recipe does with attempts
+        update={"rollout": config.rollout.model_copy(update={"uncredited_temperature": None})}
+    )
+    prompts = load_sets(config).train
+    rows = _known(judged_file, config, {prompt.id for prompt in prompts})
     left = [prompt for prompt in prompts if prompt.id not in {row["id"] for row in rows}]
     if left:
         with closing(build_engine(config)) as engine, judged_file.open("a") as file:
@@ -40,7 +46,7 @@ def find_failures(
             for start in range(0, len(left), size):
                 batch = left[start : start + size]
                 numbers = range(len(rows), len(rows) + len(batch))
-                found = write_talks(attempts, engine, batch, config=config, round=0, sequences=numbers, version=0)
+                found = write_talks(attempts, engine, batch, config=config, round=-1, sequences=numbers, version=0)
                 new = [_row(group) for group in found]
                 file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in new))
                 file.flush()
@@ -52,32 +58,36 @@ def find_failures(
 
 
 def _failed(rows: Sequence[Json], most: float) -> list[Json]:
-    return [row for row in rows if row["passed"] <= most]
+    return [row for row in rows if row["passed"] is not None and row["passed"] <= most]
 
 
 def _row(group: Group) -> Json:
     prompt = group.prompt
-    passed = [trace.turns[0].passed == 1.0 for trace in group.traces]
+    checked = [trace.turns[0].passed for trace in group.traces if not math.isnan(trace.turns[0].passed)]
     return {
         "id": prompt.id,
         "messages": [{"role": role, "content": content} for role, content in prompt.messages],
         "check": asdict(prompt.check) if prompt.check else None,
-        "passed": float(np.mean(passed)),
-        "samples": len(passed),
+        "passed": float(np.mean(checked)) if checked else None,  # of those that could be checked
+        "samples": len(group.traces),
     }
 
 
-def _known(path: Path, config: RunConfig) -> list[Json]:
-    """What an earlier call has judged; a last line that was cut short does not count, and is taken off the file."""
+def _known(path: Path, config: RunConfig, prompts: Collection[str]) -> list[Json]:
+    """What an earlier call has judged of these prompts; a last line that was cut short is taken off the file.
+
+    Raises InputError if that call had other settings.
+    """
+    ours = {"model": config.model.model_dump(), "rollout": config.rollout.model_dump(), "seed": config.seed}
     if not path.exists():
-        return []
+        path.write_text(json.dumps(ours) + "\n")
     whole, _, rest = path.read_text().rpartition("\n")
-    rows: list[Json] = [json.loads(line) for line in whole.splitlines()]
+    head, *lines = [json.loads(line) for line in whole.split("\n")]
     if rest:
-        path.write_text(whole + "\n" if whole else "")
-    if odd := [row for row in rows if row["samples"] != config.rollout.traces]:
+        path.write_text(whole + "\n")
+    if odd := [key for key in ours if head.get(key) != ours[key]]:
         raise InputError(
-            f"{path} was judged with {odd[0]['samples']} samples of each prompt, got rollout.traces="
-            f"{config.rollout.traces}; set the same, or give another --to"
+            f"{path} was judged with another {odd[0]}: expected {head.get(odd[0])}, got {ours[odd[0]]}; give the same"
+            " settings, or another --to"
         )
-    return rows
+    return [row for row in lines if row["id"] in prompts]

@@ -20,8 +20,8 @@ def turns(rows: Sequence[Json], credited: Sequence[str]) -> str:
     talks.sort(key=lambda group: group[0]["reason"] is not None)
     learned = sum(group[0]["reason"] is None for group in talks)
     note = (
-        f"The last round: {learned} of {len(talks)} prompts are learned from. Turns with a green or red"
-        " bar are credited, each of their tokens with the trace's advantage; all other tokens get no gradient."
+        f"The last round: {learned} of {len(talks)} prompts are learned from. Where it learns from"
+        " advantages, turns with a green or red bar are credited, each token with the trace's; the others are not."
     )
     return f'<p class="note">{note}</p>' + "".join(_group(group, credited) for group in talks[:GROUPS])
 
@@ -45,7 +45,7 @@ def _turn(turn: Json, advantage: float | None, credited: Sequence[str]) -> str:
     learns = advantage is not None and (not credited or turn["role"] in credited)
     passed = {None: "", 1.0: ' <span class="better">passes</span>', 0.0: ' <span class="worse">fails</span>'}
     size = turn["tokens"][1] - turn["tokens"][0]
-    sign = " up" if learns and advantage and advantage > 0 else " down" if learns else ""
+    sign = " up" if learns and advantage and advantage > 0 else " down" if learns and advantage else ""
     return (
         f'<div class="turn {escape(turn["role"])}{sign}"><span class="small">{escape(turn["role"])}, {size} tokens'
         f"{passed.get(turn['passed'], '')}</span>{escape(turn['text'].strip())}</div>"

@@ -51,14 +51,16 @@ def counts_of_tries(rows: Sequence[Json]) -> dict[str, tuple[Counts, Counts]]:
 
 
 def _of_question(episodes: Sequence[Sequence[Json]]) -> dict[str, tuple[float, float]]:
-    tries = [[bool(turn["right"]) for turn in turns if turn["right"] is not None] for turns in episodes]
+    answered = [[turn for turn in turns if turn["right"] is not None] for turns in episodes]
+    answered = [turns for turns in answered if turns]  # a program of one's own may have other roles
+    tries = [[bool(turn["right"]) for turn in turns] for turns in answered]
     again = [one for one in tries if len(one) > 1]
     failed, passed = [one for one in again if not one[0]], [one for one in again if one[0]]
     thoughts = [turn for turns in episodes for turn in turns if turn["right"] is None]
     return {
         "first_try": (sum(one[0] for one in tries), len(tries)),
         "last_try": (sum(one[-1] for one in tries), len(tries)),
-        "voted_tries": (_voted([[turn for turn in turns if turn["right"] is not None][-1] for turns in episodes]), 1),
+        "voted_tries": (_voted([turns[-1] for turns in answered]), 1),
         "wrong_to_right": (sum(one[-1] for one in failed), len(failed)),
         "right_to_wrong": (sum(not one[-1] for one in passed), len(passed)),
         "thought_length": (sum(turn["length"] for turn in thoughts), len(thoughts)),

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rlsf_ray.algorithms.answers import ANSWERING
+from rlsf_ray.algorithms.answers import ANSWERING, normalise
 
 FloatArray = NDArray[np.float32]
 Scores = NDArray[np.float64]
@@ -169,7 +169,7 @@ def unary_feedback(traces: Sequence[TraceStats]) -> Scores:
     """2^-n if the n-th attempt (from 0) passes, less half the share of repeated answers. UFO 2507.14295."""
 
     def score(trace: TraceStats) -> float:
-        answers = [turn.answer for turn in trace.turns if turn.answer is not None]
+        answers = [normalise(turn.answer) for turn in trace.turns if turn.answer is not None]
         right = _outcome(trace) * 0.5 ** (len(trace.turns) - 1)
         return right - 0.5 * (1.0 - len(set(answers)) / len(answers) if answers else 0.0)
 

@@ -82,9 +82,11 @@ class Scorer:
         )
 
     def _advantages(self, group: Group, scores: np.ndarray, rule: advantages.Rule) -> dict[str, Any]:
+        roles = self._config.advantages.turns if self._config.advantages else ()
+        scores = np.where([trace.written(roles).any() for trace in group.traces], scores, np.nan)
         found = advantages.credit(scores, np.asarray([trace.finished for trace in group.traces]), rule)
-        if len(group.traces) == 1 and group.traces[0].turns:  # a rollout that had no need to go on
-            return {"reason": "passed_at_once"}
+        if found.reason and len(group.traces) == 1 and (turns := group.traces[0].turns):  # a rollout that did not go on
+            return {"reason": "passed_at_once" if turns[-1].passed == 1.0 else "check_failed"}
         return {"advantages": found.advantages, "reason": found.reason}
 
     def _pairs(self, group: Group, labels: Sequence[int], scores: np.ndarray) -> dict[str, Any]:

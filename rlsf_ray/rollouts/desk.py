@@ -39,6 +39,7 @@ class Desk:
         self._asked: list[tuple[Request, asyncio.Future[Completion]]] = []
         self._read: list[tuple[IntArray, IntArray, asyncio.Future[FloatArray]]] = []
         self._checks: set[asyncio.Future[Verdict]] = set()
+        self._moved = 0.0  # when something last came of waiting
         self.votes: dict[str, asyncio.Future[str | None]] = {}  # by prompt, where votes stand in for a check
 
     def run(self, program: Program, prompts: Sequence[Prompt]) -> list[list[Talk]]:
@@ -82,25 +83,30 @@ class Desk:
             )
         running = asyncio.ensure_future(asyncio.to_thread(check_answer, prompt.check, answer))
         self._checks.add(running)
-        running.add_done_callback(self._checks.discard)
+        running.add_done_callback(self._checked)
         return await running
+
+    def _checked(self, done: asyncio.Future[Verdict]) -> None:
+        self._checks.discard(done)
+        self._moved = time.monotonic()
 
     async def _run(self, program: Program, prompts: Sequence[Prompt]) -> list[list[Talk]]:
         tasks = [asyncio.ensure_future(program(self, prompt)) for prompt in prompts]
-        name, until = self.config.rollout.name, time.monotonic() + self.config.cluster.deadline_s
+        name, deadline_s = self.config.rollout.name, self.config.cluster.deadline_s
+        self._moved = time.monotonic()
         try:
             while waiting := [task for task in tasks if not task.done()]:
                 await self._settle()
                 if (self._asked or self._read) and not self._checks:
                     self._answer()
-                    until = time.monotonic() + self.config.cluster.deadline_s
+                    self._moved = time.monotonic()
                 else:
                     watched: set[asyncio.Future[Any]] = {*waiting, *self._checks}
                     await asyncio.wait(watched, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
-                    if time.monotonic() > until:
+                    if time.monotonic() > self._moved + deadline_s:
                         raise InputError(
                             f"rollout {name} has waited for a check or something of its own for more"
-                            f" than cluster.deadline_s={self.config.cluster.deadline_s:g}; give its waits a deadline"
+                            f" than cluster.deadline_s={deadline_s:g}; give its waits a deadline"
                         )
                 for task in tasks:
                     if task.done():
@@ -156,7 +162,9 @@ class Talk:
         return replace(self, index=index, written=[*self.written], said=[*self.said], turns=[*self.turns])
 
     def say(self, text: str) -> None:
-        """The user replies to the last written turn."""
+        """The user replies to the last written turn. Raises InputError if nothing has been written since."""
+        if not self.written or len(self.said) > len(self.written):
+            raise InputError("a program may reply only to what was written: call write() before each say()")
         self.said.append(self.desk.engine.encode_reply(text, int(self.written[-1].token_ids[-1])))
 
     async def direct(self, index: int) -> Talk:
@@ -173,6 +181,8 @@ class Talk:
 
     async def write(self, role: str) -> Turn:
         """The model's next turn. Its random stream is made of run seed, round, prompt, trace and turn."""
+        if self.written and len(self.said) == len(self.written):
+            raise InputError("a program's second turn needs a reply before it: call say() before write()")
         if not self.written:
             self.said.append(np.zeros(0, dtype=np.int32))
         sampling = self.desk.sampling(role)
@@ -187,11 +197,11 @@ class Talk:
         self.turns.append(turn)
         return turn
 
-    async def check(self) -> bool:
-        """Does the answer of the last turn pass? Kept with the turn; False also where the check itself failed."""
+    async def check(self) -> bool | None:
+        """Does the answer of the last turn pass? Kept with the turn; None where the check itself could not be made."""
         found = await self.desk.check(self.prompt, self.turns[-1].answer)
         self.turns[-1] = replace(self.turns[-1], passed=float("nan") if found.right is None else float(found.right))
-        return bool(found.right)
+        return found.right
 
     def trace(self, name: str) -> Trace:
         """What has been written, as a record of that id."""

@@ -41,11 +41,11 @@ async def attempts(desk: Desk, prompt: Prompt) -> list[Talk]:
 async def reflect_retry(desk: Desk, prompt: Prompt) -> list[Talk]:
     """Attempt; where that fails, K reflections on it and a retry after each. Reflect, Retry, Reward 2505.24726.
 
-    An attempt that passes leaves one trace, from which nothing is learned.
+    An attempt that passes, or that could not be checked, leaves one trace, from which nothing is learned.
     """
     first = desk.begin(prompt)
     await first.write("attempt")
-    if await first.check():
+    if await first.check() is not False:
         return [first]
     first.say(REFLECT)
 
@@ -64,7 +64,7 @@ async def try_again(desk: Desk, prompt: Prompt) -> list[Talk]:
     async def episode(talk: Talk) -> None:
         for left in reversed(range(desk.config.rollout.tries)):
             await talk.write("attempt")
-            if await talk.check() or not left:
+            if await talk.check() is not False or not left:
                 return
             talk.say(AGAIN)
 
@@ -122,16 +122,16 @@ async def verify_revise(desk: Desk, prompt: Prompt) -> list[Talk]:
 
 
 async def verify_refine(desk: Desk, prompt: Prompt) -> list[Talk]:
-    """K long chains of verdict and retry side by side, for a vote over their ends. DSER 2510.17498; nothing is checked.
+    """K long chains of critique and retry side by side, for a vote over their ends; unchecked. DSER 2510.17498.
 
-    A chain goes on whatever its verdict says: what counts is where many chains end up.
+    A chain goes on whatever it says: what counts is where many chains end up.
     """
 
     async def chain(talk: Talk) -> None:
         await talk.write("attempt")
         for _ in range(desk.config.rollout.tries - 1):
             talk.say(CRITIQUE)
-            await talk.write("verdict")
+            await talk.write("critique")
             talk.say(REFINE)
             await talk.write("retry")
 

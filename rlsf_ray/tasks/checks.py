@@ -7,6 +7,7 @@ all (its own data is bad) is an InputError, never a wrong answer.
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import operator
 import re
@@ -46,8 +47,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 def check_answer(check: Check, answer: str | None) -> Verdict:
     """Does the answer pass? A check that breaks says so, which is no wrong answer. Raises InputError for bad data."""
-    if check.kind not in CHECKS:
-        raise InputError(f"no check is called {check.kind!r}; expected one of {', '.join(CHECKS)}")
+    validate(check)
     if answer is None:
         return Verdict(False, "no answer")
     try:
@@ -56,6 +56,18 @@ def check_answer(check: Check, answer: str | None) -> Verdict:
         raise
     except Exception as error:  # whatever a model's text does to a check
         return Verdict(None, f"the check broke: {type(error).__name__}: {error}")
+
+
+def validate(check: Check) -> None:
+    """Raise InputError for a kind that is not there, or data that it does not take."""
+    if check.kind not in CHECKS:
+        raise InputError(f"no check is called {check.kind!r}; expected one of {', '.join(CHECKS)}")
+    try:
+        inspect.signature(CHECKS[check.kind]).bind("", **check.data)
+    except TypeError as error:
+        raise InputError(
+            f"the check {check.kind} does not take {sorted(check.data)}: {error}; correct its data"
+        ) from error
 
 
 def is_right(answer: str | None, item: ProbePrompt, checker: AnswerChecker) -> bool:
@@ -154,6 +166,9 @@ CHECKS: dict[str, Callable[..., Verdict]] = {
     "schema": fits_schema,
     "code": code,
 }
+
+
+LABELS = ("exact", "function_call")  # kinds whose data hold the wanted answer
 
 
 def _parsed(text: str) -> ast.expr | None:

@@ -8,6 +8,7 @@ from typing import Any
 from rlsf_ray.config_sections import SourceConfig
 from rlsf_ray.errors import InputError
 from rlsf_ray.records import Check, Json
+from rlsf_ray.tasks.checks import LABELS, validate
 from rlsf_ray.tasks.files import Rows, check_columns, file_stem, read_rows
 from rlsf_ray.tasks.questions import (
     Messages,
@@ -95,6 +96,11 @@ def _plain_row(source: SourceConfig, row: Json, at: str, item_id: str, task: str
         messages = as_user(cell_text(row[source.question], at, source.question))
     gold = cell_text(row[str(source.answer)], at, str(source.answer)) if labelled else None
     check = _check(row[source.check], at, source.check) if source.check else None
+    if check and check.kind in LABELS and not (labelled or source.labels):
+        raise InputError(
+            f"{at}: a check of kind {check.kind} holds the wanted answer, which is a label, got labels: false; set"
+            " labels: true for this source, and the run is no longer label-free"
+        )
     return Question(id=item_id, messages=messages, task=task, key=key_of_messages(messages), gold=gold, check=check)
 
 
@@ -132,7 +138,9 @@ def _commonsenseqa_row(source: SourceConfig, row: Json, at: str, item_id: str, t
 
 def _check(value: Any, at: str, column: str) -> Check:
     if isinstance(value, dict) and isinstance(value.get("kind"), str) and isinstance(value.get("data"), dict):
-        return Check(kind=value["kind"], data=value["data"])
+        check = Check(kind=value["kind"], data=value["data"])
+        validate(check)
+        return check
     raise InputError(
         f'{at}: column {column!r} is {value!r:.200}, expected {{"kind": ..., "data": {{...}}}}; correct the row'
     )

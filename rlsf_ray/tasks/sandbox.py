@@ -3,9 +3,10 @@
 Covered: processor time, wall-clock time, memory, size and number of files, no new processes, no network, no file but
 those of a temporary folder and (to read) Python's own, no environment, no inherited file, output thrown away. The
 verdict comes over a pipe with a secret, so that ending early or printing does not look like passing.
-Not covered: a fault of CPython, and code that looks for the secret in the frames below its own. The fences are audit
-hooks of Python and limits of the kernel, not a virtual machine: they hold what a model writes by accident or for an
-easy reward, not an attacker. Numpy and other packages are not there.
+Not covered: a fault of CPython; code that looks for the secret in the frames below its own, or breaks the standard
+library under the fence; an answer whose own __eq__ says yes to everything. The fences are audit hooks of Python and limits
+of the kernel, not a virtual machine: they hold what a model writes by accident or for an easy reward, not an attacker.
+Numpy and other packages are not there, nor sockets (so no asyncio.run) or databases.
 Where the kernel lets us, the process also gets a network of its own with nothing in it.
 """
 
@@ -20,63 +21,86 @@ import sys
 import tempfile
 from contextlib import suppress
 
+from rlsf_ray.errors import InputError
 from rlsf_ray.tasks.verdict import Verdict
 
 SECONDS = 5.0
 MEGABYTES = 512
 
-# Runs inside: takes its orders from standard input, so that no argument or environment has them.
+# Runs inside: takes its orders from standard input, so that no argument or environment has them, and leaves none of its
+# own names where the solution finds them by looking about.
 _INSIDE = r"""
-import json, os, resource, sys
-orders = json.load(sys.stdin)
-sys.stdin.close()
-folder, secret, pipe = orders["folder"], orders["secret"], orders["pipe"]
-for name, limit in orders["limits"].items():
-    resource.setrlimit(getattr(resource, name), (limit, limit))
-own = tuple({os.path.realpath(p) + os.sep for p in (sys.prefix, sys.base_prefix, os.path.dirname(os.__file__))})
-writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-refused = ("socket.", "subprocess.", "ctypes.", "os.exec", "os.fork", "os.spawn", "os.posix_spawn", "os.system",
-           "os.kill", "os.killpg", "os.putenv", "pty.", "signal.pthread_kill", "resource.", "fcntl.", "mmap.",
-           "sys._current_frames", "gc.", "syslog.", "webbrowser.", "sys.settrace", "sys.setprofile")
-touching = ("open", "os.", "shutil.", "tempfile.", "glob.", "pathlib.")
-def inside(path):
-    return os.path.realpath(path).startswith(folder + os.sep) or os.path.realpath(path) == folder
-def hook(event, args, refused=refused, touching=touching, own=own, inside=inside, writing=writing):
-    if event.startswith(refused):
-        raise PermissionError("not allowed here: " + event)
-    if event.startswith(touching):
-        paths = [a for a in args if isinstance(a, (str, bytes, os.PathLike))]
-        flags = args[2] if event == "open" and len(args) > 2 and isinstance(args[2], int) else writing
-        looks = event in ("open", "os.listdir", "os.scandir") and not (flags & writing and event == "open")
-        for path in paths[:1] if event == "open" else paths:
-            path = os.fsdecode(path)
-            if not inside(path) and not (looks and os.path.realpath(path).startswith(own)):
-                raise PermissionError("no file outside the temporary folder: " + path)
-        if event == "open" and args and isinstance(args[0], int):
-            raise PermissionError("no file by its number")
-def go(source, tests):
+def main():
+    import json, os, resource, sys, types
+    orders = json.load(sys.stdin)
+    sys.stdin.close()
+    folder, secret, pipe = orders["folder"], orders["secret"].encode(), orders["pipe"]
+    for name, limit in orders["limits"].items():
+        resource.setrlimit(getattr(resource, name), (limit, limit))
+    own = tuple({os.path.realpath(p) + os.sep for p in (sys.prefix, sys.base_prefix, os.path.dirname(os.__file__))})
+    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+    refused = ("socket.", "subprocess.", "ctypes.", "os.exec", "os.fork", "os.spawn", "os.posix_spawn", "os.system",
+               "os.kill", "os.killpg", "os.putenv", "pty.", "signal.pthread_kill", "resource.", "fcntl.", "mmap.",
+               "sys._current_frames", "gc.", "syslog.", "webbrowser.", "sys.settrace", "sys.setprofile", "sqlite3.")
+    touching = ("open", "os.", "shutil.", "tempfile.", "glob.", "pathlib.")
+    realpath, fsdecode, paths, null, write, dumps = (
+        os.path.realpath, os.fsdecode, (str, bytes, os.PathLike), os.devnull, os.write, json.dumps)
+    kinds, refusal, run, make = (isinstance, int), PermissionError, exec, compile
+    def inside(path):
+        return realpath(path) == folder or realpath(path).startswith(folder + "/")
+    def hook(event, args):
+        is_a, number = kinds
+        if event.startswith(refused):
+            raise refusal("not allowed here: " + event)
+        if not event.startswith(touching):
+            return
+        if event == "open" and args and is_a(args[0], number):
+            raise refusal("no file by its number")
+        found = [a for a in args if is_a(a, paths)]
+        flags = args[2] if event == "open" and len(args) > 2 and is_a(args[2], number) else writing
+        looks = event in ("os.listdir", "os.scandir") or (event == "open" and not flags & writing)
+        for path in found[:1] if event == "open" else found:
+            path = fsdecode(path)
+            if path != null and not inside(path) and not (looks and realpath(path).startswith(own)):
+                raise refusal("no file outside the temporary folder: " + path)
+    tests = make(orders.pop("tests"), "<tests>", "exec")
+    source = orders.pop("source")
+    for name in ("mknod", "mkfifo", "chroot", "unshare", "setns"):
+        if hasattr(os, name):
+            delattr(os, name)
+            delattr(sys.modules["posix"], name)
+    sys.path[:] = [p for p in sys.path if p]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    write(pipe, secret)  # from here on what goes wrong is the solution's doing
+    sys.addaudithook(hook)
     space = {"__name__": "solution"}
     try:
-        exec(compile(source, "<solution>", "exec"), space)
-        exec(compile(tests, "<tests>", "exec"), space)
-        return {"right": True, "reason": ""}
+        run(make(source, "<solution>", "exec"), space)
+        run(tests, space)
+        found = {"right": True, "reason": ""}
     except MemoryError:
-        return {"right": None, "reason": "out of memory"}
+        found = {"right": None, "reason": "out of memory"}
     except BaseException as error:
-        return {"right": False, "reason": (type(error).__name__ + ": " + str(error))[:200]}
-write, dumps = os.write, json.dumps
-sys.path[:] = [p for p in sys.path if p]
-sys.addaudithook(hook)
-found = go(orders["source"], orders["tests"])
-write(pipe, (secret + dumps(found)).encode())
+        try:
+            text = type(error).__name__ + ": " + str(error)
+        except BaseException:
+            text = type(error).__name__
+        found = {"right": False, "reason": text[:200]}
+    write(pipe, secret + dumps(found).encode())
+main()
 """
 
 
 def run_tests(source: str, tests: str, *, seconds: float = SECONDS, megabytes: int = MEGABYTES) -> Verdict:
     """Does `source` run, and `tests` (assertions) after it? Wrong: an error of either, reported by its name.
 
-    A run that does not end in time, or that the kernel ends, is no wrong answer: `right` is None.
+    A run that does not begin or end in time, or that the kernel ends, is no wrong answer: `right` is None. Raises
+    InputError for tests that are not Python.
     """
+    try:
+        compile(tests, "<tests>", "exec")
+    except (SyntaxError, ValueError) as error:
+        raise InputError(f"the tests of a check of code are not Python: {error}; correct them") from error
     secret, (reading, writing) = secrets.token_hex(16), os.pipe()
     with tempfile.TemporaryDirectory(prefix="rlsf-check-") as folder:
         orders = {
@@ -119,11 +143,14 @@ def run_tests(source: str, tests: str, *, seconds: float = SECONDS, megabytes: i
 
 def _verdict(said: str, secret: str, status: int) -> Verdict:
     if not said.startswith(secret):
+        return Verdict(None, f"could not be run: exit status {status}")
+    found = said.removeprefix(secret)
+    if not found.startswith(secret):
         if status < 0:
             return Verdict(None, f"ended by {signal.Signals(-status).name}")
         return Verdict(False, f"left before the tests, with exit status {status}")
-    found = json.loads(said.removeprefix(secret))
-    return Verdict(found["right"], found["reason"])
+    told = json.loads(found.removeprefix(secret))
+    return Verdict(told["right"], told["reason"])
 
 
 def _own_network() -> list[str]:

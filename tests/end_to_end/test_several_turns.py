@@ -93,5 +93,5 @@ def test_the_prompts_that_are_failed_are_found_and_an_interrupted_search_goes_on
     hard = tiny_config(tiny, **reflecting(tmp_path) | {"data": {"train": [source], "probe": []}})
     assert len(load_sets(hard).train) == kept
     fewer = config.model_copy(update={"rollout": config.rollout.model_copy(update={"traces": 4})})
-    with pytest.raises(InputError, match="judged with 6 samples"):
+    with pytest.raises(InputError, match="judged with another rollout"):
         find_failures(fewer, to, most=0.0)

@@ -12,6 +12,7 @@ import pytest
 from tiny import tiny_config
 
 from rlsf_ray.config import RunConfig
+from rlsf_ray.config_sections import SEVERAL_TURNS
 from rlsf_ray.engines.base import Completion, Request
 from rlsf_ray.engines.tokens import asked_if_true, encode_prompt
 from rlsf_ray.engines.transformers_engine import TransformersEngine
@@ -19,7 +20,9 @@ from rlsf_ray.errors import InputError
 from rlsf_ray.records import Check, Group, Prompt
 from rlsf_ray.rollouts.desk import Desk, Talk
 from rlsf_ray.rollouts.programs import write_groups
-from rlsf_ray.rollouts.several import RETRY, reflect_retry
+from rlsf_ray.rollouts.several import PROGRAMS, RETRY
+from rlsf_ray.tasks.checks import CHECKS
+from rlsf_ray.tasks.verdict import Verdict
 
 
 class Counting(TransformersEngine):
@@ -154,6 +157,7 @@ def test_the_first_error_of_a_program_ends_the_batch_and_leaves_nobody_waiting(e
             await talk.write("attempt")
             if prompt.id == "p1":
                 raise InputError("a fault of the program")
+            talk.say("Again.")
             await talk.write("attempt")
         finally:
             ended.append(prompt.id)
@@ -184,6 +188,38 @@ def test_a_program_that_waits_for_something_of_its_own_is_waited_for_but_not_for
         Desk(engine, tiny_config(tiny, cluster={"deadline_s": 0.3}), version=0, salt="").run(stuck, prompts(2))
 
 
+def test_turns_without_a_reply_between_and_replies_without_a_turn_are_refused(engine: Counting, tiny: Path) -> None:
+    async def twice(desk: Desk, prompt: Prompt) -> list[Talk]:
+        talk = desk.begin(prompt)
+        await talk.write("attempt")
+        await talk.write("attempt")
+        return [talk]
+
+    async def deaf(desk: Desk, prompt: Prompt) -> list[Talk]:
+        talk = desk.begin(prompt)
+        await talk.write("attempt")
+        talk.say("One.")
+        talk.say("Two.")
+        return [talk]
+
+    for program, message in ((twice, "call say"), (deaf, "call write")):
+        with pytest.raises(InputError, match=message):
+            Desk(engine, tiny_config(tiny), version=0, salt="").run(program, prompts(1))
+
+
+def test_an_answer_that_could_not_be_checked_is_not_called_wrong(
+    engine: Counting, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(text: str) -> Verdict:
+        raise RuntimeError("out of order")
+
+    monkeypatch.setitem(CHECKS, "breaks", breaks)
+    asked = Prompt(id="p", messages=prompts(1)[0].messages, task="t", key="0", check=Check(kind="breaks", data={}))
+    for name in ("reflect_retry", "try_again"):
+        (group,) = write(engine, several(tiny, name), [asked])
+        assert all(len(trace.turns) == 1 and np.isnan(trace.turns[0].passed) for trace in group.traces)
+
+
 def test_a_prompt_without_a_check_is_refused(engine: Counting, tiny: Path) -> None:
     bare = Prompt(id="p", messages=(("user", "1 + 1 ="),), task="t", key="1")
     with pytest.raises(InputError, match="prompt p has no check"):
@@ -197,8 +233,9 @@ def test_a_model_without_turns_is_refused(engine: Counting, tiny: Path) -> None:
         write(plain, config, prompts(1))
 
 
-def test_programs_are_async_functions_found_like_any_other_part() -> None:
-    assert asyncio.iscoroutinefunction(reflect_retry)
+def test_the_config_knows_every_program() -> None:
+    assert tuple(PROGRAMS) == SEVERAL_TURNS
+    assert all(asyncio.iscoroutinefunction(program) for program in PROGRAMS.values())
 
 
 def test_a_refined_answer_stands_for_itself_as_if_it_answered_the_prompt(engine: Counting, tiny: Path) -> None:

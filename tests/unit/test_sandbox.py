@@ -10,7 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from rlsf_ray.errors import InputError
 from rlsf_ray.records import Check
+from rlsf_ray.tasks import sandbox
 from rlsf_ray.tasks.checks import check_answer
 from rlsf_ray.tasks.sandbox import run_tests
 
@@ -55,6 +57,9 @@ def test_what_does_not_end_by_itself_is_no_wrong_answer(source: str, reason: str
         "raise SystemExit(0)",
         "import os; os.write(1, b'passed')",
         "import sys; sys.exit()",
+        "import builtins; builtins.exec = lambda *a: None",
+        "import builtins; builtins.compile = lambda *a: ''",
+        "import __main__; __main__.write(__main__.pipe, b'')",
     ],
 )
 def test_leaving_early_is_not_passing(source: str) -> None:
@@ -77,12 +82,27 @@ def test_leaving_early_is_not_passing(source: str) -> None:
         "import ctypes; ctypes.CDLL(None)",
         "import pathlib; pathlib.Path('/etc/passwd').read_text()",
         "import shutil; shutil.rmtree('/tmp')",
+        "import os; os.path.realpath = lambda p, **k: os.getcwd()\nopen('/etc/passwd')",
+        "import sqlite3; sqlite3.connect('/tmp/outside.db')",
     ],
 )
 def test_files_processes_and_the_network_are_out_of_reach(source: str) -> None:
     found = run_tests(source, "")
     assert found.right is False
-    assert found.reason.startswith("PermissionError"), found
+    assert found.reason.startswith(("PermissionError", "ImportError")), found
+
+
+def test_files_of_other_kinds_cannot_be_made(tmp_path: Path) -> None:
+    found = run_tests(f"import os; os.mkfifo({str(tmp_path / 'pipe')!r})", "")
+    assert found.right is False
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_is_the_check_s_own_fault_is_no_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="the tests of a check of code are not Python"):
+        run_tests(RIGHT, "assert add(1, 2 ==")
+    monkeypatch.setattr(sandbox, "_PREFIX", ["false"])
+    assert run_tests(RIGHT, "").right is None
 
 
 def test_a_server_on_this_machine_hears_nothing() -> None:
