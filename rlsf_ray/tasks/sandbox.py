@@ -4,9 +4,9 @@ Covered: processor time, wall-clock time, memory, size and number of files, no n
 those of a temporary folder and (to read) Python's own, no environment, no inherited file, output thrown away. The
 verdict comes over a pipe with a secret, so that ending early or printing does not look like passing.
 Not covered: a fault of CPython; code that looks for the secret in the frames below its own, or breaks the standard
-library under the fence; an answer whose own __eq__ says yes to everything. The fences are audit hooks of Python and limits
-of the kernel, not a virtual machine: they hold what a model writes by accident or for an easy reward, not an attacker.
-Numpy and other packages are not there, nor sockets (so no asyncio.run) or databases.
+library under the fence; an answer whose own __eq__ says yes to everything. The fences are audit hooks of Python and
+limits of the kernel, not a virtual machine: they hold what a model writes by accident or for an easy reward, not an
+attacker. Numpy and other packages are not there, nor sockets (so no asyncio.run) or databases.
 Where the kernel lets us, the process also gets a network of its own with nothing in it.
 """
 

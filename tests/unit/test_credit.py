@@ -117,3 +117,12 @@ def test_held_turns_feel_the_penalty_and_no_advantage(tiny: Path) -> None:
         assert learned.credit is not None
         assert (learned.credit[slice(*trace.turns[0].tokens)] == 0.0).all()
         assert np.isnan(learned.credit[slice(*trace.turns[2].tokens)]).all()
+
+
+def test_traces_without_a_credited_turn_take_no_part(tiny: Path) -> None:
+    config = tiny_config(
+        tiny, signal="passed", rollout={"name": "reflect_retry", "traces": 3}, advantages={"turns": ["critique"]}
+    )
+    _, group, _ = scored(tiny)
+    (found,) = Scorer(config, threads=1).score([group])
+    assert found.reason == "too_few_scores"

@@ -251,3 +251,17 @@ def test_a_countdown_brings_its_check_whether_or_not_its_gold_answer_is_read() -
     assert first.check is not None
     assert first.gold is None
     assert check_answer(first.check, second.gold).right is True
+
+
+def test_a_check_that_holds_the_wanted_answer_is_a_label_in_any_file(tmp_path: Path) -> None:
+    path = tmp_path / "labelled.jsonl"
+    check = {"kind": "exact", "data": {"accepted": ["4"]}}
+    path.write_text(json.dumps({"question": "2 + 2 =", "answer": "4", "check": check}))
+    source = SourceConfig(kind="file", path=str(path), check="check")
+    with pytest.raises(InputError, match=r"a check of kind exact holds the wanted answer.*set labels: true"):
+        row_questions(source, labelled=False)
+    assert row_questions(source.model_copy(update={"labels": True}), labelled=False)[0].gold is None
+    assert row_questions(source, labelled=True)[0].check == Check(**check)
+    path.write_text(json.dumps({"question": "2 + 2 =", "check": {"kind": "countdown", "data": {"numbrs": [4]}}}))
+    with pytest.raises(InputError, match="the check countdown does not take"):
+        row_questions(source, labelled=False)
