@@ -14,6 +14,7 @@ from rlsf_ray.algorithms.signals import SIGNALS
 from rlsf_ray.config_sections import (
     ROLES,
     SEVERAL_TURNS,
+    UNCHECKED,
     AdvantagesConfig,
     ClusterConfig,
     DataConfig,
@@ -90,6 +91,10 @@ class RunConfig(Section):
         """Passes over the round's groups."""
         return self.reward_model.epochs if self.reward_model and self.trains_reward(round) else self.learner.epochs
 
+    def _refines(self) -> bool:
+        """Is every second trace a refined answer to the draft before it? Of a user's own rollout we take it so."""
+        return ":" in self.rollout.name or (self.rollout.name == "refine" and self.rollout.traces % 2 == 0)
+
     @model_validator(mode="after")
     def _check_engine(self) -> RunConfig:
         if self.rollout.name == "cot_decoding" and self.data.answer != "elicit" and self.rollout.max_tokens < 2:
@@ -119,6 +124,12 @@ class RunConfig(Section):
             raise ValueError(
                 f"pairs.surest compares prompts by how sure a rule is of them, got pairs.rule={self.pairs.rule}, which"
                 " is of none; set pairs.surest: null"
+            )
+        if self.pairs.rule == "final_over_first" and not self._refines():
+            raise ValueError(
+                "pairs.rule=final_over_first sets every second trace over the one before it, got"
+                f" rollout.name={self.rollout.name}, rollout.traces={self.rollout.traces}; use rollout.name: refine"
+                " and an even number"
             )
         if self.pairs.rule == "all_above" and self.pairs.min_chosen > 1.0:
             raise ValueError(
@@ -161,6 +172,11 @@ class RunConfig(Section):
                     f"rollout.name={name} has several turns and needs a chat template, and answers that stand in the"
                     f" text, got model.chat={self.model.chat}, data.answer={self.data.answer}; set model.chat: template"
                 )
+            if signal and signal.of_turns and name in UNCHECKED:
+                raise ValueError(
+                    f"signal={self.signal} needs answers that were checked, and rollout.name={name} checks none; use"
+                    " self_consistency, or another rollout"
+                )
             if signal and "text" not in signal.needs:
                 raise ValueError(
                     f"signal={self.signal} is about all tokens of a trace, and rollout.name={name} has some that nobody"
@@ -172,7 +188,13 @@ class RunConfig(Section):
                 f"{what} is for rollouts of several turns, got rollout.name={name}; expected one of"
                 f" {', '.join(SEVERAL_TURNS)}"
             )
-        settings = self.advantages
+        return self
+
+    @model_validator(mode="after")
+    def _check_roles(self) -> RunConfig:
+        name, settings = self.rollout.name, self.advantages
+        if settings and settings.held_turns and not settings.kl:
+            raise ValueError("advantages.held_turns feel the KL penalty only, got kl=0; set advantages.kl: 0.1")
         if self.rollout.uncredited_temperature is not None and not (settings and settings.turns):
             raise ValueError(
                 "rollout.uncredited_temperature is for turns beside those of advantages.turns, got none there; leave it"

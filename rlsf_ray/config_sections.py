@@ -16,6 +16,7 @@ from rlsf_ray.algorithms.preferences import RULES
 ROLLOUT_NAMES = ("sample", "cot_decoding")
 ROLES = ("attempt", "reflection", "retry", "critique", "verdict")
 SEVERAL_TURNS = ("reflect_retry", "try_again", "second_try", "refine", "verify_revise", "verify_refine")
+UNCHECKED = ("refine", "verify_refine")  # of these, those that ask nobody whether an answer is right
 ANSWER_FORMATS = ("number", "boxed", "phrase", "choice", "elicit")  # and regex:<pattern>
 
 

@@ -112,13 +112,13 @@ def function_call(text: str, functions: Sequence[Json], expected: Sequence[Json]
     if name not in described:
         raise InputError(f"the wanted function {name} is not among those described, {sorted(described)}; mend the data")
     properties = described[name]["properties"]
-    call = _json_call(text) or _python_call(text, list(properties))
+    call = _python_call(text, list(properties)) or _json_call(text)  # a Python argument may look like a JSON call
     if call is None:
         return Verdict(False, "no call")
     called, given = call
     if called != name:
         return Verdict(False, f"calls {called}, expected {name}")
-    if odd := sorted(given.keys() - properties.keys()):
+    if odd := sorted(given.keys() - (properties.keys() & accepted.keys())):
         return Verdict(False, f"unknown argument {odd[0]}")
     for argument, values in accepted.items():
         if argument not in given:

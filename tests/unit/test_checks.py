@@ -132,3 +132,10 @@ def test_json_fits_its_schema() -> None:
     assert fits_schema("{" * 5000, schema).reason == "no JSON"
     with pytest.raises(InputError, match="not a JSON Schema"):
         fits_schema("{}", {"type": "number?"})
+
+
+def test_an_argument_that_looks_like_a_json_call_and_one_that_nobody_wanted() -> None:
+    greet = {"name": "greet", "parameters": {"properties": {"who": {"type": "dict"}, "loud": {"type": "boolean"}}}}
+    wanted = [{"greet": {"who": [{"name": ["Bob"]}]}}]
+    assert function_call('greet(who={"name": "Bob"})', [greet], wanted).right is True
+    assert function_call('greet(who={"name": "Bob"}, loud=True)', [greet], wanted).reason == "unknown argument loud"

@@ -60,6 +60,8 @@ def test_recipes_differ_from_rlsf_only_where_they_say_so() -> None:
         (["model.chat=plain"], "needs a chat template"),
         (["advantages.turns=[reflexion]"], r"no turn has the role 'reflexion'.*did you mean 'reflection'"),
         (["advantages.held_turns=[reflection]"], "name a role twice"),
+        (["rollout.name=refine"], "rollout.name=refine checks none"),
+        (["advantages.held_turns=[attempt]", "advantages.kl=0"], "held_turns feel the KL penalty only"),
         (["advantages.turns=[]"], "uncredited_temperature is for turns beside"),
         (["rollout.temperature=0.7"], "advantages need traces as the policy draws them"),
     ],
@@ -67,6 +69,12 @@ def test_recipes_differ_from_rlsf_only_where_they_say_so() -> None:
 def test_rollouts_of_several_turns_are_checked_with_what_learns_from_them(changes: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         load_config("reflect_retry_reward", changes)
+
+
+@pytest.mark.parametrize("change", ["rollout.name=sample", "rollout.traces=7"])
+def test_final_over_first_needs_drafts_and_their_refined_answers(change: str) -> None:
+    with pytest.raises(InputError, match=r"final_over_first.*rollout\.name: refine and an even number"):
+        load_config("evolve", [change])
 
 
 def test_dumped_config_loads_back_equal(tmp_path) -> None:
