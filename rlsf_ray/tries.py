@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rlsf_ray.algorithms.answers import ANSWERING, normalise
+from rlsf_ray.algorithms import voting
+from rlsf_ray.algorithms.answers import ANSWERING, label_answers
 from rlsf_ray.records import Group, Json, ProbePrompt
 from rlsf_ray.tasks.checks import is_right
 from rlsf_ray.tasks.equality import AnswerChecker
@@ -70,8 +70,6 @@ def _of_question(episodes: Sequence[Sequence[Json]]) -> dict[str, tuple[float, f
 
 def _voted(lasts: Sequence[Json]) -> bool:
     """Is the commonest answer right? Of equally common ones the first counts."""
-    votes = Counter(normalise(turn["answer"]) for turn in lasts if turn["answer"] is not None)
-    if not votes:
-        return False
-    ((winner, _),) = votes.most_common(1)
-    return any(turn["right"] for turn in lasts if turn["answer"] is not None and normalise(turn["answer"]) == winner)
+    labels = label_answers([turn["answer"] for turn in lasts], lambda a, b: False)
+    winner, _ = voting.majority(labels)
+    return winner >= 0 and bool(lasts[labels.index(winner)]["right"])

@@ -119,7 +119,6 @@ class Scorer:
         group = scored.group
         used = sorted({index for pair in scored.pairs for index in (pair.chosen, pair.rejected)})
         used = used or [k for k, advantage in enumerate(scored.advantages) if not math.isnan(advantage)]
-        credit = {k: self._credit_of(scored, k) for k in used}
         reference = self.judge.reference(group.prompt_ids, [group.traces[k].token_ids for k in used])
         return TrainingGroup(
             id=group.id,
@@ -130,7 +129,8 @@ class Scorer:
             sure=scored.sure,
             prompt_ids=group.prompt_ids,
             traces=tuple(
-                _training_trace(scored, k, values, credit[k]) for k, values in zip(used, reference, strict=True)
+                _training_trace(scored, k, values, self._credit_of(scored, k))
+                for k, values in zip(used, reference, strict=True)
             ),
             pairs=tuple(
                 Pair(

@@ -191,7 +191,7 @@ class Talk:
         one = await self.desk.complete(Request(prompt_ids=context, seeds=(seed,), sampling=sampling))
         start = len(context) - len(self.prompt_ids)
         self.written.append(one)
-        chars = find_answer(one.text, self.prompt.answer_format) if one.finished else None
+        chars = self._find(one)
         answer = one.text[slice(*chars)] if chars else None
         turn = Turn(role=role, tokens=(start, start + len(one.token_ids)), text=one.text, answer=answer)
         self.turns.append(turn)
@@ -206,17 +206,18 @@ class Talk:
     def trace(self, name: str) -> Trace:
         """What has been written, as a record of that id."""
         answered = self._answered()
+        last, turn = self.written[answered], self.turns[answered]
         seed = trace_seed(self.desk.salt, self.prompt.id, self.index)
         return Trace(
             id=name,
             index=self.index,
             seed=seed,
             version=self.desk.version,
-            text=self.turns[answered].text,
+            text=turn.text,
             token_ids=self._token_ids(),
             **{name: self._statistic(name) for name in ("logprob", "top1", "top2")},
-            finished=self.written[answered].finished,
-            answer=self._answer(),
+            finished=last.finished,
+            answer=self._answer(last, turn),
             turns=tuple(self.turns),
         )
 
@@ -234,9 +235,12 @@ class Talk:
         """The last turn that answers the prompt; the last of all if none does."""
         return max((n for n, turn in enumerate(self.turns) if turn.role in ANSWERING), default=len(self.turns) - 1)
 
-    def _answer(self) -> Answer | None:
-        last, turn = self.written[self._answered()], self.turns[self._answered()]
-        chars = find_answer(last.text, self.prompt.answer_format) if last.finished else None
+    def _find(self, one: Completion) -> tuple[int, int] | None:
+        """The characters of its answer; what was cut off has none."""
+        return find_answer(one.text, self.prompt.answer_format) if one.finished else None
+
+    def _answer(self, last: Completion, turn: Turn) -> Answer | None:
+        chars = self._find(last)
         if chars is None:
             return None
         first, end = token_span(last.char_spans, chars)

@@ -179,17 +179,8 @@ def write_talks(
     desk = Desk(engine, config, version=version, salt=f"{config.seed}/round-{round}" if round >= 0 else "probe")
     found = desk.run(program, prompts)
     return [
-        Group(
-            id=name,
-            round=round,
-            sequence=sequence,
-            version=version,
-            prompt=prompt,
-            prompt_ids=talks[0].prompt_ids,
-            traces=tuple(talk.trace(f"{name}/{talk.index}") for talk in talks),
-        )
+        _group(prompt, round, sequence, talks, [f"{group_id(prompt, round)}/{talk.index}" for talk in talks])
         for prompt, sequence, talks in zip(prompts, sequences, found, strict=True)
-        for name in [group_id(prompt, round)]
     ]
 
 
@@ -202,14 +193,20 @@ def write_episodes(
     copies = [replace(prompt, id=f"{prompt.id}/{k}") for prompt in prompts for k in range(count)]
     found = [talks[0] for talks in desk.run(program, copies)]
     return [
-        Group(
-            id=group_id(prompt, -1),
-            round=-1,
-            sequence=first_sequence + index,
-            version=version,
-            prompt=prompt,
-            prompt_ids=found[index * count].prompt_ids,
-            traces=tuple(talk.trace(group_id(talk.prompt, -1)) for talk in found[index * count : (index + 1) * count]),
-        )
+        _group(prompt, -1, first_sequence + index, talks, [group_id(talk.prompt, -1) for talk in talks])
         for index, prompt in enumerate(prompts)
+        for talks in [found[index * count : (index + 1) * count]]
     ]
+
+
+def _group(prompt: Prompt, round: int, sequence: int, talks: Sequence[Talk], names: Sequence[str]) -> Group:
+    """The talks of a prompt, as traces of these names."""
+    return Group(
+        id=group_id(prompt, round),
+        round=round,
+        sequence=sequence,
+        version=talks[0].desk.version,
+        prompt=prompt,
+        prompt_ids=talks[0].prompt_ids,
+        traces=tuple(talk.trace(name) for talk, name in zip(talks, names, strict=True)),
+    )

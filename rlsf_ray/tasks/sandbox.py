@@ -45,11 +45,10 @@ def main():
     touching = ("open", "os.", "shutil.", "tempfile.", "glob.", "pathlib.")
     realpath, fsdecode, paths, null, write, dumps = (
         os.path.realpath, os.fsdecode, (str, bytes, os.PathLike), os.devnull, os.write, json.dumps)
-    kinds, refusal, run, make = (isinstance, int), PermissionError, exec, compile
+    is_a, number, refusal, run, make = isinstance, int, PermissionError, exec, compile
     def inside(path):
         return realpath(path) == folder or realpath(path).startswith(folder + "/")
     def hook(event, args):
-        is_a, number = kinds
         if event.startswith(refused):
             raise refusal("not allowed here: " + event)
         if not event.startswith(touching):
