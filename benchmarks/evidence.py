@@ -30,6 +30,7 @@ from evidence_table import write_table
 
 from rlsf_ray.config import RunConfig
 from rlsf_ray.config_loading import load_config
+from rlsf_ray.errors import NoPairsError
 from rlsf_ray.records import Json
 from rlsf_ray.run_store import RunStore
 
@@ -143,7 +144,11 @@ def run_cell(cell: str, runs: Path, *, anew: bool) -> None:
     if recipe is not None:
         from rlsf_ray import loop
 
-        summary = loop.run(load_config(recipe, overrides), str(run), on_status=_tell(cell))
+        try:
+            summary = loop.run(load_config(recipe, overrides), str(run), on_status=_tell(cell))
+        except NoPairsError as error:  # a result too: the model stays what it was
+            print(f"{cell}: {error}", file=sys.stderr)
+            summary = {"training": {"pairs": 0}}
     judge, measuring = settings_of(cell, training=False)
     result = measure(load_config(str(judge), measuring), run if recipe else None)
     kept = {
@@ -152,7 +157,7 @@ def run_cell(cell: str, runs: Path, *, anew: bool) -> None:
         "recipe": recipe,
         "settings": overrides if recipe else measuring,
         "machine": machine_facts(*PACKAGES),
-        "minutes": round((summary["seconds"]["total"] if summary else time.time() - start) / 60, 1),
+        "minutes": round(summary.get("seconds", {"total": time.time() - start})["total"] / 60, 1),
         "training": {key: summary.get(key) for key in ("accounting", "guard", "training")} if summary else None,
         "guard_saw": RunStore.open(str(run)).read_json("state.json")["guard"] if recipe else None,
         "sampled_by_version": {v["version"]: v["metrics"]["sampled_accuracy"] for v in summary.get("versions", ())},
