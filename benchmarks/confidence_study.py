@@ -18,6 +18,7 @@ import numpy as np
 from rlsf_ray.algorithms import agreement, calibration
 from rlsf_ray.algorithms.agreement import leave_one_out
 from rlsf_ray.algorithms.answers import label_answers
+from rlsf_ray.cli import exit_on_sigterm
 from rlsf_ray.config_loading import load_config
 from rlsf_ray.engines.build import build_engine
 from rlsf_ray.evaluate import trace_features
@@ -211,6 +212,7 @@ def targets(
 
 def main() -> None:
     """Entry point."""
+    exit_on_sigterm()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("study", choices=["features", "others"])
     parser.add_argument("runs", nargs="*", help="of `others`: finished run directories")

@@ -28,6 +28,7 @@ from bench_common import machine_facts
 from evidence_markdown import put_summary
 from evidence_table import write_table
 
+from rlsf_ray.cli import exit_on_sigterm
 from rlsf_ray.config import RunConfig
 from rlsf_ray.config_loading import load_config
 from rlsf_ray.errors import NoPairsError
@@ -233,6 +234,7 @@ def run_missing(names: Sequence[str], runs: Path) -> None:
 
 def main() -> None:
     """Entry point."""
+    exit_on_sigterm()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default="", help="the cells whose name begins so")
     parser.add_argument("--cell", help="run this cell now, whether it has a result or not")

@@ -21,6 +21,7 @@ from evidence import SHARED, TASKS
 from vote_precision import gold_answers
 
 from rlsf_ray import loop
+from rlsf_ray.cli import exit_on_sigterm
 from rlsf_ray.config import RunConfig
 from rlsf_ray.config_loading import load_config
 from rlsf_ray.records import Json, ProbePrompt
@@ -40,6 +41,7 @@ COLUMNS = {
 
 def main() -> None:
     """Entry point."""
+    exit_on_sigterm()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("changes", nargs="+", metavar="SETTINGS", help='KEY=VALUE ..., "" for the recipe as it is')
     parser.add_argument("--recipe", default="rlsf")

@@ -23,6 +23,7 @@ from bench_common import machine_facts
 from evidence import PACKAGES, SHARED
 
 from rlsf_ray import loop
+from rlsf_ray.cli import exit_on_sigterm
 from rlsf_ray.config_loading import load_config
 from rlsf_ray.records import Json
 from rlsf_ray.wording import TRIES
@@ -40,6 +41,7 @@ TASKS = ("passwords", "countdown", "bfcl")
 
 def main() -> None:
     """Entry point."""
+    exit_on_sigterm()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("task", nargs="?", choices=TASKS, default="passwords")
     parser.add_argument("--seed", type=int, default=0)

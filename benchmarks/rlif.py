@@ -20,6 +20,7 @@ from bench_common import machine_facts
 from evidence import PACKAGES, SHARED, TASKS
 
 from rlsf_ray import loop
+from rlsf_ray.cli import exit_on_sigterm
 from rlsf_ray.config import RunConfig
 from rlsf_ray.config_loading import load_config
 from rlsf_ray.engines.build import build_engine
@@ -57,6 +58,7 @@ COLUMNS = {
 
 def main() -> None:
     """Entry point."""
+    exit_on_sigterm()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", choices=list(ROWS), help="this reward now, whether it has a result or not")
     parser.add_argument("--seed", type=int, default=0)

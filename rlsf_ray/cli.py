@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from contextlib import closing
@@ -282,6 +284,7 @@ def recipes() -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the command: every error ends with its exit code."""
     sys.path.append(os.getcwd())  # a user's own functions lie there; `python -m` does the same
+    exit_on_sigterm()
     try:
         app(args=arguments, prog_name="rlsf")
     except RlsfError as error:
@@ -290,6 +293,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception:  # the one broad except: whatever was not foreseen is a fault of the service
         traceback.print_exc()
         sys.exit(RlsfError.exit_code)
+
+
+def exit_on_sigterm() -> None:
+    """SIGTERM ends this process as an error would, so that an engine's processes end with it. A run drains instead."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 def _run(config: RunConfig, name: str | None, root: str, address: str | None) -> None:

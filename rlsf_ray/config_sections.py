@@ -117,6 +117,13 @@ class RolloutConfig(Section):
     )
     tries: int = Field(default=2, ge=2)  # try_again, verify_refine: answers of one trace, at most
 
+    @property
+    def most_turns(self) -> int:
+        """Turns of the longest trace; of a user's own rollout, which we do not know, 1."""
+        turns = {"reflect_retry": 3, "second_try": 2, "refine": 3, "verify_revise": 3}
+        turns |= {"try_again": self.tries, "verify_refine": 2 * self.tries - 1}
+        return turns.get(self.name, 1)
+
 
 class PairsConfig(Section):
     """Scored group -> pairs."""

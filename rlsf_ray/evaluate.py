@@ -20,7 +20,7 @@ from rlsf_ray.records import Group, Json, ProbePrompt, Trace
 from rlsf_ray.rollouts.programs import write_calibration_groups, write_probe_groups
 from rlsf_ray.run_store import RunStore
 from rlsf_ray.stream.guard import Vitals
-from rlsf_ray.tasks.checks import is_right
+from rlsf_ray.tasks.checks import equality, is_right
 from rlsf_ray.tasks.equality import AnswerChecker
 from rlsf_ray.tasks.sources import PromptSets
 from rlsf_ray.tries import judge_episodes
@@ -121,7 +121,7 @@ def look_at(groups: Sequence[Group], earlier: Json | None, checker: AnswerChecke
     rows, shares, labels = list[list[float]](), list[float](), list[list[int]]()
     for group in groups:
         own, before = written[group.prompt.id], (earlier or {}).get(group.prompt.id, [])
-        classes = label_answers([*own, *before], checker.equal)
+        classes = label_answers([*own, *before], equality(group.prompt, checker))
         labels.append(classes[: len(own)])
         for trace, share in zip(group.traces, agreement.over_two_versions(classes, len(own)), strict=True):
             if trace.answer:
@@ -154,7 +154,7 @@ def judge_groups(
 
 
 def _judge_all(group: Group, item: ProbePrompt, checker: AnswerChecker) -> list[Json]:
-    labels = label_answers([trace.answer_text for trace in group.traces], checker.equal)
+    labels = label_answers([trace.answer_text for trace in group.traces], equality(item.prompt, checker))
     shares = agreement.leave_one_out(labels)
     return [
         _judged(trace, item, checker)
@@ -169,13 +169,15 @@ def _judge_all(group: Group, item: ProbePrompt, checker: AnswerChecker) -> list[
 
 def _judged(trace: Trace, item: ProbePrompt, checker: AnswerChecker) -> Json:
     answer = trace.answer
-    correct = is_right(trace.answer_text, item, checker)
+    found = is_right(trace.answer_text, item, checker)
+    correct = bool(found)
     span = slice(*answer.tokens) if answer else slice(0)
     return {
         "text": trace.text,
         "answer": trace.answer_text,
         "answer_chars": list(answer.chars) if answer else None,
         "correct": correct,
+        "unchecked": found is None,
         "anyhow": correct or mentions(trace.text, item.gold, item.prompt.answer_format, item.prompt.messages[-1][1]),
         "transitions": transition_rate(trace.text),
         "surprisal": float(-trace.logprob.mean()),

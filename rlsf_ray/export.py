@@ -64,7 +64,8 @@ def export_merged(store: RunStore, version: int, to: Path, alpha: float = 1.0) -
 def export_pairs(store: RunStore, to: Path) -> Path:
     """Write all preference pairs with `prompt`, `chosen`, `rejected` as chat messages, the form that TRL reads.
 
-    `to` ends in .jsonl or .parquet. Each row keeps its score, margin, weight, round and prompt id.
+    `to` ends in .jsonl or .parquet. Each row keeps its score, margin, weight, round and prompt id. A trace of several
+    turns is several messages, the user's among them, whose tokens a trainer has to leave out as ours does.
     """
     writers: dict[str, Callable[[list[Json], Path], None]] = {".jsonl": _write_jsonl, ".parquet": _write_parquet}
     if to.suffix not in writers:
@@ -89,13 +90,13 @@ def pair_messages(store: RunStore) -> list[Json]:
         prompt.id: [{"role": role, "content": content} for role, content in prompt.messages] for prompt in train
     }
     undone, left_out = _undone_rounds(store), _left_out(store)
-    columns = store.read_table("traces").select(["trace_id", "text"]).to_pydict()
-    text = dict(zip(columns["trace_id"], columns["text"], strict=True))
+    traces = store.read_table("traces").select(["trace_id", "text", "turns"]).to_pylist()
+    written = {trace["trace_id"]: _messages(trace) for trace in traces}
     return [
         {
             "prompt": messages[pair["prompt_id"]],
-            "chosen": [{"role": "assistant", "content": text[pair["chosen_trace_id"]]}],
-            "rejected": [{"role": "assistant", "content": text[pair["rejected_trace_id"]]}],
+            "chosen": written[pair["chosen_trace_id"]],
+            "rejected": written[pair["rejected_trace_id"]],
             **{
                 name: pair[name]
                 for name in ("prompt_id", "round", "weight", "margin", "chosen_score", "rejected_score")
@@ -104,6 +105,15 @@ def pair_messages(store: RunStore) -> list[Json]:
         for pair in store.read_table("pairs").to_pylist()
         if pair["round"] not in undone and pair["group_id"] not in left_out
     ]
+
+
+def _messages(trace: Json) -> list[Json]:
+    """What a trace says, turn by turn, with the user's replies."""
+    messages: list[Json] = []
+    for turn in trace["turns"] or [{"said": "", "text": trace["text"]}]:
+        messages += [{"role": "user", "content": turn["said"]}] if turn["said"] else []
+        messages.append({"role": "assistant", "content": turn["text"]})
+    return messages
 
 
 def _left_out(store: RunStore) -> set[str]:

@@ -128,6 +128,8 @@ def _by_question(rows: Sequence[Json]) -> dict[str, Floats]:
         found["anyhow_accuracy"] = [_mean(sample["anyhow"] for sample in many) for many in samples]
         found["transitions"] = [_mean(sample["transitions"] for sample in many) for many in samples]
         found["surprisal"] = [_mean(sample["surprisal"] for sample in many) for many in samples]
+    if any(sample.get("unchecked") for many in samples for sample in many):  # they count as wrong
+        found["unchecked"] = [_mean(sample.get("unchecked", False) for sample in many) for many in samples]
     if rows and rows[0].get("branches"):
         branches = [row["branches"] for row in rows]
         found["cot_max_accuracy"] = [float(_surest(many)) for many in branches]

@@ -9,13 +9,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rlsf_ray.config_sections import ModelConfig
+from rlsf_ray.config_sections import ModelConfig, RolloutConfig
 from rlsf_ray.engines.models import cached_model_folder, context_length
 from rlsf_ray.errors import InputError
 from rlsf_ray.records import Json, Prompt
 from rlsf_ray.rollouts.programs import ELICIT, ELICIT_TOKENS
 
 # Causal language models whose class name does not end in ForCausalLM.
+REPLY_TOKENS = 64  # what a user says between turns takes no more of them, with what the chat template puts around it
 _OTHER_CAUSAL = {"GPT2LMHeadModel", "OpenAIGPTLMHeadModel", "CTRLLMHeadModel"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 _WEIGHTS_FILES = ("*.safetensors", "pytorch_model*.bin")
@@ -87,21 +88,24 @@ def elicit_length(facts: ModelFacts) -> int:
 
 
 def check_lengths(
-    facts: ModelFacts, prompts: Sequence[Prompt], lengths: Sequence[int], max_tokens: int, elicit: int
+    facts: ModelFacts, prompts: Sequence[Prompt], lengths: Sequence[int], rollout: RolloutConfig, elicit: int
 ) -> None:
     """Raise InputError that names the longest prompt if any leaves no room for a trace in the context.
 
-    `max_tokens`: of a trace; `elicit`: what is added to read its answer, 0 where nothing is.
+    `elicit`: what is added to read its answer, 0 where nothing is. Of several turns each may be as long as it may.
     """
-    room = facts.context - max_tokens - elicit
+    turns = rollout.most_turns
+    room = facts.context - turns * rollout.max_tokens - (turns - 1) * REPLY_TOKENS - elicit
     too_long = [(n, prompt.id) for prompt, n in zip(prompts, lengths, strict=True) if n > room]
     if too_long:
         longest, name = max(too_long)
-        less = f" and {elicit} for answer: elicit" if elicit else ""
+        less = f"rollout.max_tokens={rollout.max_tokens}" + (f" and {elicit} for answer: elicit" if elicit else "")
+        if turns > 1:
+            less = f"{turns} turns of {less} and {REPLY_TOKENS} for each reply between them"
         raise InputError(
             f"{len(too_long)} prompts do not fit the model's context: the longest, {name}, has {longest} tokens,"
-            f" expected at most {room} ({facts.context} of the model less rollout.max_tokens={max_tokens}{less});"
-            " shorten the prompts, lower rollout.max_tokens, or take a model with a longer context"
+            f" expected at most {room} ({facts.context} of the model less {less}); shorten the prompts, lower"
+            " rollout.max_tokens, or take a model with a longer context"
         )
 
 

@@ -53,7 +53,7 @@ def check_input(config: RunConfig) -> Plan:
     lengths = prompt_lengths(model, prompts) if model else None
     if model and lengths:
         elicit = elicit_length(model) if config.data.answer == "elicit" else 0
-        check_lengths(model, prompts, lengths, config.rollout.max_tokens, elicit)
+        check_lengths(model, prompts, lengths, config.rollout, elicit)
     per_round = min(config.prompts_per_round, len(train))  # no prompt stands twice in a round
     num_prompts = config.rounds * per_round
     return Plan(

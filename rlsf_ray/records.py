@@ -65,6 +65,7 @@ class Turn:
     role: str  # attempt, reflection, retry, critique, verdict ...
     tokens: tuple[int, int]  # [start, end) in the trace's tokens
     text: str
+    said: str = ""  # the user's reply before it; the first turn has none
     answer: str | None = None
     passed: float = float("nan")  # 1 or 0 by a check; nan: not checked, or the check failed to run
 

@@ -46,7 +46,8 @@ def _turn(turn: Json, advantage: float | None, credited: Sequence[str]) -> str:
     passed = {None: "", 1.0: ' <span class="better">passes</span>', 0.0: ' <span class="worse">fails</span>'}
     size = turn["tokens"][1] - turn["tokens"][0]
     sign = " up" if learns and advantage and advantage > 0 else " down" if learns and advantage else ""
-    return (
+    said = f'<p class="note">User: {escape(turn["said"])}</p>' if turn.get("said") else ""
+    return said + (
         f'<div class="turn {escape(turn["role"])}{sign}"><span class="small">{escape(turn["role"])}, {size} tokens'
         f"{passed.get(turn['passed'], '')}</span>{escape(turn['text'].strip())}</div>"
     )

@@ -25,6 +25,7 @@ _TURN = {
     "role": pa.string(),
     "tokens": _SPAN,
     "text": pa.string(),
+    "said": pa.string(),
     "answer": pa.string(),
     "passed": pa.float64(),
 }

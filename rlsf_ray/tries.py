@@ -18,7 +18,7 @@ Counts = NDArray[np.float64]
 
 
 def judge_episodes(group: Group, item: ProbePrompt, checker: AnswerChecker) -> list[list[Json]]:
-    """The turns of each episode; `right` is None for turns that do not answer the prompt."""
+    """The turns of each episode; `right` is None for those that do not answer the prompt or could not be checked."""
     return [
         [
             {
@@ -40,7 +40,8 @@ def counts_of_tries(rows: Sequence[Json]) -> dict[str, tuple[Counts, Counts]]:
 
     `wrong_to_right` is of episodes that went on after a wrong first answer (pass on the second try given failure),
     `right_to_wrong` of those that went on after a right one; `voted_tries`: is the commonest last answer right?
-    `thought_` is of all turns that are no answer.
+    `thought_` is of all turns that are no answer; `unchecked_tries`: episodes with a try that could not be checked,
+    which stand in no other share of tries.
     """
     found: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
@@ -51,16 +52,19 @@ def counts_of_tries(rows: Sequence[Json]) -> dict[str, tuple[Counts, Counts]]:
 
 
 def _of_question(episodes: Sequence[Sequence[Json]]) -> dict[str, tuple[float, float]]:
-    answered = [[turn for turn in turns if turn["right"] is not None] for turns in episodes]
+    answered = [[turn for turn in turns if turn["role"] in ANSWERING] for turns in episodes]
     answered = [turns for turns in answered if turns]  # a program of one's own may have other roles
+    whole = len(answered)
+    answered = [turns for turns in answered if all(turn["right"] is not None for turn in turns)]
     tries = [[bool(turn["right"]) for turn in turns] for turns in answered]
     again = [one for one in tries if len(one) > 1]
     failed, passed = [one for one in again if not one[0]], [one for one in again if one[0]]
-    thoughts = [turn for turns in episodes for turn in turns if turn["right"] is None]
+    thoughts = [turn for turns in episodes for turn in turns if turn["role"] not in ANSWERING]
     return {
         "first_try": (sum(one[0] for one in tries), len(tries)),
         "last_try": (sum(one[-1] for one in tries), len(tries)),
-        "voted_tries": (_voted([turns[-1] for turns in answered]), 1),
+        "voted_tries": (_voted([turns[-1] for turns in answered]), min(1, len(answered))),
+        "unchecked_tries": (whole - len(answered), whole),
         "wrong_to_right": (sum(one[-1] for one in failed), len(failed)),
         "right_to_wrong": (sum(not one[-1] for one in passed), len(passed)),
         "thought_length": (sum(turn["length"] for turn in thoughts), len(thoughts)),

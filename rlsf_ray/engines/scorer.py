@@ -19,6 +19,7 @@ from rlsf_ray.config import RunConfig
 from rlsf_ray.engines.judge import Judge
 from rlsf_ray.errors import InputError
 from rlsf_ray.records import Group, Outcome, Pair, ScoredGroup, TrainingGroup, TrainingTrace
+from rlsf_ray.tasks.checks import equality
 from rlsf_ray.tasks.equality import AnswerChecker
 
 
@@ -40,7 +41,10 @@ class Scorer:
 
     def score(self, groups: Sequence[Group]) -> list[ScoredGroup]:
         """Scores, answer classes and pairs of each group."""
-        labels = [label_answers([t.answer_text for t in group.traces], self._checker.equal) for group in groups]
+        labels = [
+            label_answers([trace.answer_text for trace in group.traces], equality(group.prompt, self._checker))
+            for group in groups
+        ]
         return [self._decide(*one) for one in zip(groups, labels, self._scores(groups, labels), strict=True)]
 
     def _scores(self, groups: Sequence[Group], labels: Sequence[Sequence[int]]) -> list[list[np.ndarray]]:

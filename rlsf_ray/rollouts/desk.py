@@ -156,6 +156,7 @@ class Talk:
     written: list[Completion] = field(default_factory=list)
     said: list[IntArray] = field(default_factory=list)  # before each written turn: none before the first
     turns: list[Turn] = field(default_factory=list)
+    reply: str = ""  # the last of `said`, as text
 
     def fork(self, index: int) -> Talk:
         """The trace `index`, which begins like this one."""
@@ -166,6 +167,7 @@ class Talk:
         if not self.written or len(self.said) > len(self.written):
             raise InputError("a program may reply only to what was written: call write() before each say()")
         self.said.append(self.desk.engine.encode_reply(text, int(self.written[-1].token_ids[-1])))
+        self.reply = text
 
     async def direct(self, index: int) -> Talk:
         """The last turn alone, as if it answered the prompt itself: the trace `index`, with log-probs read anew.
@@ -176,7 +178,7 @@ class Talk:
         logprob = await self.desk.read(self.prompt_ids, one.token_ids)
         prob, none = np.exp(logprob), np.zeros(0, dtype=np.int32)
         alone = replace(one, logprob=logprob, top1=prob, top2=np.zeros_like(prob))
-        first = replace(turn, tokens=(0, len(one.token_ids)))
+        first = replace(turn, tokens=(0, len(one.token_ids)), said="")
         return replace(self, index=index, written=[alone], said=[none], turns=[first])
 
     async def write(self, role: str) -> Turn:
@@ -193,7 +195,8 @@ class Talk:
         self.written.append(one)
         chars = self._find(one)
         answer = one.text[slice(*chars)] if chars else None
-        turn = Turn(role=role, tokens=(start, start + len(one.token_ids)), text=one.text, answer=answer)
+        span = (start, start + len(one.token_ids))
+        turn = Turn(role=role, tokens=span, text=one.text, said=self.reply, answer=answer)
         self.turns.append(turn)
         return turn
 

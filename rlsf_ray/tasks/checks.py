@@ -17,12 +17,13 @@ from typing import Any
 
 from rlsf_ray.algorithms.answers import normalise
 from rlsf_ray.errors import InputError
-from rlsf_ray.records import Check, Json, ProbePrompt
+from rlsf_ray.records import Check, Json, ProbePrompt, Prompt
 from rlsf_ray.tasks.equality import AnswerChecker
 from rlsf_ray.tasks.sandbox import run_tests
 from rlsf_ray.tasks.verdict import Verdict
 
 LONGEST = 2000  # characters of a text that is read as code
+PATTERN_S = 1.0
 _OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -70,11 +71,22 @@ def validate(check: Check) -> None:
         ) from error
 
 
-def is_right(answer: str | None, item: ProbePrompt, checker: AnswerChecker) -> bool:
-    """By the task's own check where it has one (a countdown has many right answers), else by the gold answer."""
+def is_right(answer: str | None, item: ProbePrompt, checker: AnswerChecker) -> bool | None:
+    """By the task's own check where it has one (a countdown has many right answers), else by the gold answer.
+
+    None where the check could not be made.
+    """
     if item.prompt.check is not None:
-        return bool(check_answer(item.prompt.check, answer).right)
+        return check_answer(item.prompt.check, answer).right
     return answer is not None and checker.equal(answer, item.gold)
+
+
+def equality(prompt: Prompt, checker: AnswerChecker) -> Callable[[str, str], bool]:
+    """When two answers to a prompt are one: by their value, or as texts where a check reads more than the value.
+
+    1 + 22 and 23 are the same number, but only one of them is an expression.
+    """
+    return checker.equal if prompt.check is None else _same_text
 
 
 def countdown(text: str, numbers: Sequence[int], target: int) -> Verdict:
@@ -132,10 +144,14 @@ def function_call(text: str, functions: Sequence[Json], expected: Sequence[Json]
 
 
 def fits_schema(text: str, schema: Json) -> Verdict:
-    """Does the last JSON object or array in `text` fit the JSON Schema? Raises InputError for a schema that is none."""
+    """Does the last JSON object or array in `text` fit the JSON Schema? Raises InputError for a schema that is none.
+
+    A pattern that takes longer than PATTERN_S on a text breaks the check, and holds up nobody (one for the names of
+    properties has no such limit).
+    """
     import jsonschema
 
-    kind = jsonschema.validators.validator_for(schema)
+    kind = jsonschema.validators.extend(jsonschema.validators.validator_for(schema), {"pattern": _pattern})
     try:
         kind.check_schema(schema)
     except jsonschema.SchemaError as error:
@@ -169,6 +185,19 @@ CHECKS: dict[str, Callable[..., Verdict]] = {
 
 
 LABELS = ("exact", "function_call")  # kinds whose data hold the wanted answer
+
+
+def _same_text(a: str, b: str) -> bool:
+    return "".join(a.split()) == "".join(b.split())
+
+
+def _pattern(validator: Any, pattern: str, instance: Any, schema: Json) -> Iterator[Any]:
+    """JSON Schema's `pattern`, with a deadline, which Python's own `re` has not. Raises TimeoutError."""
+    import jsonschema
+    import regex
+
+    if isinstance(instance, str) and not regex.search(pattern, instance, timeout=PATTERN_S):
+        yield jsonschema.ValidationError(f"{instance[:80]!r} does not match {pattern!r}")
 
 
 def _parsed(text: str) -> ast.expr | None:

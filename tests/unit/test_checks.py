@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rlsf_ray.algorithms.answers import label_answers
 from rlsf_ray.errors import InputError
-from rlsf_ray.tasks.checks import countdown, fits_schema, function_call
+from rlsf_ray.records import Check, Prompt
+from rlsf_ray.tasks.checks import check_answer, countdown, equality, fits_schema, function_call
+from rlsf_ray.tasks.equality import AnswerChecker
 
 DATA = Path(os.environ.get("RLSF_DATA") or Path(__file__).parents[3] / "shared" / "data") / "bfcl"
 
@@ -132,6 +137,26 @@ def test_json_fits_its_schema() -> None:
     assert fits_schema("{" * 5000, schema).reason == "no JSON"
     with pytest.raises(InputError, match="not a JSON Schema"):
         fits_schema("{}", {"type": "number?"})
+
+
+def test_a_pattern_that_never_ends_breaks_the_check_and_holds_up_nobody() -> None:
+    schema = {"type": "object", "properties": {"s": {"type": "string", "pattern": "^(a|aa)+$"}}}
+    assert fits_schema('{"s": "aaa"}', schema).right
+    assert "does not match" in fits_schema('{"s": "ab"}', schema).reason
+    start = time.monotonic()
+    found = check_answer(Check(kind="schema", data={"schema": schema}), json.dumps({"s": "a" * 60 + "b"}))
+    assert found.right is None, found
+    assert "TimeoutError" in found.reason
+    assert time.monotonic() - start < 30.0  # the deadline is a second of a machine that may be busy
+
+
+def test_answers_to_a_task_with_a_check_are_one_as_texts_and_others_by_their_value() -> None:
+    check = Check(kind="countdown", data={"numbers": [5, 4, 3], "target": 23})
+    asked = Prompt(id="p", messages=(("user", "?"),), task="t", key="k", check=check)
+    answers = ["(5*4)+3", "( 5 * 4 ) + 3", "5*4+3", "23"]
+    with AnswerChecker() as checker:
+        assert label_answers(answers, equality(asked, checker)) == [0, 0, 1, 2]
+        assert label_answers(answers, equality(replace(asked, check=None), checker)) == [0, 0, 0, 0]
 
 
 def test_an_argument_that_looks_like_a_json_call_and_one_that_nobody_wanted() -> None:

@@ -100,6 +100,24 @@ def test_an_error_of_ours_is_one_message_without_traceback(capsys) -> None:
     assert "Traceback" not in text
 
 
+def test_sigterm_ends_a_command_as_an_error_would() -> None:
+    """So that whatever it has open is closed: an engine has processes of its own."""
+    code = (
+        "import time; from rlsf_ray import cli\n"
+        "def app(**more):\n"
+        "    try: print('open', flush=True); time.sleep(60)\n"
+        "    finally: print('closed', flush=True)\n"
+        "cli.app = app\n"
+        "cli.main(['eval'])"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "open\n"
+        process.terminate()
+        assert process.communicate(timeout=30)[0] == "closed\n"
+    assert process.returncode == 143
+
+
 def test_what_was_not_foreseen_ends_with_code_4_and_a_traceback(capsys) -> None:
     assert exit_code("export", "\0", "--what", "pairs", "--to", "x.jsonl") == 4  # no file name can hold a NUL
     assert "Traceback" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from rlsf_ray.errors import InputError
 from rlsf_ray.records import Check, Group, Prompt
 from rlsf_ray.rollouts.desk import Desk, Talk
 from rlsf_ray.rollouts.programs import write_groups
-from rlsf_ray.rollouts.several import PROGRAMS, RETRY
+from rlsf_ray.rollouts.several import PROGRAMS, REFLECT, RETRY
 from rlsf_ray.tasks.checks import CHECKS
 from rlsf_ray.tasks.verdict import Verdict
 
@@ -73,6 +73,7 @@ def test_a_failed_attempt_is_shared_by_reflections_that_differ(engine: Counting,
         assert np.isnan(trace.turns[1].passed)
         assert trace.turns[2].passed == 0.0
         assert trace.text == trace.turns[2].text
+        assert [turn.said for turn in trace.turns] == ["", REFLECT, RETRY]
 
 
 def test_the_tokens_between_turns_are_those_of_the_chat_template(engine: Counting, tiny: Path) -> None:
@@ -98,6 +99,16 @@ def test_the_tokens_between_turns_are_those_of_the_chat_template(engine: Countin
         assert (trace.logprob[mask] < 0.0).all()
         (begin, end) = trace.turns[1].tokens
         assert np.flatnonzero(trace.written(["reflection"])).tolist() == list(range(begin, end))
+
+
+def test_a_turn_that_was_cut_off_is_ended_before_the_reply(engine: Counting, tiny: Path) -> None:
+    """One that ended by itself has its end token already: either way the template's text stands between."""
+    for tokens in (1, 8):
+        (group,) = write(engine, several(tiny, "reflect_retry", max_tokens=tokens), prompts(1))
+        trace = group.traces[0]
+        first, second = trace.turns[0].tokens, trace.turns[1].tokens
+        between = engine._tokenizer.decode(trace.token_ids[first[1] - 1 : second[0]])
+        assert between.count("<|end|>") == 2, between  # the turn's own and the user's
 
 
 def test_the_statistics_are_those_of_the_whole_text_read_at_once(engine: Counting, tiny: Path) -> None:
@@ -247,6 +258,7 @@ def test_a_refined_answer_stands_for_itself_as_if_it_answered_the_prompt(engine:
         (read,) = engine.logprobs([(group.prompt_ids, trace.token_ids)], 0)
         np.testing.assert_allclose(read, trace.logprob, atol=2e-4)
         assert trace.written().all()
+        assert trace.turns[0].said == ""
 
 
 def test_a_verdict_of_no_is_followed_by_a_retry_and_one_of_yes_is_the_end(tiny: Path) -> None:

@@ -13,11 +13,14 @@ from tiny import tiny_config
 
 from rlsf_ray.config import RunConfig
 from rlsf_ray.config_loading import load_config, override_config
-from rlsf_ray.engines.models import cached_model_folder
+from rlsf_ray.config_sections import ModelConfig
+from rlsf_ray.engines.models import cached_model_folder, find_model
+from rlsf_ray.engines.tokens import encode_reply
 from rlsf_ray.errors import InputError
-from rlsf_ray.model_check import check_model, prompt_lengths
+from rlsf_ray.model_check import REPLY_TOKENS, check_model, prompt_lengths
 from rlsf_ray.plan import Plan, check_input, describe, missing_resources, needed_resources
 from rlsf_ray.records import Prompt
+from rlsf_ray.rollouts.several import AGAIN, CRITIQUE, REFINE, REFLECT, RETRY, REVISE, VERIFY
 
 
 def copy_of(tiny: Path, to: Path, *without: str) -> Path:
@@ -118,6 +121,32 @@ def test_the_tokens_that_elicit_the_answer_need_room_too(tiny: Path, tmp_path: P
     added = len(AutoTokenizer.from_pretrained(tiny)(" So the answer is")["input_ids"]) + 12
     with pytest.raises(InputError, match=f"expected at most {longest - added} .*=12 and {added} for answer: elicit"):
         check_input(tiny_config(folder, data={"answer": "elicit"}))
+
+
+def test_every_turn_of_a_talk_needs_room_and_the_replies_between(tiny: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny)
+    folder = copy_of(tiny, tmp_path / "turns")
+    longest = check_input(config).longest_prompt
+    assert longest is not None
+    needed = longest + 3 * config.rollout.max_tokens + 2 * REPLY_TOKENS
+    for context in (needed - 1, needed):
+        changed_json(folder / "config.json", max_position_embeddings=context)
+        check_input(tiny_config(folder))
+        several = tiny_config(folder, rollout={"name": "reflect_retry"}, signal="passed")
+        if context == needed:
+            check_input(several)
+        else:
+            with pytest.raises(InputError, match=r"less 3 turns of rollout\.max_tokens=12 and 64 for each reply"):
+                check_input(several)
+
+
+def test_no_reply_of_ours_takes_more_than_it_is_said_to() -> None:
+    from transformers import AutoTokenizer
+
+    model = ModelConfig()
+    tokenizer = AutoTokenizer.from_pretrained(find_model(model.name))
+    for reply in (REFLECT, RETRY, AGAIN, REVISE, CRITIQUE, REFINE, VERIFY):
+        assert len(encode_reply(tokenizer, model, reply, -1, [tokenizer.eos_token_id])) <= REPLY_TOKENS, reply
 
 
 def test_a_model_not_yet_on_this_machine_leaves_the_lengths_open(tmp_path: Path, monkeypatch) -> None:

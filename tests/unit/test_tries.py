@@ -38,6 +38,16 @@ def test_shares_of_tries() -> None:
     assert found["thought_repetition"] == 0.5
 
 
+def test_a_try_that_could_not_be_checked_is_not_called_wrong() -> None:
+    unknown = episode(("1", False), ("2", True))
+    unknown[0]["right"] = None
+    found = shares([unknown, episode(("3", False), ("1", True))], [unknown, unknown])
+    assert found["unchecked_tries"] == 0.75
+    assert found["first_try"] == 0.0
+    assert found["last_try"] == found["wrong_to_right"] == found["voted_tries"] == 1.0
+    assert found["thought_length"] == 10.0
+
+
 def test_the_vote_is_over_the_last_answers() -> None:
     wins = [episode(("9", False), ("4", True)), episode(("4.0", True)), episode(("5", False))]
     loses = [episode(("4", True)), episode(("5", False)), episode(("4", True), ("5", False))]
