@@ -7,6 +7,8 @@
 
 `passwords`: one of two words is the password, drawn by chance. Nobody can know which at the first try; after a failure
 whoever says "it must have been the other word" and then says that word is right. Words of the probe set are others.
+
+Forgetting: sampled accuracy on the evidence's arithmetic, of which nothing was trained, before and after.
 """
 
 from __future__ import annotations
@@ -20,11 +22,13 @@ from pathlib import Path
 
 import numpy as np
 from bench_common import machine_facts
-from evidence import PACKAGES, SHARED
+from evidence import PACKAGES, SHARED, measure
+from evidence import TASKS as EVIDENCE_TASKS
 
 from rlsf_ray import loop
 from rlsf_ray.cli import exit_on_sigterm
 from rlsf_ray.config_loading import load_config
+from rlsf_ray.measures import difference
 from rlsf_ray.records import Json
 from rlsf_ray.wording import TRIES
 
@@ -68,7 +72,8 @@ def run_task(task: str, seed: int, folder: Path, changes: list[str]) -> Json:
     start = time.time()
     settings = [*SHARED, f"seed={seed}", "eval.samples=4", "guard=warn", *settings_of(task, folder), *changes]
     summary = loop.run(load_config("reflect_retry_reward", settings), str(folder / "run"))
-    names = [key for key, *_ in TRIES]
+    names, elsewhere = [key for key, *_ in TRIES], load_config("rlsf", [*EVIDENCE_TASKS["arithmetic"], *SHARED])
+    forgot = difference(measure(elsewhere, None), measure(elsewhere, folder / "run"))
     return {
         "task": task,
         "seed": seed,
@@ -76,6 +81,7 @@ def run_task(task: str, seed: int, folder: Path, changes: list[str]) -> Json:
         "machine": machine_facts(*PACKAGES),
         "minutes": round((time.time() - start) / 60, 1),
         "accounting": summary["accounting"],
+        "forgetting": forgot["sampled_accuracy"],
         **{
             when: {name + end: summary[when].get(name + end) for name in names for end in ("", "_low", "_high")}
             for when in ("before", "after")
@@ -130,7 +136,9 @@ def lines_of(kept: Json) -> list[str]:
         f"| {name} | {_shown(kept['before'], key, digits)} | {_shown(kept['after'], key, digits)} |"
         for key, name, _, digits in TRIES
     ]
-    return [*head, "| | before | after |", "| --- | --- | --- |", *rows, "", f"Prompts: {counts}."]
+    change, low, high = kept["forgetting"]
+    elsewhere = f"Sampled accuracy on arithmetic, untrained: {change:+.3f} [{low:+.3f}, {high:+.3f}]."
+    return [*head, "| | before | after |", "| --- | --- | --- |", *rows, "", f"Prompts: {counts}. {elsewhere}"]
 
 
 def _shown(metrics: Json, key: str, digits: int) -> str:

@@ -2,7 +2,7 @@
 
     python benchmarks/rlif.py              # every reward that has no result yet; says first how long
     python benchmarks/rlif.py --only rlif_majority --seed 1 --go-on
-    python benchmarks/rlif.py --table      # rlif.md from the committed results
+    python benchmarks/rlif.py --table      # rlif.md and rlif.svg from the committed results
 
 The evidence's arithmetic task and probe set; 15 rounds of four steps of 16 prompts x 8 traces (`rlsf_reward_model`: two
 of the rounds train the reward model). Every third version is measured on the whole probe set.
@@ -18,6 +18,7 @@ from pathlib import Path
 
 from bench_common import machine_facts
 from evidence import PACKAGES, SHARED, TASKS
+from matplotlib.figure import Figure
 
 from rlsf_ray import loop
 from rlsf_ray.cli import exit_on_sigterm
@@ -31,6 +32,7 @@ from rlsf_ray.tasks.sources import load_sets
 
 RESULTS = Path(__file__).parent / "results" / "rlif"
 PAGE = Path(__file__).parent / "results" / "rlif.md"
+CURVES = ("sampled", "right in any form", "ECE answer prob.", "entropy", "length", "turns of thought")
 EVERY = 3  # versions between two measurements
 MINUTES = 35.0  # of one on two cores without a GPU
 # name -> (recipe, settings)
@@ -63,11 +65,13 @@ def main() -> None:
     parser.add_argument("--only", choices=list(ROWS), help="this reward now, whether it has a result or not")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--go-on", action="store_true", help="take up what an earlier call has left")
-    parser.add_argument("--table", action="store_true", help="write rlif.md from the committed results")
+    parser.add_argument("--table", action="store_true", help="write rlif.md and rlif.svg from the committed results")
     parser.add_argument("--runs", type=Path, default=Path("runs/rlif"), help="where the run directories lie")
     options = parser.parse_args()
     if options.table:
-        PAGE.write_text(page())
+        found = committed()
+        PAGE.write_text(page(found))
+        draw(found, PAGE.with_suffix(".svg"))
         print(PAGE.read_text())
         return
     seed = options.seed
@@ -138,12 +142,27 @@ def measured(store: RunStore, config: RunConfig, versions: list[int]) -> list[tu
     return found
 
 
-def page() -> str:
+def committed() -> list[Json]:
+    """Every result, in the order of ROWS."""
+    order, found = list(ROWS), [json.loads(path.read_text()) for path in RESULTS.glob("*.json")]
+    return sorted(found, key=lambda one: (order.index(one["name"]), one["seed"]))
+
+
+def draw(found: list[Json], to: Path) -> None:
+    """Each reward's curves over the versions."""
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    panels = figure.subplots(2, 3)
+    for axes, name in zip(panels.flat, CURVES, strict=True):
+        for one in found:
+            at, values = zip(*((p["version"], p[COLUMNS[name]]) for p in one["points"]), strict=True)
+            axes.plot(at, values, marker="o", markersize=3, label=f"{one['name']}, seed {one['seed']}")
+        axes.set(title=name, xlabel="version", ylim=(0, None))
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(to, metadata={"Date": None})
+
+
+def page(kept: list[Json]) -> str:
     """rlif.md."""
-    order = list(ROWS)
-    kept = sorted(
-        (json.loads(path.read_text()) for path in RESULTS.glob("*.json")), key=lambda one: order.index(one["name"])
-    )
     lines = [
         "# Rewards for being sure",
         "",
@@ -153,7 +172,7 @@ def page() -> str:
     ]
     if kept:
         facts = ", ".join(f"{key} {value}" for key, value in kept[0]["machine"].items())
-        lines += ["", f"Measured with {facts}."]
+        lines += ["", f"Measured with {facts}.", "", "![Each reward's curves over the versions](rlif.svg)"]
     for one in kept:
         lines += ["", f"## {one['name']}, seed {one['seed']}", "", f"`{one['command']}`, {one['minutes']} min.", ""]
         lines += ["| version | " + " | ".join(COLUMNS) + " |", "|" + " --- |" * (len(COLUMNS) + 1)]

@@ -155,11 +155,10 @@ class RunConfig(Section):
             raise ValueError(
                 f"signal={self.signal} compares answers and asks no model, got judges={list(self.judges)}; leave it out"
             )
-        if self.advantages and (self.rollout.name == "cot_decoding" or self.rollout.temperature != 1.0):
+        if self.advantages and self.rollout.name == "cot_decoding":
             raise ValueError(
-                "advantages need traces as the policy draws them, got"
-                f" rollout.name={self.rollout.name}, rollout.temperature={self.rollout.temperature}; set"
-                " rollout.temperature: 1.0 (and rollout.name: sample), or leave `advantages` out to learn from pairs"
+                "advantages need traces that the policy draws, got rollout.name=cot_decoding; set rollout.name: sample,"
+                " or leave `advantages` out to learn from pairs"
             )
         return self
 

@@ -5,6 +5,11 @@ K traces of a group. An absent score (nan) gets an absent advantage: that trace 
     all_cut_off      every trace hit the token limit
     too_few_scores   fewer than two traces have a score (majority: no vote)
     equal_scores     all scores are the same: the group says nothing
+
+A rollout of several turns may leave one trace, from which there is nothing to learn (engines/scorer.py):
+
+    passed_at_once   the first answer passed its check, and no further turn was needed
+    check_failed     the check of the first answer could not be made
 """
 
 from __future__ import annotations

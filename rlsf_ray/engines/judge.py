@@ -37,7 +37,8 @@ class Judge:
         self._config, self._device = config, device
         self._needs = needs
         self._reads = {who: self._must_read(who) for who in config.judges}
-        self.takes_versions = self._reads.get("live", False)
+        self._temperature = config.rollout.temperature if config.advantages else 1.0
+        self.takes_versions = self._reads.get("live", False) or self._temperature != 1.0
         self._adapters: dict[int | Literal["reward"], Mapping[str, np.ndarray]] = {}
         self._active: int | Literal["reward"] = 0
         self._model: Any = None
@@ -104,14 +105,24 @@ class Judge:
                     found[index] = [replace(one, p_true=true.get(one.label, math.nan)) for one in found[index]]
         return found
 
+    def reference(self, group: Group, used: Sequence[int]) -> list[np.ndarray]:
+        """The frozen base model's log-probs [T] of the tokens of some traces."""
+        return self._read(group, used, 0)
+
+    def written(self, group: Group, used: Sequence[int]) -> list[np.ndarray]:
+        """The same by the policy that wrote them. What it noted is of temperature 1; else they are read again."""
+        if self._temperature == 1.0:
+            return [group.traces[k].logprob for k in used]
+        return self._read(group, used, group.version)
+
     @torch.inference_mode()
-    def reference(self, prompt_ids: IntArray, traces: Sequence[IntArray]) -> list[np.ndarray]:
-        """The frozen base model's log-probs [T] of each trace's tokens."""
+    def _read(self, group: Group, used: Sequence[int], version: int) -> list[np.ndarray]:
         self.load()
-        rows = _rows(prompt_ids, traces, self._config.learner.max_tokens_per_pass)
-        with self._holding(0):
-            found = [values for row in rows for values in trace_logprobs(self._model, [row])[0]]
-        return [values.cpu().numpy() for values in found]
+        traces = [group.traces[k].token_ids for k in used]
+        rows = _rows(group.prompt_ids, traces, self._config.learner.max_tokens_per_pass)
+        with self._holding(version):
+            found = [x for row in rows for x in trace_logprobs(self._model, [row], self._temperature)[0]]
+        return [values.cpu().numpy().astype(np.float32) for values in found]
 
     @contextmanager
     def _holding(self, wanted: int | Literal["reward"]) -> Iterator[None]:

@@ -14,7 +14,7 @@ import torch
 
 from rlsf_ray.algorithms.losses import importance_weights, kl_penalty, pair_loss, policy_gradient
 from rlsf_ray.config import RunConfig
-from rlsf_ray.config_sections import AdvantagesConfig, LossConfig
+from rlsf_ray.config_sections import AdvantagesConfig, LossConfig, RolloutConfig
 from rlsf_ray.engines.packing import Row, by_trace, hidden_states, trace_logprobs, trace_logprobs_and_entropies
 from rlsf_ray.engines.steps import StepSize
 from rlsf_ray.records import TrainingGroup
@@ -41,7 +41,7 @@ class Objective(Protocol):
 def objective_of(config: RunConfig) -> Objective:
     """What the run's trainer minimises."""
     if config.advantages is not None:
-        return PolicyGradient(config.advantages, config.rollout.max_tokens)
+        return PolicyGradient(config.advantages, config.rollout)
     return Preferences(config.loss)
 
 
@@ -83,19 +83,22 @@ class PolicyGradient:
     """Clipped policy gradient with a KL penalty and an entropy bonus at each token (GRPO 2402.03300 and its kin).
 
     For traces of the newest version the clip is around the log-probs of the generator that wrote them. For those of an
-    older one truncated importance weights correct its age, and nothing is clipped.
+    older one truncated importance weights correct its age, and nothing is clipped. All log-probs are of the temperature
+    that the traces were drawn with.
     """
 
     names = ("clipped", "entropy", "kl", "loss", "reward", "weight", GAP_SQUARES, GAP_TOKENS)
 
-    def __init__(self, settings: AdvantagesConfig, max_tokens: int) -> None:
-        self._settings, self._max_tokens = settings, max_tokens
+    def __init__(self, settings: AdvantagesConfig, rollout: RolloutConfig) -> None:
+        self._settings, self._rollout = settings, rollout
 
     def __call__(
         self, model: Any, groups: Sequence[TrainingGroup], size: StepSize, newest: int
     ) -> tuple[torch.Tensor, Sums]:
         settings = self._settings
-        found, entropy = trace_logprobs_and_entropies(model, rows_of(groups), gradient=bool(settings.entropy_bonus))
+        found, entropy = trace_logprobs_and_entropies(
+            model, rows_of(groups), self._rollout.temperature, gradient=bool(settings.entropy_bonus)
+        )
         traces = [trace for group in groups for trace in group.traces]
         learned = torch.from_numpy(np.concatenate([trace.learned for trace in traces])).to(entropy.device)
         policy, entropy = torch.cat([trace for row in found for trace in row])[learned], entropy[learned]
@@ -128,7 +131,7 @@ class PolicyGradient:
         """What a token counts, so that the sum over a step, divided by its traces, is normalised as asked."""
         if self._settings.normalise == "token":
             return size.examples / size.tokens
-        return 1.0 / (length if self._settings.normalise == "trace" else self._max_tokens)
+        return 1.0 / (length if self._settings.normalise == "trace" else self._rollout.max_tokens)
 
 
 class BradleyTerry:

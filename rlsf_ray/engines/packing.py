@@ -42,23 +42,29 @@ def can_share_prompt(model: Any) -> bool:
     return bool(full) and config._attn_implementation in ("sdpa", "eager") and config.model_type not in _STATEFUL
 
 
-def trace_logprobs(model: Any, rows: Sequence[Row]) -> list[list[torch.Tensor]]:
-    """For each row, the log-probs [T] of each trace's tokens given the prompt; float32, with gradients if enabled."""
+def trace_logprobs(model: Any, rows: Sequence[Row], temperature: float = 1.0) -> list[list[torch.Tensor]]:
+    """For each row, the log-probs [T] of each trace's tokens given the prompt; float32, with gradients if enabled.
+
+    `temperature`: of the distribution that they are read from.
+    """
     hidden, targets = hidden_states(model, rows)
     _, head = body_and_head(model)
     size = len(targets) if torch.is_grad_enabled() else max(1, LOGITS // head.weight.shape[0])
     parts = zip(hidden.split(size), targets.split(size), strict=True)
-    nll = [torch.nn.functional.cross_entropy(head(part).float(), chosen, reduction="none") for part, chosen in parts]
+    nll = [
+        torch.nn.functional.cross_entropy(head(part).float() / temperature, chosen, reduction="none")
+        for part, chosen in parts
+    ]
     return by_trace(-torch.cat(nll), rows)
 
 
 def trace_logprobs_and_entropies(
-    model: Any, rows: Sequence[Row], *, gradient: bool
+    model: Any, rows: Sequence[Row], temperature: float, *, gradient: bool
 ) -> tuple[list[list[torch.Tensor]], torch.Tensor]:
     """`trace_logprobs`, and the entropy [N] of every token's distribution; `gradient`: through the entropies too."""
     hidden, targets = hidden_states(model, rows)
     _, head = body_and_head(model)
-    logs = head(hidden).float().log_softmax(-1)
+    logs = (head(hidden).float() / temperature).log_softmax(-1)
     with torch.set_grad_enabled(gradient and torch.is_grad_enabled()):
         entropy = -(logs.exp() * logs).sum(-1)
     return by_trace(logs.gather(1, targets[:, None])[:, 0], rows), entropy

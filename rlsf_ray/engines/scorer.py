@@ -123,7 +123,7 @@ class Scorer:
         group = scored.group
         used = sorted({index for pair in scored.pairs for index in (pair.chosen, pair.rejected)})
         used = used or [k for k, advantage in enumerate(scored.advantages) if not math.isnan(advantage)]
-        reference = self.judge.reference(group.prompt_ids, [group.traces[k].token_ids for k in used])
+        read = zip(used, self.judge.written(group, used), self.judge.reference(group, used), strict=True)
         return TrainingGroup(
             id=group.id,
             round=group.round,
@@ -133,8 +133,8 @@ class Scorer:
             sure=scored.sure,
             prompt_ids=group.prompt_ids,
             traces=tuple(
-                _training_trace(scored, k, values, self._credit_of(scored, k))
-                for k, values in zip(used, reference, strict=True)
+                _training_trace(scored, k, written, reference, self._credit_of(scored, k))
+                for k, written, reference in read
             ),
             pairs=tuple(
                 Pair(
@@ -176,7 +176,9 @@ def outcome(scored: ScoredGroup) -> Outcome:
     )
 
 
-def _training_trace(scored: ScoredGroup, index: int, reference: np.ndarray, credit: np.ndarray | None) -> TrainingTrace:
+def _training_trace(
+    scored: ScoredGroup, index: int, written: np.ndarray, reference: np.ndarray, credit: np.ndarray | None
+) -> TrainingTrace:
     trace = scored.group.traces[index]
     return TrainingTrace(
         id=trace.id,
@@ -185,8 +187,8 @@ def _training_trace(scored: ScoredGroup, index: int, reference: np.ndarray, cred
         score=scored.scores[index],
         answer=trace.answer_text,
         token_ids=trace.token_ids,
-        logprob=trace.logprob,
-        reference_logprob=reference.astype(np.float32),
+        logprob=written,
+        reference_logprob=reference,
         credit=credit,
     )
 

@@ -45,6 +45,16 @@ def test_advantages_come_from_what_the_version_itself_reads(tiny: Path, tmp_path
     assert "credited traces" in seen[-1]
 
 
+def test_the_trainer_reads_tempered_traces_as_they_were_drawn(tiny: Path, tmp_path: Path) -> None:
+    """At each round's first step the policy still is the version that wrote them, at its temperature."""
+    tempered = CERTAINTY | {"rollout": {"temperature": 0.6}, "judges": ["frozen"]}
+    loop.run(tiny_config(tiny, **tempered), str(tmp_path / "run"))
+    store = RunStore.open(str(tmp_path / "run"))
+    for round in (0, 1):
+        first = next(row for row in store.read_metrics("train") if row["round"] == round)
+        assert first["logprob_gap"] < 1e-3
+
+
 def test_a_killed_run_with_advantages_goes_on_to_the_same_adapter(tiny: Path, tmp_path: Path) -> None:
     config = tiny_config(tiny, **CERTAINTY)
     loop.run(config, str(tmp_path / "whole"))

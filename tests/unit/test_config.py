@@ -63,7 +63,6 @@ def test_recipes_differ_from_rlsf_only_where_they_say_so() -> None:
         (["rollout.name=refine"], "rollout.name=refine checks none"),
         (["advantages.held_turns=[attempt]", "advantages.kl=0"], "held_turns feel the KL penalty only"),
         (["advantages.turns=[]"], "uncredited_temperature is for turns beside"),
-        (["rollout.temperature=0.7"], "advantages need traces as the policy draws them"),
     ],
 )
 def test_rollouts_of_several_turns_are_checked_with_what_learns_from_them(changes: list[str], message: str) -> None:
@@ -221,7 +220,7 @@ def test_no_default_is_infinite_and_the_config_stays_small() -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["advantages={}"], "set rollout.temperature: 1.0"),
+        (["rollout.name=cot_decoding", "advantages={}"], "advantages need traces that the policy draws"),
         (["judges=[live, live]"], "name each once"),
         (["reward_model={}"], "set advantages: {}"),
         (["rollout.temperature=1.0", "advantages={}", "reward_model={rounds: 3}"], "got 3 of rounds=3"),

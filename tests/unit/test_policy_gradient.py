@@ -14,7 +14,7 @@ from group_data import advantage_group
 from tiny import tiny_config
 
 from rlsf_ray.algorithms.losses import importance_weights, kl_penalty, policy_gradient
-from rlsf_ray.config_sections import AdvantagesConfig
+from rlsf_ray.config_sections import AdvantagesConfig, RolloutConfig
 from rlsf_ray.engines.learner import Learner
 from rlsf_ray.engines.models import load_model
 from rlsf_ray.engines.objectives import PolicyGradient
@@ -94,11 +94,11 @@ def policy(tiny: Path) -> Any:
     return model
 
 
-def moved(policy: Any) -> list[Any]:
+def moved(policy: Any, temperature: float = 1.0) -> list[Any]:
     """Groups whose `logprob` (the generator's) and `reference_logprob` lie near the policy's, as after a few steps."""
     draw, groups = np.random.default_rng(3), [advantage_group(0, 3), advantage_group(1, 4)]
     with torch.no_grad():
-        read = trace_logprobs(policy, [_row(group) for group in groups])
+        read = trace_logprobs(policy, [_row(group) for group in groups], temperature)
     made = []
     for group, values in zip(groups, read, strict=True):
         near = [
@@ -119,7 +119,7 @@ def _row(group: Any) -> Any:
     return rows_of([group])[0]
 
 
-def trl_loss(policy: Any, groups: list[Any], folder: Path, **settings: Any) -> torch.Tensor:
+def trl_loss(policy: Any, groups: list[Any], folder: Path, temperature: float, **settings: Any) -> torch.Tensor:
     """GRPOTrainer's own loss of the same traces."""
     from datasets import Dataset
     from tiny import tiny_tokenizer
@@ -128,7 +128,7 @@ def trl_loss(policy: Any, groups: list[Any], folder: Path, **settings: Any) -> t
     arguments = GRPOConfig(
         output_dir=str(folder), use_cpu=True, bf16=False, report_to=[], per_device_train_batch_size=7,
         num_generations=7, epsilon=0.2, epsilon_high=0.28, gradient_checkpointing=False, max_completion_length=16,
-        temperature=1.0, use_bias_correction_kl=False, **settings,
+        temperature=temperature, use_bias_correction_kl=False, **settings,
     )  # fmt: skip
     trainer = GRPOTrainer(
         model=policy,
@@ -164,20 +164,22 @@ def trl_loss(policy: Any, groups: list[Any], folder: Path, **settings: Any) -> t
 
 
 @pytest.mark.parametrize(("normalise", "theirs"), [("trace", "grpo"), ("token", "bnpo"), ("constant", "dr_grpo")])
-@pytest.mark.parametrize("kl", [0.0, 0.1])
+@pytest.mark.parametrize(("kl", "temperature"), [(0.0, 1.0), (0.1, 1.0), (0.1, 0.7)])
 @pytest.mark.filterwarnings("ignore::UserWarning")  # TRL wants another vLLM, which is not in play here
 def test_loss_and_gradient_equal_those_of_trl(
-    policy: Any, tmp_path: Path, normalise: str, theirs: str, kl: float
+    policy: Any, tmp_path: Path, normalise: str, theirs: str, kl: float, temperature: float
 ) -> None:
-    groups = moved(policy)
+    groups = moved(policy, temperature)
     policy.eval().zero_grad()
-    expected = trl_loss(policy, groups, tmp_path, loss_type=theirs, beta=kl)
+    expected = trl_loss(policy, groups, tmp_path, temperature, loss_type=theirs, beta=kl)
     expected.backward()
     gradient = {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
     policy.zero_grad()
     settings = AdvantagesConfig(normalise=normalise, clip=0.2, clip_high=0.28, kl=kl, kl_estimator="k3")
     size = StepSize.of(groups)
-    loss, sums = PolicyGradient(settings, max_tokens=16)(policy, groups, size, 0)
+    loss, sums = PolicyGradient(settings, RolloutConfig(max_tokens=16, temperature=temperature))(
+        policy, groups, size, 0
+    )
     (loss / size.examples).backward()
     torch.testing.assert_close(loss / size.examples, expected)
     assert sums["clipped"] > 0  # some tokens are clipped, so the clip is compared too
