@@ -183,7 +183,7 @@ def measure(config: RunConfig, run: Path | None) -> Json:
     sets, store, version = load_sets(config), None, 0
     if run is not None:
         store = RunStore.open(str(run))
-        version = store.versions()[-1]
+        version = max(store.versions(), default=0)
         own = store.measured(version, len(sets.probe))
         if own is not None and measure_key(store.config, load_sets(store.config)) == measure_key(config, sets):
             return own
