@@ -1,12 +1,12 @@
 """Reflect, Retry, Reward: what are a second try and a trained reflection worth? First and last try, before and after.
 
-    python benchmarks/reflect.py passwords            # a task made so that a good reflection is all that is needed
+    python benchmarks/reflect.py sums                 # a task made so that a good reflection is all that is needed
     python benchmarks/reflect.py countdown --seed 1
     python benchmarks/reflect.py bfcl                 # ../shared/data/bfcl; the wanted calls are labels
     python benchmarks/reflect.py --table              # reflect.md from the committed results
 
-`passwords`: one of two words is the password, drawn by chance. Nobody can know which at the first try; after a failure
-whoever says "it must have been the other word" and then says that word is right. Words of the probe set are others.
+`sums`: of a number up to 20 and one up to 9. SmolLM2-135M fails most, and its retry repeats what its reflection ends
+in: whoever works the sum out again in the reflection is right. The answers are the check, so it has labels.
 
 Forgetting: sampled accuracy on the evidence's arithmetic, of which nothing was trained, before and after.
 """
@@ -17,7 +17,6 @@ import argparse
 import json
 import shutil
 import time
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -35,19 +34,14 @@ from rlsf_ray.wording import TRIES
 RESULTS = Path(__file__).parent / "results" / "reflect"
 PAGE = Path(__file__).parent / "results" / "reflect.md"
 BFCL = Path(__file__).parents[2] / "shared" / "data" / "bfcl" / "BFCL_v4_simple_python.json"
-_WORDS = (
-    "apple river stone cloud bread horse window garden candle bridge forest silver paper mountain ocean pencil"
-    " basket summer yellow doctor market ladder button dragon engine pillow rocket tunnel violin wagon zebra lemon"
-    " castle desert feather guitar hammer island jacket kettle"
-)
-TASKS = ("passwords", "countdown", "bfcl")
+TASKS = ("sums", "countdown", "bfcl")
 
 
 def main() -> None:
     """Entry point."""
     exit_on_sigterm()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("task", nargs="?", choices=TASKS, default="passwords")
+    parser.add_argument("task", nargs="?", choices=TASKS, default="sums")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--table", action="store_true", help="write reflect.md from the committed results")
     parser.add_argument("--runs", type=Path, default=Path("runs/reflect"), help="where the run directories lie")
@@ -100,32 +94,26 @@ def settings_of(task: str, folder: Path) -> list[str]:
             f"data.probe=[{{{source}, count: 100}}]",
             r"data.answer='regex:(?s)\s*(.*\S)\s*'",
         ]
-    words = [str(word) for word in np.random.default_rng(0).permutation(_WORDS.split())]
-    train, probe = (write_passwords(folder / f"{name}.jsonl", part) for name, part in _halves(words))
+    train, probe = write_sums(folder)
     source = "kind: file, check: check, path:"
     return [
-        f"data.train=[{{{source} {train}, count: 300, labels: true}}]",
-        f"data.probe=[{{{source} {probe}, count: 100}}]",
-        "data.answer='regex:[A-Za-z]+'",
+        f"data.train=[{{{source} {train}, labels: true}}]",
+        f"data.probe=[{{{source} {probe}}}]",
+        "data.answer=number",
         "rollout.max_tokens=40",
     ]
 
 
-def _halves(words: list[str]) -> list[tuple[str, list[str]]]:
-    return [("train", words[: len(words) * 2 // 3]), ("probe", words[len(words) * 2 // 3 :])]
-
-
-def write_passwords(path: Path, words: list[str]) -> Path:
-    """All pairs of the words as prompts, each with its password."""
-    draw, rows = np.random.default_rng(1), []
-    for pair in combinations(words, 2):
-        first, second = (pair[i] for i in draw.permutation(2))
-        password = pair[int(draw.integers(2))]
-        question = f'The password is either "{first}" or "{second}". Which of the two is it? Reply with one word.'
-        check = {"kind": "exact", "data": {"accepted": [password]}}
-        rows.append(json.dumps({"question": question, "answer": password, "check": check}))
-    path.write_text("\n".join(rows) + "\n")
-    return path
+def write_sums(folder: Path) -> tuple[Path, Path]:
+    """Two thirds of the sums to train, the others to probe; each with its answer as a check."""
+    rows = []
+    for a, b in np.random.default_rng(0).permutation([(a, b) for a in range(1, 21) for b in range(1, 10)]).tolist():
+        check = {"kind": "exact", "data": {"accepted": [str(a + b)]}}
+        rows.append(json.dumps({"question": f"What is {a} + {b}?", "answer": str(a + b), "check": check}))
+    paths = folder / "train.jsonl", folder / "probe.jsonl"
+    for path, part in zip(paths, (rows[:120], rows[120:]), strict=True):
+        path.write_text("\n".join(part) + "\n")
+    return paths
 
 
 def lines_of(kept: Json) -> list[str]:

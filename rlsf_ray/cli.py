@@ -309,7 +309,7 @@ def _run(config: RunConfig, name: str | None, root: str, address: str | None) ->
     check_input(config)
     from rlsf_ray import service  # heavy, and not needed to refuse bad input
 
-    run_name = name or f"{config.recipe}-seed{config.seed}"
+    run_name = f"{config.recipe}-seed{config.seed}" if name is None else name
     setup_logging("driver", run_name)
     console = make_console()
     with Progress(console) as progress:

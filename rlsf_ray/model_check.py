@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -200,8 +201,12 @@ def _render(facts: ModelFacts, prompts: Sequence[Prompt]) -> list[str] | None:
             )
             for prompt in prompts
         ]
-    except TemplateSyntaxError:
-        return None
+    except TemplateSyntaxError as error:
+        if re.search(r"{%-?\s*generation\b", facts.chat_template):  # transformers' own tag
+            return None
+        raise InputError(
+            f"the chat template of {facts.folder} is no Jinja template: {error}; copy it anew, or set model.chat=plain"
+        ) from error
     except TemplateError as error:
         raise InputError(
             f"the chat template of {facts.folder} refuses the prompts: {error}; change the messages' roles,"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import socket
 import threading
@@ -51,6 +52,7 @@ def run(
     Raises InputError before anything heavy starts, NoPairsError, DrainedError after SIGTERM or Ctrl-C, or the
     ServiceError that ended the run.
     """
+    check_run_name(run_name)
     summary = _finished(root, config, run_name, on_status)
     if summary is not None:
         return summary
@@ -64,6 +66,15 @@ def run(
             return _follow(coordinator, run_name, signals, on_status, wait_for_drain=False)
         with PeakMemory() as memory:
             return _follow(coordinator, run_name, signals, on_status, wait_for_drain=True, memory=memory)
+
+
+def check_run_name(name: str) -> None:
+    """Raises InputError for a name that would leave the folder of runs, or that Ray would read as a path."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,99}", name):
+        raise InputError(
+            f"--run: expected up to 100 letters, digits and ._+=- that begin with a letter or digit, got {name!r};"
+            " choose another name"
+        )
 
 
 def _finished(root: str, config: RunConfig, run_name: str, on_status: OnStatus) -> Json | None:
@@ -129,8 +140,10 @@ def _connected(address: str | None) -> Iterator[bool]:
 
 
 def _knock(address: str) -> None:
-    """Raises OSError if nothing listens at a `host:port`."""
+    """Raises OSError if nothing listens at a `host:port`, ValueError for an address of another kind."""
     host, _, port = address.rpartition(":")
+    if host.startswith("ray:"):
+        raise ValueError("a Ray Client's; use its host and port of `ray start --head`, or `ray job submit`")
     if port.isdigit() and "/" not in host:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
 

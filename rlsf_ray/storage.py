@@ -162,9 +162,10 @@ def damaged(path: str, why: object) -> StorageError:
 
 
 def _file_system(root: str) -> tuple[Any, str]:
-    if not root.strip():
+    if not root.strip() or "\0" in root:
         raise InputError(
-            "the run directory must have a name, got an empty text; give a folder or a URL like s3://b/run"
+            f"the run directory must have a name without NUL characters, got {root!r}; give a folder or a URL like"
+            " s3://b/run"
         )
     if "://" not in root:
         return LocalFileSystem(), os.path.abspath(os.path.expanduser(root))

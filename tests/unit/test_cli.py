@@ -118,8 +118,9 @@ def test_sigterm_ends_a_command_as_an_error_would() -> None:
     assert process.returncode == 143
 
 
-def test_what_was_not_foreseen_ends_with_code_4_and_a_traceback(capsys) -> None:
-    assert exit_code("export", "\0", "--what", "pairs", "--to", "x.jsonl") == 4  # no file name can hold a NUL
+def test_what_was_not_foreseen_ends_with_code_4_and_a_traceback(monkeypatch, capsys) -> None:
+    monkeypatch.setattr("rlsf_ray.cli.open_run", lambda *_: 1 / 0)
+    assert exit_code("export", "x", "--what", "pairs", "--to", "x.jsonl") == 4
     assert "Traceback" in capsys.readouterr().err
 
 

@@ -1,0 +1,299 @@
+"""Bad input, as a user would give it: each case ends with its exit code and one message that says what to do.
+
+Nothing heavy starts for any of them: the cases run in one process, in seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import tiny_config
+
+from rlsf_ray.cli import main
+from rlsf_ray.config_loading import dump_config
+from rlsf_ray.run_store import RunStore
+
+Make = Callable[["Place"], list[str]]
+
+
+class Place:
+    """A folder with a good recipe and a run that has begun, to be spoilt."""
+
+    def __init__(self, folder: Path, tiny: Path) -> None:
+        self.folder, self.model = folder, folder / "model"
+        shutil.copytree(tiny, self.model)
+        self.recipe = folder / "good.yaml"
+        self.recipe.write_text(dump_config(tiny_config(self.model)))
+        self.run = folder / "runs" / "begun"
+
+    def begun(self) -> Path:
+        """A run directory as it is before the first round."""
+        RunStore.create_or_resume(str(self.run), tiny_config(self.model))
+        return self.run
+
+    def file(self, name: str, text: str) -> Path:
+        path = self.folder / name
+        path.write_text(text)
+        return path
+
+    def plan(self, *settings: str) -> list[str]:
+        return ["plan", str(self.recipe), *(part for setting in settings for part in ("--set", setting))]
+
+    def data(self, name: str, text: str, more: str = "") -> list[str]:
+        """`plan` on a training file of this content."""
+        return self.plan(f"data.train=[{{kind: file, path: {self.file(name, text)}{more}}}]")
+
+    def model_file(self, name: str, text: str | None) -> list[str]:
+        """`plan` with a file of the model rewritten, or (None) removed."""
+        if text is None:
+            (self.model / name).unlink()
+        else:
+            (self.model / name).write_text(text)
+        return self.plan()
+
+    def of_run(self, name: str, text: str, *command: str) -> list[str]:
+        """A command on a run one of whose files has another content."""
+        path = self.begun() / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return [*command, "--root", str(self.run.parent)]
+
+
+GOOD = json.dumps({"question": "1 + 1 =", "answer": "2"})
+EXPORT = ("export", "begun", "--what", "adapter", "--to", "out")
+
+# what is wrong: (command, exit code, words of the message)
+COMMANDS: dict[str, tuple[Make, int, str]] = {
+    "no command": (lambda p: ["no-such-command"], 2, "No such command"),
+    "no recipe": (lambda p: ["run"], 2, "Missing argument"),
+    "a recipe nobody knows": (lambda p: ["plan", "rlsf_papr"], 2, "did you mean 'rlsf_paper'"),
+    "a recipe file that is not there": (lambda p: ["plan", "./mine.yaml"], 2, "mine.yaml"),
+    "a folder for a recipe": (lambda p: ["plan", str(p.folder)], 2, "no recipe and no file is called"),
+    "--set without a value": (lambda p: p.plan("rounds"), 2, "expected key=value"),
+    "--set without a key": (lambda p: p.plan("=3"), 2, "expected key=value"),
+    "a seed that is no number": (lambda p: ["plan", "rlsf", "--seed", "one"], 2, "--seed"),
+    "a seed below 0": (lambda p: ["plan", "rlsf", "--seed", "-1"], 2, "seed"),
+    "nobody answers": (lambda p: [*p.plan(), "--address", "127.0.0.1:1"], 2, "no Ray answers at 127.0.0.1:1"),
+    "a Ray Client's address": (lambda p: [*p.plan(), "--address", "ray://x:10001"], 2, "use its host and port"),
+    "a run nobody knows": (lambda p: ["report", "nobody"], 2, "no run at"),
+    "a model nobody knows": (lambda p: ["eval", "./nobody"], 2, "nobody"),
+    "a version of a model": (lambda p: ["eval", str(p.model), "--version", "2"], 2, "is not a run"),
+    "an unknown kind of export": (lambda p: ["export", "x", "--what", "all", "--to", "y"], 2, "Invalid value"),
+    "an alpha that is no number": (lambda p: ["mix", "x", "--alphas", "0,one"], 2, "numbers between commas"),
+    "an infinite alpha": (lambda p: ["mix", "x", "--alphas", "0,inf"], 2, "numbers between commas"),
+    "an option of one run for two": (lambda p: ["mix", "a", "b", "--version", "1"], 2, "--version: is for one run"),
+    "an option of two for one run": (lambda p: ["mix", "a", "--train"], 2, "--train: is for two models"),
+    "a confidence above 1": (lambda p: ["answer", "x", "?", "--sure", "2"], 2, "--sure"),
+    "no traces at all": (lambda p: ["answer", "x", "?", "--most", "0"], 2, "--most"),
+    "a share above 1": (lambda p: ["failures", "rlsf", "--to", "x.jsonl", "--most", "2"], 2, "--most"),
+}
+CONFIG: dict[str, tuple[Make, int, str]] = {
+    "a key nobody knows": (lambda p: p.plan("loss.betta=1"), 2, "did you mean 'beta'"),
+    "a section nobody knows": (lambda p: p.plan("los.beta=1"), 2, "did you mean 'loss'"),
+    "a text for a number": (lambda p: p.plan("rounds=two"), 2, "rounds"),
+    "no rounds": (lambda p: p.plan("rounds=0"), 2, "rounds"),
+    "a loss that is nan": (lambda p: p.plan("loss.beta=.nan"), 2, "loss.beta"),
+    "an unknown signal": (lambda p: p.plan("signal=answer_prb"), 2, "answer_prob"),
+    "an unknown pair rule": (lambda p: p.plan("pairs.rule=vote"), 2, "did you mean 'voted'"),
+    "an unknown rollout": (lambda p: p.plan("rollout.name=reflect"), 2, "reflect_retry"),
+    "one trace a prompt": (lambda p: p.plan("rollout.traces=1"), 2, "rollout.traces"),
+    "an unknown answer format": (lambda p: p.plan("data.answer=numbr"), 2, "number"),
+    "a broken pattern": (lambda p: p.plan("data.answer='regex:('"), 2, "does not compile"),
+    "YAML that is none": (lambda p: p.plan("data.train=[{"), 2, "data.train"),
+    "a module nobody has": (lambda p: p.plan("signal=nobody.at:home"), 2, "no module called nobody.at"),
+    "engine arguments without vLLM": (lambda p: p.plan("engine_args={a: 1}"), 2, "set engine: vllm"),
+    "advantages that CoT-decoding cannot have": (
+        lambda p: p.plan("rollout.name=cot_decoding", "advantages={}"),
+        2,
+        "set rollout.name: sample",
+    ),
+    "a reward model without advantages": (lambda p: p.plan("reward_model={}"), 2, "set advantages: {}"),
+    "a recipe file that is no mapping": (lambda p: ["plan", str(p.file("r.yaml", "- 1"))], 2, "r.yaml"),
+    "a recipe file that is no YAML": (
+        lambda p: [
+            "plan",
+            str(p.file("r.yaml", "a: [")),
+        ],
+        2,
+        "r.yaml",
+    ),
+    "a recipe on a base nobody knows": (lambda p: ["plan", str(p.file("r.yaml", "base: rlsff"))], 2, "rlsff"),
+    "a recipe on itself": (lambda p: ["plan", str(p.file("r.yaml", f"base: {p.folder}/r.yaml"))], 2, "r.yaml"),
+}
+DATA: dict[str, tuple[Make, int, str]] = {
+    "no such file": (lambda p: p.plan("data.train=[{kind: file, path: no.jsonl}]"), 2, "does not exist"),
+    "a file without rows": (lambda p: p.data("d.jsonl", ""), 2, "is empty"),
+    "a line that is no JSON": (lambda p: p.data("d.jsonl", GOOD + "\n{'a': 1}"), 2, "line 2: not valid JSON"),
+    "a line that is no object": (lambda p: p.data("d.jsonl", "[1]"), 2, "expected one object"),
+    "no such column": (lambda p: p.data("d.jsonl", GOOD, ", question: quest"), 2, "did you mean 'question'"),
+    "an empty question": (lambda p: p.data("d.jsonl", '{"question": " "}'), 2, "row 1"),
+    "no question": (lambda p: p.data("d.jsonl", '{"question": null}'), 2, "row 1"),
+    "one id twice": (lambda p: p.data("d.jsonl", f"{GOOD}\n{GOOD}", ", id: answer"), 2, "row 1 and in row 2"),
+    "a CSV file": (lambda p: p.data("d.csv", "a,b"), 2, "got the ending '.csv'"),
+    "a Parquet file that is none": (lambda p: p.data("d.parquet", "PAR?"), 2, "not a readable Parquet file"),
+    "messages that end with the model": (
+        lambda p: p.data("d.jsonl", '{"m": [{"role": "assistant", "content": "x"}]}', ", messages: m"),
+        2,
+        "ends with a user message",
+    ),
+    "a label as a check": (
+        lambda p: p.data(
+            "d.jsonl", '{"question": "?", "c": {"kind": "exact", "data": {"accepted": ["1"]}}}', ", check: c"
+        ),
+        2,
+        "set labels: true",
+    ),
+    "a check nobody knows": (
+        lambda p: p.data("d.jsonl", '{"question": "?", "c": {"kind": "magic", "data": {}}}', ", check: c"),
+        2,
+        "no check is called 'magic'",
+    ),
+    "a family nobody knows": (
+        lambda p: p.plan("data.train=[{kind: reasoning_gym, name: chain_summ, count: 4}]"),
+        2,
+        "chain_sum",
+    ),
+    "an endless source without a count": (
+        lambda p: p.plan("data.train=[{kind: reasoning_gym, name: chain_sum}]"),
+        2,
+        "set count: 100",
+    ),
+    "a probe set without answers": (
+        lambda p: p.plan(f"data.probe=[{{kind: file, path: {p.file('d.jsonl', GOOD)}, answer: null}}]"),
+        2,
+        "a probe source needs gold answers",
+    ),
+    "nothing left to train on": (
+        lambda p: [*p.data("d.jsonl", GOOD), "--set", f"data.probe=[{{kind: file, path: {p.folder}/d.jsonl}}]"],
+        2,
+        "no training prompt is left",
+    ),
+    "a URL of no file system": (
+        lambda p: p.plan("data.train=[{kind: file, path: 'nosuch://x/y.jsonl'}]"),
+        2,
+        "cannot be opened",
+    ),
+}
+MODELS: dict[str, tuple[Make, int, str]] = {
+    "no such folder": (lambda p: p.plan("model.name=/no/such/folder"), 2, "/no/such/folder"),
+    "a folder without a model": (lambda p: p.plan(f"model.name={p.folder}"), 2, "has no config.json"),
+    "a config.json that is no JSON": (lambda p: p.model_file("config.json", "{"), 2, "cannot read"),
+    "a model that does not write": (
+        lambda p: p.model_file("config.json", '{"architectures": ["BertModel"]}'),
+        2,
+        "not a causal language model",
+    ),
+    "no weights": (lambda p: p.model_file("model.safetensors", None), 2, "safetensors"),
+    "no tokenizer": (lambda p: p.model_file("tokenizer.json", None), 2, "tokenizer"),
+    "a tokenizer that is none": (lambda p: p.model_file("tokenizer.json", "{}"), 2, "cannot read"),
+    "no chat template": (lambda p: p.model_file("chat_template.jinja", None), 2, "set model.chat=plain"),
+    "a template that refuses": (
+        lambda p: p.model_file("chat_template.jinja", "{{ raise_exception('no') }}"),
+        2,
+        "refuses the prompts",
+    ),
+    "a template that is none": (lambda p: p.model_file("chat_template.jinja", "{% for %}"), 2, "is no Jinja template"),
+    "prompts longer than the context": (
+        lambda p: p.plan("rollout.max_tokens=508"),
+        2,
+        "do not fit the model's context",
+    ),
+}
+RUNS: dict[str, tuple[Make, int, str]] = {
+    "a run of other settings": (
+        lambda p: ["run", str(p.recipe), "--root", str(p.begun().parent), "--run", "begun", "--seed", "3"],
+        2,
+        "seed",
+    ),
+    "a config.yaml that is no YAML": (lambda p: p.of_run("config.yaml", "a: [", "report", "begun"), 4, "config.yaml"),
+    "a config.yaml of another program": (
+        lambda p: p.of_run("config.yaml", "a: 1", "report", "begun"),
+        2,
+        "config.yaml",
+    ),
+    "a state.json cut in half": (lambda p: p.of_run("state.json", '{"a', "report", "begun"), 4, "state.json"),
+    "a measure cut in half": (
+        lambda p: p.of_run("eval/version-0000.json", '{"a', "report", "begun"),
+        4,
+        "version-0000",
+    ),
+    "a table that is none": (
+        lambda p: p.of_run(
+            "pairs/round-0000/part-00000.parquet", "PAR?", "export", "begun", "--what", "pairs", "--to", "x.jsonl"
+        ),
+        4,
+        "part-00000.parquet",
+    ),
+    "nothing published yet": (lambda p: p.of_run("note", "", *EXPORT), 2, "published no version yet"),
+    "a version that is not there": (
+        lambda p: p.of_run("versions/0001/version.json", "{}", *EXPORT, "--version", "7"),
+        2,
+        "7",
+    ),
+    "an adapter that is missing": (lambda p: p.of_run("versions/0001/version.json", "{}", *EXPORT), 4, "adapter"),
+    "a pickle in an adapter's place": (
+        lambda p: p.of_run("versions/0001/adapter_model.bin", "cos\nsystem\n(S'touch /tmp/planted'\ntR.", *EXPORT),
+        2,
+        "published no version yet",
+    ),
+    "an answer from a run without versions": (
+        lambda p: p.of_run("note", "", "answer", "begun", "1 + 1 ="),
+        2,
+        "no version",
+    ),
+    "no pairs to export": (
+        lambda p: p.of_run("note", "", "export", "begun", "--what", "pairs", "--to", "x.jsonl"),
+        2,
+        "holds no pairs",
+    ),
+    "an export of an unknown ending": (
+        lambda p: p.of_run("note", "", "export", "begun", "--what", "pairs", "--to", "x.csv"),
+        2,
+        ".parquet",
+    ),
+    "a name that leaves the root": (
+        lambda p: ["run", str(p.recipe), "--root", str(p.folder / "runs"), "--run", "../out"],
+        2,
+        "--run",
+    ),
+    "a name with a slash": (
+        lambda p: ["run", str(p.recipe), "--root", str(p.folder / "runs"), "--run", "a/b"],
+        2,
+        "--run",
+    ),
+    "an empty name": (lambda p: ["run", str(p.recipe), "--root", str(p.folder / "runs"), "--run", ""], 2, "--run"),
+    "a root that no file system serves": (lambda p: ["report", "x", "--root", "nosuch://bucket"], 2, "nosuch"),
+    "a name no file can have": (lambda p: ["report", "a\0b"], 2, "NUL"),
+}
+CASES: dict[str, tuple[Make, int, str]] = {
+    f"{kind}: {name}": case
+    for kind, cases in (("command", COMMANDS), ("config", CONFIG), ("data", DATA), ("model", MODELS), ("run", RUNS))
+    for name, case in cases.items()
+}
+
+
+def test_there_are_at_least_sixty() -> None:
+    assert len(CASES) >= 60
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input_is_named_with_its_cure(name: str, tiny: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    make, code, words = CASES[name]
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (tmp_path / "place").mkdir()
+    arguments = make(Place(tmp_path / "place", tiny))
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    told = capsys.readouterr().err
+    assert ended.value.code == code, told
+    assert words in told
+    assert "Traceback" not in told
+    assert list((tmp_path / "work").iterdir()) == []
