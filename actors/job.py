@@ -6,7 +6,7 @@ import hashlib
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ NAMESPACE = "rlsf"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A run: its name, its absolute root, the hash of the source that started it, and each pool's share of the GPUs.
+    """A run: its name, its absolute root, the hash of the source that started it, each pool's GPUs and marks.
 
     The config lies at the root.
     """
@@ -34,6 +34,7 @@ class Job:
     root: str
     source: str
     gpus: Mapping[str, float]
+    marks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # see placement.marks
 
     def actor(self, role: str) -> Any:
         """The handle of another actor of this run, by name."""

@@ -64,8 +64,8 @@ class Crew:
 
     def __init__(self, job: Job, config: RunConfig) -> None:
         self._job = job
+        self._cluster = config.cluster
         self._placement_group: Any = None
-        cluster = config.cluster
         steering: Any = {"pool": PoolConfig(), "resources": ON_HEAD}
         self.weights = self._spawn(WeightStore, "weight_store", **steering)
         self.buffer = self._spawn(PairBuffer, "pair_buffer", max_concurrency=200, **steering)
@@ -73,12 +73,15 @@ class Crew:
         self.driver = self._spawn(TrainDriver, "train_driver", **steering)
         slots = MOST_SLOTS[config.engine]
         calls = slots + 1 if slots > 1 else 1  # with vLLM a version is loaded beside them
-        self.generators = self._pool(Generator, "generator", cluster.generators, max_concurrency=calls)
-        self.scorers = self._pool(ScorerWorker, "scorer", cluster.scorers, max_concurrency=SCORER_THREADS)
+        self.generators = self._pool(Generator, "generators", max_concurrency=calls)
+        self.scorers = self._pool(ScorerWorker, "scorers", max_concurrency=SCORER_THREADS)
 
-    def _pool(self, cls: type, role: str, pool: PoolConfig, **options: Any) -> dict[str, Any]:
-        names = [f"{role}-{index}" for index in range(pool.count)]
-        return {name: self._spawn(cls, name, pool=pool, max_restarts=RESTARTS, **options) for name in names}
+    def _pool(self, cls: type, pool: str, **options: Any) -> dict[str, Any]:
+        """The actors of a pool by name, each restarted a few times."""
+        settings: PoolConfig = getattr(self._cluster, pool)
+        names = [f"{pool.removesuffix('s')}-{index}" for index in range(settings.count)]
+        options |= {"resources": dict(self._job.marks.get(pool, {})), "max_restarts": RESTARTS}
+        return {name: self._spawn(cls, name, pool=settings, **options) for name in names}
 
     def _spawn(self, cls: type, name: str, *, pool: PoolConfig, **options: Any) -> Any:
         name_and_place = {"name": f"{self._job.run}/{name}", "namespace": NAMESPACE}

@@ -26,7 +26,11 @@ class TrainDriver:
             scaling_config=ray.train.ScalingConfig(
                 num_workers=pool.count,
                 use_gpu=bool(pool.gpus),
-                resources_per_worker={"CPU": pool.cpus, **({"GPU": pool.gpus} if pool.gpus else {})},
+                resources_per_worker={
+                    "CPU": pool.cpus,
+                    **({"GPU": pool.gpus} if pool.gpus else {}),
+                    **self._job.marks.get("trainers", {}),
+                },
             ),
             run_config=ray.train.RunConfig(
                 name=self._job.run,  # the same run finds its checkpoints again

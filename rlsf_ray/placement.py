@@ -1,4 +1,4 @@
-"""Which pool takes how much of the cluster's GPUs, where the config leaves that open."""
+"""Which pool takes how much of the cluster's GPUs, where the config leaves that open, and on which nodes it stands."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from rlsf_ray.errors import InputError
 POOLS = ("generators", "scorers", "trainers")
 # Shares of one GPU for one actor of each role. vLLM takes its share when it starts; the trainer's peak comes next.
 ONE_GPU = {"generators": 0.5, "scorers": 0.1, "trainers": 0.4}
+# A node type that offers one of these resources takes the actors of these pools, and no other node does
+ROLE_RESOURCES = {"generators": "rlsf_generator", "scorers": "rlsf_generator", "trainers": "rlsf_trainer"}
 NO_GPUS = dict.fromkeys(POOLS, 0.0)
 BESIDE = 0.1  # of a generator's GPU for a scorer, where the trainers have GPUs of their own
 
@@ -43,6 +45,11 @@ def gpu_shares(config: RunConfig, num_gpus: float) -> dict[str, float]:
         f"{sizes} do not fit {num_gpus:g} GPUs by themselves: expected one for each generator and trainer, and no more"
         " scorers than generators; set cluster.<pool>.gpus for each pool"
     )
+
+
+def marks(resources: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """{pool: what its actors ask for so that they come to the nodes meant for them}; nothing where there are none."""
+    return {pool: {name: 0.001} if resources.get(name) else {} for pool, name in ROLE_RESOURCES.items()}
 
 
 def placed(config: RunConfig, shares: Mapping[str, float]) -> RunConfig:

@@ -23,7 +23,7 @@ from actors.spawn import nodes_without, spawn_coordinator
 from rlsf_ray.config import RunConfig
 from rlsf_ray.errors import DeadlineError, DrainedError, InputError, RlsfError, ServiceError
 from rlsf_ray.memory import PeakMemory
-from rlsf_ray.placement import gpu_shares, placed
+from rlsf_ray.placement import gpu_shares, marks, placed
 from rlsf_ray.plan import missing_resources
 from rlsf_ray.records import Json
 from rlsf_ray.run_store import RunStore
@@ -60,7 +60,7 @@ def run(
         shares = _check_size(config)  # before the config is written: the cure may be another config
         store = RunStore.create_or_resume(root, config)
         _check_shared(store)
-        job = Job(run=run_name, root=store.root, source=source_hash(), gpus=shares)
+        job = Job(run=run_name, root=store.root, source=source_hash(), gpus=shares, marks=marks(_resources()))
         coordinator = _join(job)
         if not embedded:
             return _follow(coordinator, run_name, signals, on_status, wait_for_drain=False)
