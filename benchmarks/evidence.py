@@ -3,6 +3,7 @@
     python benchmarks/evidence.py                           # every cell that has no result yet; says first how long
     python benchmarks/evidence.py --only arithmetic/rlsf    # the cells whose name begins so
     python benchmarks/evidence.py --cell arithmetic/rlsf/0  # one cell, again
+    python benchmarks/evidence.py --again arithmetic/rlsf/0 # the same beside its result, which stays: is it alike?
     python benchmarks/evidence.py --table                   # evidence.md, evidence.json and README's table from them
 
 A cell trains with a recipe (or not at all: the base model) and then measures the last version on the task's probe set.
@@ -84,12 +85,14 @@ class Row:
 EVERY = tuple(TASKS)
 # Driven to collapse, with nothing that holds the pairs back; each version measured
 TOO_FAR = ("rounds=5", "learner.learning_rate=4e-4", "eval.during=200", "pairs.surest=null")
+FEW = ("prompts_per_round=37", "guard=roll_back")
 TEMPERATURES = (0.3, 0.45, 0.8, 1.0)  # 0.6 is what every other row is sampled with
 ROWS = {
     "base": Row(None, ("eval.branches=10",), tasks=EVERY),
     **{f"base-t{t}": Row(None, (f"rollout.temperature={t}",)) for t in TEMPERATURES},
     "rlsf": Row("rlsf", ("guard=roll_back",), seeds=(0, 1, 2), tasks=EVERY),  # as it ships
     "random_pairs": Row("random_pairs", seeds=(0, 1, 2), tasks=EVERY),
+    "random_few": Row("random_pairs", FEW),  # as many pairs as rlsf has, and its guard
     "rlsf_best_worst": Row("rlsf_best_worst", seeds=(0, 1, 2)),
     "rlsf_paper": Row("rlsf_paper", seeds=(0, 1, 2)),
     "majority_pairs": Row("majority_pairs"),
@@ -99,8 +102,8 @@ ROWS = {
     "collapse": Row("rlsf", TOO_FAR),
     "collapse_guarded": Row("rlsf", (*TOO_FAR, "guard=roll_back")),
 }
-MINUTES = {"rlsf_paper": 20.0, "collapse": 25.0, "collapse_guarded": 15.0}  # a cell on two cores without a GPU; others:
-MINUTES_UNTRAINED, MINUTES_OF_A_RUN = 4.0, 10.0
+MINUTES = {"rlsf_paper": 40.0, "collapse": 40.0, "rlsf_best_worst": 25.0}  # a cell on one core of two; others:
+MINUTES_UNTRAINED, MINUTES_OF_A_RUN = 4.0, 15.0
 
 
 def cells(only: str = "") -> list[str]:
@@ -135,8 +138,8 @@ def settings_of(cell: str, *, training: bool) -> tuple[str | None, list[str]]:
     return "rlsf", [*TASKS[task], *SHARED, *(row.settings if row.recipe is None else ())]
 
 
-def run_cell(cell: str, runs: Path, *, anew: bool) -> None:
-    """Train, measure, keep. `anew`: from the beginning, whatever is there."""
+def run_cell(cell: str, runs: Path, *, anew: bool, to: Path = RESULTS) -> None:
+    """Train, measure, keep in the folder `to`. `anew`: from the beginning, whatever is there."""
     start, run = time.time(), runs / cell
     if anew:
         shutil.rmtree(run, ignore_errors=True)
@@ -158,6 +161,7 @@ def run_cell(cell: str, runs: Path, *, anew: bool) -> None:
         "recipe": recipe,
         "settings": overrides if recipe else measuring,
         "machine": machine_facts(*PACKAGES),
+        "commit": _commit(),
         "minutes": round(summary.get("seconds", {"total": time.time() - start})["total"] / 60, 1),
         "training": {key: summary.get(key) for key in ("accounting", "guard", "training")} if summary else None,
         "guard_saw": RunStore.open(str(run)).read_json("state.json")["guard"] if recipe else None,
@@ -165,10 +169,10 @@ def run_cell(cell: str, runs: Path, *, anew: bool) -> None:
         **{key: result[key] for key in ("version", "metrics", "reliability", "calibration", "vitals")},
         "questions": [_short(row) for row in result["questions"]],
     }
-    path_of(cell).parent.mkdir(parents=True, exist_ok=True)
-    half_made = path_of(cell).with_suffix(".tmp")
+    to.mkdir(parents=True, exist_ok=True)
+    half_made = (to / path_of(cell).name).with_suffix(".tmp")
     half_made.write_text(json.dumps(kept) + "\n")
-    half_made.replace(path_of(cell))
+    half_made.replace(to / path_of(cell).name)
 
 
 def measure(config: RunConfig, run: Path | None) -> Json:
@@ -199,6 +203,22 @@ def _short(row: Json) -> Json:
         for s in row["samples"]
     ]
     return {"id": row["id"], "task": row["task"], "greedy": int(row["greedy"]["correct"]), "samples": samples}
+
+
+def _commit() -> str | None:
+    """The source that a cell was run with, with a "+" where it had been changed; None outside a repository."""
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--abbrev=12",
+        "--exclude=*",
+        "--dirty=+",
+    ]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None
 
 
 def _tell(cell: str) -> Callable[[Json], None]:
@@ -238,7 +258,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default="", help="the cells whose name begins so")
     parser.add_argument("--cell", help="run this cell now, whether it has a result or not")
-    parser.add_argument("--go-on", action="store_true", help="with --cell: take up what an earlier call has left")
+    parser.add_argument("--again", metavar="CELL", help="run a cell once more, beside its result")
+    parser.add_argument("--go-on", action="store_true", help="take up what an earlier call of a cell has left")
     parser.add_argument("--table", action="store_true", help="write the table from the committed results")
     parser.add_argument("--runs", type=Path, default=Path("runs/evidence"), help="where the run directories lie")
     options = parser.parse_args()
@@ -246,6 +267,8 @@ def main() -> None:
         put_summary(Path(__file__).parents[1] / "README.md", write_table(RESULTS))
     elif options.cell:
         run_cell(options.cell, options.runs.absolute(), anew=not options.go_on)
+    elif options.again:
+        run_cell(options.again, options.runs.absolute() / "again", anew=not options.go_on, to=RESULTS / "again")
     else:
         run_missing(cells(options.only), options.runs.absolute())
 

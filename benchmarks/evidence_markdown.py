@@ -47,12 +47,18 @@ def lines_of(facts: Json) -> list[str]:
     ]
     lines[-1] += (
         " the mean [smallest, largest], one of a single seed has its 95 % interval. Intervals and differences are over"
-        " questions, paired. The base model has one seed: every trace has a seed of its own, whatever the run's."
+        " questions, paired; what the seeds differ in is not in them. A bootstrap draws fewer different questions,"
+        " which makes a calibration error look larger: its intervals lie high. The base model has one seed: every trace"
+        " has a seed of its own, whatever the run's. `voted` is the confidence of the answer that four samples elect,"
+        " `answered` that of `rlsf answer --most 4`. *Guard would stop*: seeds in which the guard as it is now finds a"
+        " version to stop at; a run of an earlier day may have had other limits."
     )
     lines += ["", "A cell again: `python benchmarks/evidence.py --cell TASK/ROW/SEED`; rows of one seed have seed 0."]
     for machine in facts["machines"]:
         lines += ["", "Measured with " + ", ".join(f"{key} {value}" for key, value in machine.items()) + "."]
     lines += ["", "## Summary", "", *summary(facts)]
+    if facts["again"]:
+        lines += ["", "## Run again by its command", "", *_again(facts["again"])]
     for task, rows in facts["tasks"].items():
         lines += [
             "",
@@ -81,10 +87,16 @@ def summary(facts: Json) -> list[str]:
             old, new = (rows[name]["metrics"] for name in ("base", "rlsf"))
             kinds = ("sampled_accuracy", "greedy_accuracy", "majority_accuracy")
             changes = [_change(old, new, kind) for kind in (*kinds, "ece_answer_prob", "ece_calibrated")]
-            rises = [_signed((rows.get(n, {}).get("from_base") or {}).get("sampled")) for n in ("rlsf", "random_pairs")]
+            rises = [_rise(rows.get(name, {}).get("from_base") or {}) for name in ("rlsf", "random_pairs")]
             ratio = _number((rows["rlsf"].get("against_base") or {}).get("ece_ratio"), 2)
             lines.append(_line([task, *changes[:3], *rises, *changes[3:], ratio]))
     return lines
+
+
+def _rise(differences: Json) -> str:
+    """With its interval over questions, and with each seed's own."""
+    seeds = differences.get("sampled_by_seed")
+    return _signed(differences.get("sampled")) + (f"; {', '.join(f'{s:+.3f}' for s in seeds)}" if seeds else "")
 
 
 def put_summary(readme: Path, facts: Json) -> None:
@@ -99,8 +111,18 @@ def _change(old: Json, new: Json, metric: str) -> str:
     return " → ".join("-" if value is None else f"{value:.3f}" for value in values)
 
 
+def _again(found: Sequence[Json]) -> list[str]:
+    """Each cell that was run a second time: does it fall inside the first one's interval over questions?"""
+    lines = [_line(["cell", "metric", "first", "again", "inside"]), _line(["---"] * 5)]
+    for one in found:
+        for metric, (first, low, high, again) in one["metrics"].items():
+            inside = "yes" if low <= again <= high else "no"
+            lines.append(_line([one["cell"], metric, _number([first, low, high]), f"{again:.3f}", inside]))
+    return lines
+
+
 def _collapse(rows: Json) -> list[str]:
-    """Sampled accuracy of each version of the two runs, and what the guard said."""
+    """Sampled accuracy of each version of the two runs, and what the guard said in them."""
     both = {name: rows[name] for name in ("collapse", "collapse_guarded") if name in rows}
     versions = sorted({int(version) for row in both.values() for version in row["by_version"]})
     lines = [_line(["sampled accuracy", *(f"version {v}" for v in versions)]), _line(["---"] * (1 + len(versions)))]
@@ -108,7 +130,7 @@ def _collapse(rows: Json) -> list[str]:
         known = {int(version): f"{value:.3f}" for version, value in row["by_version"].items()}
         lines.append(_line([name, *(known.get(version, "-") for version in versions)]))
     for name, row in both.items():
-        for verdict in row["verdicts"][0]:
+        for verdict in row["said"] or ():
             reasons = "; ".join(verdict["reasons"])
             lines += ["", f"- {name}, version {verdict['version']}, {verdict['found']}: {reasons}"]
         if back := row["rolled_back"]:
@@ -138,7 +160,7 @@ def _differences(rows: Json) -> list[str]:
     whole = ((rows.get("rlsf") or {}).get("from_base") or {}).get("sampled")
     for name, row in rows.items():
         rises = [(row.get(f"from_{other}") or {}).get(kind) for other, kind in DIFFERENCES]
-        share = f"{rises[0][0] / whole[0]:.2f}" if rises[0] and whole and whole[0] else "-"
+        share = f"{rises[0][0] / whole[0]:.2f}" if rises[0] and whole and whole[1] > 0 else "-"
         against = row.get("against_base") or {}
         ends = (_number(against.get("ece_ratio"), 2), _number(against.get("skill")))
         lines.append(_line([name, *map(_signed, rises), share, *ends]))

@@ -17,7 +17,17 @@ from rlsf_ray.records import Json
 from rlsf_ray.stream.guard import Guard, Vitals
 
 COMMAND = "python benchmarks/evidence.py --table"
-CONFIDENCES = ("answer_prob", "temperature_scaled", "disparity", "calibrated", "agreement", "voted", "vote_share")
+CONFIDENCES = (
+    "answer_prob",
+    "temperature_scaled",
+    "disparity",
+    "calibrated",
+    "agreement",
+    "voted",
+    "answered",
+    "vote_share",
+)
+SURE = 0.8  # of `rlsf answer`
 
 
 def write_table(folder: Path) -> Json:
@@ -28,7 +38,8 @@ def write_table(folder: Path) -> Json:
         task, row, _ = cell["cell"].split("/")
         tasks[task][row].append(cell)
     table = {task: table_of(rows) for task, rows in tasks.items()}
-    facts = {"command": COMMAND, "machines": _distinct(cell["machine"] for cell in cells), "tasks": table}
+    machines = _distinct(cell["machine"] for cell in cells)
+    facts = {"command": COMMAND, "machines": machines, "again": _repeated(folder), "tasks": table}
     text = "\n".join(lines_of(facts))
     (folder.parent / "evidence.json").write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n")
     (folder.parent / "evidence.md").write_text(text + "\n")
@@ -36,10 +47,24 @@ def write_table(folder: Path) -> Json:
     return facts
 
 
+def _repeated(folder: Path) -> list[Json]:
+    """Cells that were run a second time (`evidence.py --again`): {metric: [first, low, high, again]}."""
+    found = []
+    for path in sorted((folder / "again").glob("*.json")):
+        second, first = json.loads(path.read_text()), json.loads((folder / path.name).read_text())
+        names = [f"{way}_accuracy" for way in ("sampled", "greedy", "majority")]
+        metrics = {
+            name: [*(first["metrics"][name + end] for end in ("", "_low", "_high")), second["metrics"][name]]
+            for name in names
+        }
+        found.append({"cell": second["cell"], "metrics": metrics})
+    return found
+
+
 def table_of(rows: dict[str, list[Json]]) -> Json:
     """{row: seeds, mean and spread of each metric, paired differences from the base model and from random pairs}."""
-    bases = [rows[name] for name in rows if name == "base" or name.startswith("base-t")]
-    best = max(bases, key=lambda cells: cells[0]["metrics"]["sampled_accuracy"], default=None)
+    sweep = [cells for name, cells in rows.items() if name == "base" or name.startswith("base-t")]
+    best = max(sweep, key=lambda cells: cells[0]["metrics"]["sampled_accuracy"]) if len(sweep) > 1 else None
     found: Json = {}
     for name, cells in rows.items():
         entry: Json = {"seeds": len(cells), "minutes": [cell["minutes"] for cell in cells]}
@@ -49,11 +74,14 @@ def table_of(rows: dict[str, list[Json]]) -> Json:
             if others and others is not cells:
                 kinds = ("sampled", "greedy", "majority")
                 entry[f"from_{against}"] = {kind: difference(others, cells, kind) for kind in kinds}
+                each = [difference(others, [cell], "sampled")[0] for cell in cells]
+                entry[f"from_{against}"]["sampled_by_seed"] = each if len(each) > 1 else None
         if "base" in rows and _calibrated(cells):
             entry["against_base"] = calibration_against(rows["base"], cells)
         entry["confidence"] = confidence_of(cells)
         entry["by_version"] = cells[0].get("sampled_by_version")
         entry["rolled_back"] = ((cells[0]["training"] or {}).get("guard") or {}).get("rolled_back")
+        entry["said"] = ((cells[0]["training"] or {}).get("guard") or {}).get("verdicts")
         entry["verdicts"] = [_verdicts(cell) for cell in cells]
         found[name] = entry
     return found
@@ -156,6 +184,8 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def _statistics(cell: Json, name: str) -> Json:
     if name == "temperature_scaled":
         return _temperature_scaled(cell["questions"])
+    if name in ("voted", "answered"):  # from the samples: an older program has told it otherwise
+        return _voted(cell["questions"], one_by_one=name == "answered") if _calibrated([cell]) else {}
     return {k: cell["metrics"][f"{k}_{name}"] for k in STATISTICS if cell["metrics"].get(f"{k}_{name}") is not None}
 
 
@@ -170,6 +200,21 @@ def _temperature_scaled(questions: Sequence[Json]) -> Json:
         correct.append(right)
     c, y = np.concatenate(confidence), np.concatenate(correct)
     return {kind: statistic(c, y) for kind, statistic in STATISTICS.items()}
+
+
+def _voted(questions: Sequence[Json], *, one_by_one: bool) -> Json:
+    """The confidence of the answer that all samples elect; `one_by_one`: as `rlsf answer --most` asks for them."""
+    told = []
+    for question in questions:
+        samples, most = question["samples"], len(question["samples"])
+        for upto in (*(size for size in voting.ROUNDS if one_by_one and size < most), most):
+            seen = samples[:upto]
+            label, *vote = voting.calibrated([s["label"] for s in seen], [s["calibrated"] for s in seen])
+            if voting.settled((vote[0], vote[1]), upto, sure=SURE, most=most):
+                break
+        told.append((vote[0], float(label >= 0 and next(s["right"] for s in seen if s["label"] == label))))
+    confidence, right = np.array(told).T
+    return {kind: statistic(confidence, right) for kind, statistic in STATISTICS.items()}
 
 
 def _samples(questions: Sequence[Json]) -> tuple[Any, Any]:

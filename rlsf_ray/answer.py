@@ -24,8 +24,6 @@ from rlsf_ray.run_store import CALIBRATION_FILE, RunStore
 from rlsf_ray.tasks.equality import AnswerChecker
 from rlsf_ray.tasks.questions import Question, as_user, canonical_key, question_id, to_prompt
 
-ROUNDS = (1, 2, 4, 8, 16)  # traces written for a question by the end of each round, up to `most`
-
 
 def read_questions(given: Sequence[str], file: Path | None) -> list[str]:
     """Questions from the arguments, else from a file, else from standard input; a line each.
@@ -87,8 +85,10 @@ class Answerer:
         written: list[list[Trace]] = [[] for _ in prompts]
         with AnswerChecker() as checker:
             votes = [_vote([], self._map, checker) for _ in prompts]
-            for upto in (*(size for size in ROUNDS if size < most), most):
-                going = [i for i, vote in enumerate(votes) if not _settled(vote, len(written[i]), sure, most)]
+            for upto in (*(size for size in voting.ROUNDS if size < most), most):
+                going = [
+                    i for i, v in enumerate(votes) if not voting.settled(v[1:], len(written[i]), sure=sure, most=most)
+                ]
                 if not going:
                     break
                 have = len(written[going[0]])  # all that go on have as many
@@ -152,9 +152,3 @@ def _vote(traces: Sequence[Trace], fitted: AgreementMap, checker: AnswerChecker)
     labels = label_answers(texts, checker.equal)
     winner, share, ahead = voting.calibrated(labels, confidence(traces, fitted))
     return (texts[labels.index(winner)] if winner >= 0 else None), share, ahead
-
-
-def _settled(vote: tuple[str | None, float, float], traces: int, sure: float, most: int) -> bool:
-    """No more traces are wanted: each further one has a weight of at most 1."""
-    answer, share, ahead = vote
-    return traces >= most or (answer is not None and (share >= sure or ahead > most - traces))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+ROUNDS = (1, 2, 4, 8, 16)  # traces that an answer has been put to by the end of each round, up to what it may take
 Labels = Sequence[int] | NDArray[np.int_]
 Weights = Sequence[float] | NDArray[np.float64]
 
@@ -42,17 +43,26 @@ def majority(labels: Labels) -> tuple[int, float]:
 def calibrated(labels: Labels, alone: Weights) -> tuple[int, float, float]:
     """(the winner of a vote weighed by `alone` [K], each trace's own calibrated confidence; how sure; how far ahead).
 
-    The confidence joins what the winner's traces tell, as if that were one more trace, with what the others did: (mean
-    confidence of the winner's traces + its other votes) / K. With more traces it comes near the vote share, which is
-    over-confident in a trained model, as agreement with itself is. (-1, 0.0, 0.0) if no trace has an answer.
+    How sure: the mean of what all K traces grant the winner, its own confidence where a trace gives that answer and 0
+    where not. So agreement alone makes nothing surer: a trained model agrees with itself in what is wrong, too.
+    (-1, 0.0, 0.0) if no trace has an answer.
     """
     winner, _ = weighted(labels, alone)
     if winner < 0:
         return -1, 0.0, 0.0
     sums = tally(labels, alone)
     ahead = sums[winner] - max((value for label, value in sums.items() if label != winner), default=0.0)
-    own = [value for value, label in zip(alone, labels, strict=True) if label == winner]
-    return winner, (float(np.mean(own)) + len(own) - 1) / len(labels), ahead
+    return winner, sums[winner] / len(labels), ahead
+
+
+def settled(vote: tuple[float, float], traces: int, *, sure: float, most: int) -> bool:
+    """Are no more traces wanted after `traces` of them, of which `calibrated` says how sure and how far ahead?
+
+    The winner is `sure` enough, or no other can catch up: each further trace has a weight of at most 1. `most`: there
+    may be.
+    """
+    share, ahead = vote
+    return traces >= most or 0.0 < share >= sure or ahead > most - traces
 
 
 def borda(labels: Labels, scores: Weights, p: float = 0.5) -> tuple[int, float]:

@@ -27,7 +27,7 @@ class Vitals:
     answer_prob: float  # the model's probability of its answer
     commonest: float  # share of prompts whose voted answer is the commonest of all prompts
     distinct: float  # different answers of a prompt
-    surprisal: float  # -log p of a written token, in nats: its mean is the entropy
+    surprisal: float  # -log p of a written token, in nats (drawn at temperature 1, its mean would be the entropy)
     length: float  # tokens
     repetition: float  # share of 4-grams that the trace has written before
     parsed: float  # share of traces with an answer
@@ -61,7 +61,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Sign:
-    """One thing to look at. It is crossed at `least` and below, or at `most` and above, in numbers of the base's."""
+    """One thing to look at. It is crossed below `least` or above `most`, in numbers of the base's."""
 
     name: str
     least: float | None = None

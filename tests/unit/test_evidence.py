@@ -106,13 +106,16 @@ def test_the_table_shows_what_the_guard_did(tmp_path: Path) -> None:
         ("collapse_guarded", went_back, {"0": 0.1, "1": 0.3, "2": 0.05, "3": 0.3}),
     ):
         one = cell(f"t/{name}/0", [1, 0], [0, 0]) | {"sampled_by_version": versions, "guard_saw": saw}
-        one["training"] = {"guard": {"rolled_back": back}, "training": {"pairs": 7}}
+        said = [{"version": 2, "found": "stop", "action": "warn", "reasons": ["length is 3"]}]
+        one["training"] = {"guard": {"rolled_back": back, "verdicts": said}, "training": {"pairs": 7}}
         (folder / f"{name}.json").write_text(json.dumps(one))
     write_table(folder)
     lines = (tmp_path / "evidence.md").read_text().splitlines()
     assert "| collapse | 0.100 | 0.300 | 0.050 | - |" in lines
     assert "| collapse_guarded | 0.100 | 0.300 | 0.050 | 0.300 |" in lines
-    assert "- collapse, version 2, stop: length is 3, base model 40, expected at least 16" in lines
+    assert "- collapse, version 2, stop: length is 3" in lines
+    stops = json.loads((tmp_path / "evidence.json").read_text())["tasks"]["t"]["collapse"]["verdicts"]
+    assert stops == [[{"version": 2, "found": "stop", "reasons": ["length is 3, base model 40, expected at least 16"]}]]
     assert "- collapse_guarded: version 3 has the content of version 1 again" in lines
 
 
