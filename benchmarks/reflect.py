@@ -8,7 +8,8 @@
 `sums`: of a number up to 20 and one up to 9. SmolLM2-135M fails most, and its retry repeats what its reflection ends
 in: whoever works the sum out again in the reflection is right. The answers are the check, so it has labels.
 
-Forgetting: sampled accuracy on the evidence's arithmetic, of which nothing was trained, before and after.
+First the prompts are found that the model mostly fails, of eight samples each; only those are trained on. Forgetting:
+sampled accuracy on the evidence's gcd, of which nothing was trained, before and after.
 """
 
 from __future__ import annotations
@@ -26,9 +27,14 @@ from evidence import TASKS as EVIDENCE_TASKS
 
 from rlsf_ray import loop
 from rlsf_ray.cli import exit_on_sigterm
+from rlsf_ray.config import RunConfig
 from rlsf_ray.config_loading import load_config
+from rlsf_ray.errors import NoPairsError
+from rlsf_ray.failures import find_failures
 from rlsf_ray.measures import difference
 from rlsf_ray.records import Json
+from rlsf_ray.run_store import RunStore
+from rlsf_ray.stream.ledger import Ledger
 from rlsf_ray.wording import TRIES
 
 RESULTS = Path(__file__).parent / "results" / "reflect"
@@ -65,22 +71,40 @@ def run_task(task: str, seed: int, folder: Path, changes: list[str]) -> Json:
     """Train `reflect_retry_reward` on the task; what is kept of it."""
     start = time.time()
     settings = [*SHARED, f"seed={seed}", "eval.samples=4", "guard=warn", *settings_of(task, folder), *changes]
-    summary = loop.run(load_config("reflect_retry_reward", settings), str(folder / "run"))
-    names, elsewhere = [key for key, *_ in TRIES], load_config("rlsf", [*EVIDENCE_TASKS["arithmetic"], *SHARED])
+    every = load_config("reflect_retry_reward", [*settings, "data.calibration=0"])
+    kept, judged = find_failures(every, folder / "hard.jsonl", most=0.5)
+    source = f"kind: file, path: {folder / 'hard.jsonl'}, messages: messages, check: check, id: id, labels: true"
+    config = load_config("reflect_retry_reward", [*settings, f"data.train=[{{{source}}}]"])
+    before, after, counts = train(config, folder / "run")
+    elsewhere = load_config("rlsf", [*EVIDENCE_TASKS["gcd"], *SHARED])
     forgot = difference(measure(elsewhere, None), measure(elsewhere, folder / "run"))
+    names = [key for key, *_ in TRIES]
     return {
         "task": task,
         "seed": seed,
         "command": f"python benchmarks/reflect.py {task} --seed {seed}",
         "machine": machine_facts(*PACKAGES),
         "minutes": round((time.time() - start) / 60, 1),
-        "accounting": summary["accounting"],
+        "failed": [kept, judged],
+        "accounting": counts,
         "forgetting": forgot["sampled_accuracy"],
         **{
-            when: {name + end: summary[when].get(name + end) for name in names for end in ("", "_low", "_high")}
-            for when in ("before", "after")
+            when: {name + end: metrics.get(name + end) for name in names for end in ("", "_low", "_high")}
+            for when, metrics in (("before", before), ("after", after))
         },
     }
+
+
+def train(config: RunConfig, run: Path) -> tuple[Json, Json, Json]:
+    """(metrics before, after, how the prompts ended). Where no reflection ever helped, nothing changes."""
+    try:
+        summary = loop.run(config, str(run))
+        return summary["before"], summary["after"], summary["accounting"]
+    except NoPairsError as error:
+        print(f"nothing to learn from: {error}", flush=True)
+    store = RunStore.open(str(run))
+    base = store.read_json("eval/version-0000.json")["metrics"]
+    return base, base, Ledger.from_json(store.read_json("state.json")["ledger"]).totals()
 
 
 def settings_of(task: str, folder: Path) -> list[str]:
@@ -100,12 +124,13 @@ def settings_of(task: str, folder: Path) -> list[str]:
         f"data.train=[{{{source} {train}, labels: true}}]",
         f"data.probe=[{{{source} {probe}}}]",
         "data.answer=number",
+        "data.calibration=20",
         "rollout.max_tokens=40",
     ]
 
 
 def write_sums(folder: Path) -> tuple[Path, Path]:
-    """Two thirds of the sums to train, the others to probe; each with its answer as a check."""
+    """120 sums to train, 60 to probe; each with its answer as a check."""
     rows = []
     for a, b in np.random.default_rng(0).permutation([(a, b) for a in range(1, 21) for b in range(1, 10)]).tolist():
         check = {"kind": "exact", "data": {"accepted": [str(a + b)]}}
@@ -125,8 +150,9 @@ def lines_of(kept: Json) -> list[str]:
         for key, name, _, digits in TRIES
     ]
     change, low, high = kept["forgetting"]
-    elsewhere = f"Sampled accuracy on arithmetic, untrained: {change:+.3f} [{low:+.3f}, {high:+.3f}]."
-    return [*head, "| | before | after |", "| --- | --- | --- |", *rows, "", f"Prompts: {counts}. {elsewhere}"]
+    elsewhere = f"Sampled accuracy on gcd, of which nothing was trained: {change:+.3f} [{low:+.3f}, {high:+.3f}]."
+    failed = "{} of {} prompts are mostly failed and trained on".format(*kept["failed"])
+    return [*head, "| | before | after |", "| --- | --- | --- |", *rows, "", f"{failed}: {counts}. {elsewhere}"]
 
 
 def _shown(metrics: Json, key: str, digits: int) -> str:

@@ -1,6 +1,6 @@
 """The command `rlsf`. Whatever is heavy is imported inside the command that needs it.
 
-Exit codes: 0 done, 2 input, 3 guard or no pairs, 4 service, 5 drained.
+Exit codes: 0 done, 2 input, 3 guard or no pairs, 4 service, 5 drained; 143 after SIGTERM where nothing drains.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -309,7 +310,7 @@ def _run(config: RunConfig, name: str | None, root: str, address: str | None) ->
     check_input(config)
     from rlsf_ray import service  # heavy, and not needed to refuse bad input
 
-    run_name = f"{config.recipe}-seed{config.seed}" if name is None else name
+    run_name = re.sub(r"[^A-Za-z0-9._+=-]", "_", f"{config.recipe}-seed{config.seed}") if name is None else name
     setup_logging("driver", run_name)
     console = make_console()
     with Progress(console) as progress:

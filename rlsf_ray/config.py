@@ -155,10 +155,10 @@ class RunConfig(Section):
             raise ValueError(
                 f"signal={self.signal} compares answers and asks no model, got judges={list(self.judges)}; leave it out"
             )
-        if self.advantages and self.rollout.name == "cot_decoding":
+        if self.advantages and self.rollout.name in ("cot_decoding", "refine"):
             raise ValueError(
-                "advantages need traces that the policy draws, got rollout.name=cot_decoding; set rollout.name: sample,"
-                " or leave `advantages` out to learn from pairs"
+                f"advantages need traces that the policy draws, got rollout.name={self.rollout.name}; set rollout.name:"
+                " sample, or leave `advantages` out to learn from pairs"
             )
         return self
 

@@ -111,7 +111,7 @@ def _messages(trace: Json) -> list[Json]:
     """What a trace says, turn by turn, with the user's replies."""
     messages: list[Json] = []
     for turn in trace["turns"] or [{"said": "", "text": trace["text"]}]:
-        messages += [{"role": "user", "content": turn["said"]}] if turn["said"] else []
+        messages += [{"role": "user", "content": turn["said"]}] if turn.get("said") else []
         messages.append({"role": "assistant", "content": turn["text"]})
     return messages
 

@@ -17,8 +17,8 @@ from rlsf_ray.records import Json, Prompt
 from rlsf_ray.rollouts.programs import ELICIT, ELICIT_TOKENS
 
 # Causal language models whose class name does not end in ForCausalLM.
-REPLY_TOKENS = 64  # what a user says between turns takes no more of them, with what the chat template puts around it
 _OTHER_CAUSAL = {"GPT2LMHeadModel", "OpenAIGPTLMHeadModel", "CTRLLMHeadModel"}
+REPLY_TOKENS = 64  # what a user says between turns takes no more of them, with what the chat template puts around it
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 _WEIGHTS_FILES = ("*.safetensors", "pytorch_model*.bin")
 

@@ -186,7 +186,7 @@ class TrainingTrace:
     score: float
     answer: str | None
     token_ids: IntArray  # [T]
-    logprob: FloatArray  # [T], by the generator that wrote them
+    logprob: FloatArray  # [T], by the policy that wrote them; at another temperature than 1 as a scorer reads it
     reference_logprob: FloatArray  # [T], of the frozen base model
     credit: FloatArray | None = None  # [T]: advantage of each token (1 in a pair), nan: not learned from; None: all 1
 

@@ -119,7 +119,7 @@ def _sample(name: str, sample: Json) -> str:
     if sample["answer"] is None:
         result = "no answer found" if sample["finished"] else "cut off at the token limit"
     else:
-        result = "right" if sample["correct"] else "wrong"
+        result = "right" if sample["correct"] else "not checked" if sample.get("unchecked") else "wrong"
     colour = "better" if sample["correct"] else "worse"
     confidence = ", ".join(
         f"{label} {number(sample.get(key), 2)}"

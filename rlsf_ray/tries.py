@@ -41,7 +41,7 @@ def counts_of_tries(rows: Sequence[Json]) -> dict[str, tuple[Counts, Counts]]:
     `wrong_to_right` is of episodes that went on after a wrong first answer (pass on the second try given failure),
     `right_to_wrong` of those that went on after a right one; `voted_tries`: is the commonest last answer right?
     `thought_` is of all turns that are no answer; `unchecked_tries`: episodes with a try that could not be checked,
-    which stand in no other share of tries.
+    which stand in no other share of tries (in the accuracies of single answers they count as wrong).
     """
     found: dict[str, list[tuple[float, float]]] = {}
     for row in rows:

@@ -28,7 +28,7 @@ TRIES = (
     ("first_try", "First try", 1, 3),
     ("last_try", "Last try", 1, 3),
     ("voted_tries", "Vote of last tries", 1, 3),
-    ("unchecked_tries", "Check not made", -1, 3),
+    ("unchecked_tries", "Tries not checked", -1, 3),
     ("wrong_to_right", "Wrong to right", 1, 3),
     ("right_to_wrong", "Right to wrong", -1, 3),
     ("thought_length", "Length of a thought", 0, 1),

@@ -12,7 +12,8 @@ K traces of a group. A rule is a chain of hurdles; its reason names the hurdle t
     length_ratio       the two lengths of each pair are too far apart
 
 A trace that was cut off has no answer and is never chosen. It may be rejected: an absent score (nan) ranks lowest and
-counts 0 in a gap.
+counts 0 in a gap. Where scores are those of checks, traces whose check could not be made do not come to the rule, and a
+group of such traces alone has the reason `check_failed`.
 """
 
 from __future__ import annotations

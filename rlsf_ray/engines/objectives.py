@@ -82,7 +82,7 @@ class Preferences:
 class PolicyGradient:
     """Clipped policy gradient with a KL penalty and an entropy bonus at each token (GRPO 2402.03300 and its kin).
 
-    For traces of the newest version the clip is around the log-probs of the generator that wrote them. For those of an
+    For traces of the newest version the clip is around the log-probs of the policy that wrote them. For those of an
     older one truncated importance weights correct its age, and nothing is clipped. All log-probs are of the temperature
     that the traces were drawn with.
     """

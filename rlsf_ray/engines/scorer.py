@@ -95,12 +95,16 @@ class Scorer:
 
     def _pairs(self, group: Group, labels: Sequence[int], scores: np.ndarray) -> dict[str, Any]:
         limits = self._config.pairs
+        # Of checks, an absent score says that one could not be made: such a trace is no worse than others
+        taken = np.flatnonzero(~np.isnan(scores)) if self._signal.of_turns else np.arange(len(scores))
+        if not len(taken):
+            return {"reason": "check_failed"}
         decision = self._rule(
             Candidates(
-                scores=scores,
-                labels=np.asarray(labels),
-                lengths=np.asarray([len(trace.token_ids) for trace in group.traces]),
-                finished=np.asarray([trace.finished for trace in group.traces]),
+                scores=scores[taken],
+                labels=np.asarray(labels)[taken],
+                lengths=np.asarray([len(group.traces[k].token_ids) for k in taken]),
+                finished=np.asarray([group.traces[k].finished for k in taken]),
             ),
             Limits(
                 max_pairs=limits.max_pairs,
@@ -112,7 +116,9 @@ class Scorer:
             ),
             np.random.default_rng(_seed(self._config.seed, group.id)),
         )
-        pairs = tuple(Pair(chosen=c, rejected=r, weight=w, margin=m) for c, r, w, m in decision.pairs)
+        pairs = tuple(
+            Pair(chosen=int(taken[c]), rejected=int(taken[r]), weight=w, margin=m) for c, r, w, m in decision.pairs
+        )
         return {"pairs": pairs, "reason": decision.reason, "sure": decision.sure}
 
     def training_groups(self, scored: Sequence[ScoredGroup]) -> list[TrainingGroup]:

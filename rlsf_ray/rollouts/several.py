@@ -87,7 +87,8 @@ async def second_try(desk: Desk, prompt: Prompt) -> list[Talk]:
 async def refine(desk: Desk, prompt: Prompt) -> list[Talk]:
     """K / 2 attempts, each followed by what a critique made of it as a direct answer; unchecked. EVOLVE 2502.05605.
 
-    For the pair rule final_over_first. The paper also trains the refining itself, on answers given a draft.
+    For the pair rule final_over_first. The paper also trains the refining itself, on answers given a draft. One trace
+    alone (an episode, to be measured) is the whole talk.
     """
 
     async def episode(index: int) -> list[Talk]:
@@ -98,9 +99,9 @@ async def refine(desk: Desk, prompt: Prompt) -> list[Talk]:
         await talk.write("critique")
         talk.say(REFINE)
         await talk.write("retry")
-        return [draft, await talk.direct(index + 1)]
+        return [draft, await talk.direct(index + 1)] if desk.config.rollout.traces > 1 else [talk]
 
-    found = await asyncio.gather(*map(episode, range(0, desk.config.rollout.traces - 1, 2)))
+    found = await asyncio.gather(*map(episode, range(0, max(1, desk.config.rollout.traces - 1), 2)))
     return [talk for both in found for talk in both]
 
 

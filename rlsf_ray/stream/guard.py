@@ -104,7 +104,10 @@ LEAST_PROMPTS = 20  # with fewer a sign may be chance: a warning at most
 
 
 def low_entropy(surprisal: float) -> str | None:
-    """Advice for a run that makes a model surer, from the base model's own entropy; None if there is room."""
+    """Advice for a run that makes a model surer, from the base model's own entropy; None if there is room.
+
+    Of texts drawn closer than at temperature 1 `surprisal` is below the entropy, and the advice comes early.
+    """
     if surprisal >= LEAST_ENTROPY:
         return None
     return (

@@ -69,6 +69,9 @@ def validate(check: Check) -> None:
         raise InputError(
             f"the check {check.kind} does not take {sorted(check.data)}: {error}; correct its data"
         ) from error
+    expected, good = _DATA.get(check.kind, ("", lambda data: True))
+    if not good(check.data):
+        raise InputError(f"the check {check.kind} needs {expected}, got {check.data!r:.200}; correct its data")
 
 
 def is_right(answer: str | None, item: ProbePrompt, checker: AnswerChecker) -> bool | None:
@@ -86,7 +89,9 @@ def equality(prompt: Prompt, checker: AnswerChecker) -> Callable[[str, str], boo
 
     1 + 22 and 23 are the same number, but only one of them is an expression.
     """
-    return checker.equal if prompt.check is None else _same_text
+    if prompt.check is None:
+        return checker.equal
+    return _same_expression if prompt.check.kind == "countdown" else operator.eq
 
 
 def countdown(text: str, numbers: Sequence[int], target: int) -> Verdict:
@@ -184,11 +189,55 @@ CHECKS: dict[str, Callable[..., Verdict]] = {
 }
 
 
+# kind -> what its data must be, in words and as a test
+_DATA: dict[str, tuple[str, Callable[[Mapping[str, Any]], bool]]] = {
+    "countdown": (
+        "`numbers`, a list of whole numbers, and `target`, one",
+        lambda data: isinstance(data["numbers"], list | tuple) and _whole(*data["numbers"], data["target"]),
+    ),
+    "exact": ("`accepted`, a list of texts", lambda data: _texts(data["accepted"])),
+    "function_call": ("`expected`, a list of one call", lambda data: _one_call(data["expected"])),
+    "schema": ("`schema`, a JSON Schema", lambda data: _is_schema(data["schema"])),
+    "code": ("`tests`, Python code", lambda data: _is_python(data["tests"])),
+}
 LABELS = ("exact", "function_call")  # kinds whose data hold the wanted answer
 
 
-def _same_text(a: str, b: str) -> bool:
-    return "".join(a.split()) == "".join(b.split())
+def _same_expression(a: str, b: str) -> bool:
+    """Equal but for spaces that part no two digits."""
+    a, b = (re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text) for text in (a, b))
+    return a == b
+
+
+def _texts(found: Any) -> bool:
+    return isinstance(found, list | tuple) and bool(found) and all(isinstance(one, str) for one in found)
+
+
+def _whole(*found: Any) -> bool:
+    return all(type(one) is int for one in found)
+
+
+def _one_call(found: Any) -> bool:
+    calls = found if isinstance(found, list | tuple) else ()
+    return len(calls) == 1 and isinstance(calls[0], Mapping) and len(calls[0]) == 1
+
+
+def _is_schema(found: Any) -> bool:
+    import jsonschema
+
+    try:
+        jsonschema.validators.validator_for(found).check_schema(found)
+    except (jsonschema.SchemaError, AttributeError, TypeError):
+        return False
+    return True
+
+
+def _is_python(found: Any) -> bool:
+    try:
+        compile(found, "<tests>", "exec")
+    except (SyntaxError, ValueError, TypeError):
+        return False
+    return True
 
 
 def _pattern(validator: Any, pattern: str, instance: Any, schema: Json) -> Iterator[Any]:

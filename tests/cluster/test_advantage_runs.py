@@ -23,10 +23,11 @@ NO_PROBE: Json = {"data": {"probe": []}}
 
 @pytest.fixture(scope="module")
 def configs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunConfig]:
+    drawn = {"rollout": {"temperature": 0.7}}  # so that the scorers read the traces of each version again
     two = {"rounds": 3, "cluster": {"trainers": {"count": 2}, "max_staleness": 1}}
     return {
-        "certainty": tiny_config(tiny, **NO_PROBE, **CERTAINTY),
-        "two_workers": tiny_config(tiny, **NO_PROBE, **CERTAINTY | two),
+        "certainty": tiny_config(tiny, **NO_PROBE, **CERTAINTY | drawn),
+        "two_workers": tiny_config(tiny, **NO_PROBE, **CERTAINTY | drawn | two),
         "reward": tiny_config(tiny, **NO_PROBE, **REWARD),
         "several": tiny_config(tiny, **reflecting(tmp_path_factory.mktemp("several"))),
         "reward_two_workers": tiny_config(tiny, **NO_PROBE, **REWARD | {"cluster": {"trainers": {"count": 2}}}),

@@ -53,6 +53,7 @@ def test_the_trainer_reads_tempered_traces_as_they_were_drawn(tiny: Path, tmp_pa
     for round in (0, 1):
         first = next(row for row in store.read_metrics("train") if row["round"] == round)
         assert first["logprob_gap"] < 1e-3
+        assert round or first["kl"] < 1e-4  # in round 0 the policy is the reference
 
 
 def test_a_killed_run_with_advantages_goes_on_to_the_same_adapter(tiny: Path, tmp_path: Path) -> None:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from html import escape
 from pathlib import Path
 
+import numpy as np
 import pytest
-from several_runs import reflecting
+from several_runs import reflecting, sums_with_checks
 from tiny import tiny_config
 
 from rlsf_ray import loop
+from rlsf_ray.config import RunConfig
+from rlsf_ray.config_loading import load_config
 from rlsf_ray.errors import InputError
+from rlsf_ray.evaluate import measure_version
+from rlsf_ray.export import pair_messages
 from rlsf_ray.failures import find_failures
 from rlsf_ray.records import Json
 from rlsf_ray.report import write_report
+from rlsf_ray.rollouts.several import REFLECT, RETRY, VERIFY
 from rlsf_ray.run_store import RunStore
 from rlsf_ray.tasks.sources import load_sets
 
@@ -68,6 +75,7 @@ def test_the_report_shows_the_last_round_turn_by_turn(ended: tuple[RunStore, Jso
     assert 'class="turn attempt up"' not in section  # not credited
     assert rows[0]["prompt_id"] in section
     assert "First try" in page
+    assert f"User: {escape(REFLECT)}" in section
 
 
 def test_the_prompts_that_are_failed_are_found_and_an_interrupted_search_goes_on(tiny: Path, tmp_path: Path) -> None:
@@ -95,3 +103,59 @@ def test_the_prompts_that_are_failed_are_found_and_an_interrupted_search_goes_on
     fewer = config.model_copy(update={"rollout": config.rollout.model_copy(update={"traces": 4})})
     with pytest.raises(InputError, match="judged with another rollout"):
         find_failures(fewer, to, most=0.0)
+
+
+def of_recipe(name: str, tiny: Path, folder: Path, *more: str) -> RunConfig:
+    """A recipe as it is, on the tiny model and a few sums that the model sometimes passes."""
+    source = f"kind: file, path: {sums_with_checks(folder)}, check: check"
+    size = ("rounds=1", "prompts_per_round=10", "rollout.traces=4", "rollout.max_tokens=12", "eval.samples=2")
+    data = (f"data.train=[{{{source}, count: 24}}]", f"data.probe=[{{{source}, count: 4}}]", "data.answer=number")
+    here = (f"model.name={tiny}", "model.dtype=float32", "data.calibration=0", "data.suffix=''", "guard=off")
+    return load_config(name, [*size, *data, *here, *more])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "more", "roles"),
+    [
+        ("try_again", (), {"attempt"}),
+        ("score_first", (), {"attempt", "retry"}),
+        ("score_second", (), {"attempt", "retry"}),
+        ("self_rewarding_correction", (), {"attempt", "verdict", "retry"}),
+        ("evolve", ("pairs.surest=null", "pairs.min_gap=0"), {"attempt", "retry"}),
+    ],
+)
+def test_every_recipe_of_several_turns_trains(
+    recipe: str, more: tuple[str, ...], roles: set[str], tiny: Path, tmp_path: Path
+) -> None:
+    config = of_recipe(recipe, tiny, tmp_path, *more)
+    summary = loop.run(config, str(tmp_path / "run"))
+    store = RunStore.open(str(tmp_path / "run"))
+    counts = summary["accounting"]
+    assert counts["trained"] > 0, counts
+    assert counts["trained"] + counts["filtered"] == counts["admitted"] == 10
+    assert {turn["role"] for row in store.read_table("traces").to_pylist() for turn in row["turns"]} == roles
+    assert np.isfinite([row["loss"] for row in store.read_metrics("train")]).all()
+    assert store.versions() == [1]
+
+
+def test_pairs_of_several_turns_are_exported_turn_by_turn(tiny: Path, tmp_path: Path) -> None:
+    loop.run(of_recipe("self_rewarding_correction", tiny, tmp_path), str(tmp_path / "run"))
+    store = RunStore.open(str(tmp_path / "run"))
+    turns = {row["trace_id"]: row["turns"] for row in store.read_table("traces").to_pylist()}
+    pairs = store.read_table("pairs").to_pylist()
+    rows = pair_messages(store)
+    assert len(rows) == len(pairs) > 0
+    for pair, row in zip(pairs, rows, strict=True):
+        for side in ("chosen", "rejected"):
+            messages, written = row[side], turns[pair[f"{side}_trace_id"]]
+            assert [m["role"] for m in messages] == ["assistant", "user"] * (len(written) - 1) + ["assistant"]
+            assert [m["content"] for m in messages[::2]] == [turn["text"] for turn in written]
+            assert [m["content"] for m in messages[1::2]] == [VERIFY, RETRY][: len(written) - 1]
+
+
+def test_long_chains_are_measured(tiny: Path, tmp_path: Path) -> None:
+    config = of_recipe("deep_self_evolving", tiny, tmp_path)
+    found = measure_version(None, config, load_sets(config), 0)
+    episodes = [turns for question in found["questions"] for turns in question["episodes"]]
+    assert {tuple(turn["role"] for turn in turns) for turns in episodes} == {("attempt", *("critique", "retry") * 3)}
+    assert 0.0 <= found["metrics"]["voted_tries"] <= 1.0

@@ -14,7 +14,7 @@ import pytest
 from rlsf_ray.algorithms.answers import label_answers
 from rlsf_ray.errors import InputError
 from rlsf_ray.records import Check, Prompt
-from rlsf_ray.tasks.checks import check_answer, countdown, equality, fits_schema, function_call
+from rlsf_ray.tasks.checks import check_answer, countdown, equality, fits_schema, function_call, validate
 from rlsf_ray.tasks.equality import AnswerChecker
 
 DATA = Path(os.environ.get("RLSF_DATA") or Path(__file__).parents[3] / "shared" / "data") / "bfcl"
@@ -139,6 +139,25 @@ def test_json_fits_its_schema() -> None:
         fits_schema("{}", {"type": "number?"})
 
 
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [
+        ("countdown", {"numbers": "abc", "target": 3}),
+        ("countdown", {"numbers": [1, 2], "target": "3"}),
+        ("exact", {"accepted": "12"}),
+        ("exact", {"accepted": []}),
+        ("function_call", {"functions": [], "expected": []}),
+        ("schema", {"schema": {"type": "number?"}}),
+        ("schema", {"schema": 3}),
+        ("code", {"tests": "assert f(1 =="}),
+        ("code", {"tests": None}),
+    ],
+)
+def test_data_that_a_check_cannot_use_is_found_before_any_answer(kind: str, data: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"the check {kind} needs `.*correct its data"):
+        validate(Check(kind=kind, data=data))
+
+
 def test_a_pattern_that_never_ends_breaks_the_check_and_holds_up_nobody() -> None:
     schema = {"type": "object", "properties": {"s": {"type": "string", "pattern": "^(a|aa)+$"}}}
     assert fits_schema('{"s": "aaa"}', schema).right
@@ -156,6 +175,12 @@ def test_answers_to_a_task_with_a_check_are_one_as_texts_and_others_by_their_val
     answers = ["(5*4)+3", "( 5 * 4 ) + 3", "5*4+3", "23"]
     with AnswerChecker() as checker:
         assert label_answers(answers, equality(asked, checker)) == [0, 0, 1, 2]
+        assert label_answers(["1 2+3", "12+3", "12 + 3"], equality(asked, checker)) == [0, 1, 1]
+        code = replace(asked, check=Check(kind="code", data={"tests": ""}))
+        assert label_answers(["for x in s:\n    t\n  r", "for x in s:\n    t\n    r"], equality(code, checker)) == [
+            0,
+            1,
+        ]
         assert label_answers(answers, equality(replace(asked, check=None), checker)) == [0, 0, 0, 0]
 
 

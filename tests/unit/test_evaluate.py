@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from tiny import tiny_config
 from rlsf_ray import base_cache, evaluate
 from rlsf_ray.config import RunConfig
 from rlsf_ray.engines.base import Completion, Request
-from rlsf_ray.records import Answer, Group, IntArray, ProbePrompt, Prompt, Trace
+from rlsf_ray.records import Answer, Check, Group, IntArray, ProbePrompt, Prompt, Trace
+from rlsf_ray.tasks import checks
 from rlsf_ray.tasks.equality import AnswerChecker
 from rlsf_ray.tasks.sources import PromptSets
+from rlsf_ray.tasks.verdict import Verdict
 
 
 def trace(index: int, answer: str | None, probability: float, *, finished: bool = True) -> Trace:
@@ -204,3 +207,16 @@ def test_no_gold_answer_can_reach_the_map_or_the_guard(tiny: Path) -> None:
     confidences = [[s["calibrated"] for q in one["questions"] for s in q["samples"]] for one in found]
     assert confidences[0] == confidences[1]
     assert "gold" not in {field for record in (Group, Trace, Prompt) for field in record.__dataclass_fields__}
+
+
+def test_an_answer_whose_check_could_not_be_made_is_told_apart(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It counts as wrong in the accuracies, and its share stands beside them."""
+    monkeypatch.setitem(checks.CHECKS, "exact", lambda text, accepted: Verdict(None if text == "4" else False))
+    asked = [probe(f"p{i}", "4") for i in range(6)]
+    check = Check(kind="exact", data={"accepted": ["4"]})
+    asked = [replace(item, prompt=replace(item.prompt, check=check)) for item in asked]
+    found = evaluate.evaluate_version(Drawing(), PromptSets([], asked, []), tiny_config(tiny), 1)
+    samples = [sample for question in found["questions"] for sample in question["samples"]]
+    assert {(sample["answer"] == "4", sample["unchecked"]) for sample in samples} == {(True, True), (False, False)}
+    assert found["metrics"]["sampled_accuracy"] == 0.0
+    assert found["metrics"]["unchecked"] == np.mean([sample["answer"] == "4" for sample in samples])

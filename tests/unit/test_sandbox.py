@@ -66,6 +66,13 @@ def test_leaving_early_is_not_passing(source: str) -> None:
     assert run_tests(source, "assert False").right is False
 
 
+FORK = (  # the call below subprocess, of which no audit event tells
+    "import os, _posixsubprocess as p; a, b = os.pipe()\n"
+    "p.fork_exec([b'/usr/bin/touch', b'/tmp/rlsf-outside'], [b'/usr/bin/touch'], True, (), None, None, -1, -1, -1, -1,"
+    " -1, -1, a, b, False, False, -1, None, None, None, -1, None, False)"
+)
+
+
 @pytest.mark.parametrize(
     "source",
     [
@@ -84,12 +91,15 @@ def test_leaving_early_is_not_passing(source: str) -> None:
         "import shutil; shutil.rmtree('/tmp')",
         "import os; os.path.realpath = lambda p, **k: os.getcwd()\nopen('/etc/passwd')",
         "import sqlite3; sqlite3.connect('/tmp/outside.db')",
+        FORK,
+        "import sys; del sys.modules['_posixsubprocess']\n" + FORK,
     ],
 )
 def test_files_processes_and_the_network_are_out_of_reach(source: str) -> None:
     found = run_tests(source, "")
     assert found.right is False
     assert found.reason.startswith(("PermissionError", "ImportError")), found
+    assert not os.path.exists("/tmp/rlsf-outside")
 
 
 def test_files_of_other_kinds_cannot_be_made(tmp_path: Path) -> None:

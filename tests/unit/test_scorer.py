@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from tiny import tiny_config
 from rlsf_ray.engines.models import load_model
 from rlsf_ray.engines.scorer import Scorer, outcome
 from rlsf_ray.errors import InputError
+from rlsf_ray.records import Trace, Turn
 
 
 @pytest.fixture
@@ -91,3 +93,21 @@ def test_a_users_own_signal_is_found_by_its_path(tiny: Path) -> None:
 def test_a_users_own_signal_that_is_missing_is_an_input_error(tiny: Path) -> None:
     with pytest.raises(InputError, match="signal='own_parts:nothing' cannot be imported"):
         Scorer(tiny_config(tiny, signal="own_parts:nothing"))
+
+
+def test_a_trace_whose_check_could_not_be_made_is_not_learned_against(tiny: Path) -> None:
+    """Three tries: one passes, one fails, one was never checked. Of the last nothing is said."""
+
+    def tried(index: int, passed: float) -> Trace:
+        one = trace(index, str(index), 0.5)
+        turn = Turn(role="attempt", tokens=(0, len(one.token_ids)), text=one.text, answer=str(index), passed=passed)
+        return replace(one, turns=(turn,))
+
+    pairs = {"rule": "all_above", "min_chosen": 1.0, "same_answer": True}
+    made = Scorer(tiny_config(tiny, signal="passed", rollout={"name": "second_try"}, pairs=pairs))
+    scored, unknown = made.score(
+        [group(tried(0, np.nan), tried(1, 1.0), tried(2, 0.0)), group(tried(0, np.nan), tried(1, np.nan))]
+    )
+    made.close()
+    assert [(pair.chosen, pair.rejected) for pair in scored.pairs] == [(1, 2)]
+    assert unknown.reason == "check_failed"
