@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -39,11 +40,6 @@ class RunData:
     train: list[Json]  # by step
     stages: list[Json]
     last_traces: list[Json]  # of the last round
-
-    @property
-    def credited(self) -> tuple[str, ...]:
-        """Roles of the turns that learn; none: all."""
-        return self.config.advantages.turns if self.config.advantages else ()
 
     @property
     def ends(self) -> tuple[Json | None, Json | None]:
@@ -88,9 +84,11 @@ def _last_traces(store: RunStore) -> list[Json]:
     rounds = store.rounds("traces")
     if not rounds or store.config.rollout.name in ROLLOUT_NAMES:
         return []
-    columns = ["group_id", "prompt_id", "index", "turns", "score", "advantage", "reason"]
+    columns = ["group_id", "prompt_id", "trace_id", "index", "turns", "score", "advantage", "reason"]
     rows: list[Json] = store.read_table("traces", rounds[-1]).select(columns).to_pylist()
-    return rows
+    pairs = store.read_table("pairs", rounds[-1]).to_pylist()
+    sides = {side: Counter(pair[f"{side}_trace_id"] for pair in pairs) for side in ("chosen", "rejected")}
+    return [row | {side: count[row["trace_id"]] for side, count in sides.items()} for row in rows]
 
 
 def render(run: RunData, others: Sequence[RunData] = ()) -> str:
@@ -104,7 +102,7 @@ def render(run: RunData, others: Sequence[RunData] = ()) -> str:
         section("others", "Beside other runs", beside(lasts)),
         section("guard", "Signs of collapse", guard(run.vitals, run.summary.get("guard") or run.watched)),
         section("thought", "How it reasons", thought(run.evals)),
-        section("turns", "Turn by turn", turns(run.last_traces, run.credited)),
+        section("turns", "Turn by turn", turns(run.last_traces, run.config.advantages)),
         section("judges", "Live and frozen judge", judges(run.judged)),
         section("mix", "Between the base model and the adapter", mix(run.mix)),
         section("training", "Training", training(run.train, learned)),

@@ -19,6 +19,7 @@ from rlsf_ray.export import pair_messages
 from rlsf_ray.failures import find_failures
 from rlsf_ray.records import Json
 from rlsf_ray.report import write_report
+from rlsf_ray.report_parts import signed
 from rlsf_ray.rollouts.several import REFLECT, RETRY, VERIFY
 from rlsf_ray.run_store import RunStore
 from rlsf_ray.tasks.sources import load_sets
@@ -73,6 +74,9 @@ def test_the_report_shows_the_last_round_turn_by_turn(ended: tuple[RunStore, Jso
     assert section.count('class="turn reflection up"') > 0
     assert section.count('class="turn reflection down"') > 0
     assert 'class="turn attempt up"' not in section  # not credited
+    assert section.count(" tokens, masked") > 0
+    credit = signed(next(row["advantage"] for row in rows), 2)
+    assert f" tokens, {credit} each" in section
     assert rows[0]["prompt_id"] in section
     assert "First try" in page
     assert f"User: {escape(REFLECT)}" in section
@@ -141,6 +145,9 @@ def test_every_recipe_of_several_turns_trains(
 def test_pairs_of_several_turns_are_exported_turn_by_turn(tiny: Path, tmp_path: Path) -> None:
     loop.run(of_recipe("self_rewarding_correction", tiny, tmp_path), str(tmp_path / "run"))
     store = RunStore.open(str(tmp_path / "run"))
+    page = Path(write_report(store)).read_text()
+    assert " tokens, in the loss" in page
+    assert "rejected in 1" in page
     turns = {row["trace_id"]: row["turns"] for row in store.read_table("traces").to_pylist()}
     pairs = store.read_table("pairs").to_pylist()
     rows = pair_messages(store)
