@@ -67,3 +67,13 @@ def test_no_process_of_an_engine_outlives_a_stop_from_the_shell_or_of_the_job(
         code, output = sandbox.run(*end)
         assert code == 0, output
         _until(lambda: not engines(), GONE_S, engines)
+
+
+def test_sigterm_ends_the_engine_that_a_command_has_started(tmp_path: Path) -> None:
+    with Sandbox(tmp_path / "box") as sandbox:
+        settings = [part for setting in (*SETTINGS[:2], "data.calibration=0") for part in ("--set", setting)]
+        command = sandbox.start("rlsf", "eval", "smollm2", *settings)
+        command.until(lambda: any("VLLM::Worker" in line for line in sandbox.processes()), UP_S)
+        command.terminate()
+        command.wait(GONE_S)
+        _until(lambda: not any("VLLM" in line for line in sandbox.processes()), GONE_S, sandbox.processes)
