@@ -156,7 +156,7 @@ def test_open_without_a_run_and_unknown_protocols_are_input_errors(tmp_path):
         RunStore.open(str(tmp_path))
     with pytest.raises(InputError, match="nosuch://"):
         RunStore.open("nosuch://bucket/run")
-    with pytest.raises(InputError, match="empty text"):
+    with pytest.raises(InputError, match="must have a name"):
         RunStore.open(" ")
 
 
