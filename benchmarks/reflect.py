@@ -49,6 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("task", nargs="?", choices=TASKS, default="sums")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--go-on", action="store_true", help="take up what an earlier call has left")
     parser.add_argument("--table", action="store_true", help="write reflect.md from the committed results")
     parser.add_argument("--runs", type=Path, default=Path("runs/reflect"), help="where the run directories lie")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for trials: nothing is kept")
@@ -58,8 +59,9 @@ def main() -> None:
         print(PAGE.read_text())
         return
     folder = options.runs.absolute() / f"{options.task}-{options.seed}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    if not options.go_on:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
     kept = run_task(options.task, options.seed, folder, options.set)
     if not options.set:
         RESULTS.mkdir(parents=True, exist_ok=True)
