@@ -170,9 +170,10 @@ def run_cell(cell: str, runs: Path, *, anew: bool, to: Path = RESULTS) -> None:
         "questions": [_short(row) for row in result["questions"]],
     }
     to.mkdir(parents=True, exist_ok=True)
-    half_made = (to / path_of(cell).name).with_suffix(".tmp")
+    file = to / path_of(cell).name
+    half_made = file.with_suffix(".tmp")
     half_made.write_text(json.dumps(kept) + "\n")
-    half_made.replace(to / path_of(cell).name)
+    half_made.replace(file)
 
 
 def measure(config: RunConfig, run: Path | None) -> Json:

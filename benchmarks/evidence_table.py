@@ -27,7 +27,6 @@ CONFIDENCES = (
     "answered",
     "vote_share",
 )
-SURE = 0.8  # of `rlsf answer`
 
 
 def write_table(folder: Path) -> Json:
@@ -162,7 +161,12 @@ def _right(question: Json, kind: str) -> float:
     if kind == "sampled":
         return float(np.mean([sample["right"] for sample in samples]))
     winner, _ = voting.majority([sample["label"] for sample in samples])
-    return float(winner >= 0 and next(sample["right"] for sample in samples if sample["label"] == winner))
+    return _is_right(samples, winner)
+
+
+def _is_right(samples: Sequence[Json], label: int) -> float:
+    """Of an answer that was elected; -1: none was."""
+    return float(label >= 0 and next(sample["right"] for sample in samples if sample["label"] == label))
 
 
 def confidence_of(cells: Sequence[Json]) -> Json:
@@ -207,12 +211,12 @@ def _voted(questions: Sequence[Json], *, one_by_one: bool) -> Json:
     told = []
     for question in questions:
         samples, most = question["samples"], len(question["samples"])
-        for upto in (*(size for size in voting.ROUNDS if one_by_one and size < most), most):
+        for upto in voting.rounds(most) if one_by_one else [most]:
             seen = samples[:upto]
             label, *vote = voting.calibrated([s["label"] for s in seen], [s["calibrated"] for s in seen])
-            if voting.settled((vote[0], vote[1]), upto, sure=SURE, most=most):
+            if voting.settled((vote[0], vote[1]), upto, sure=voting.SURE, most=most):
                 break
-        told.append((vote[0], float(label >= 0 and next(s["right"] for s in seen if s["label"] == label))))
+        told.append((vote[0], _is_right(seen, label)))
     confidence, right = np.array(told).T
     return {kind: statistic(confidence, right) for kind, statistic in STATISTICS.items()}
 

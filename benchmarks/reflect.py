@@ -100,13 +100,12 @@ def run_task(task: str, seed: int, folder: Path, changes: list[str]) -> Json:
 def train(config: RunConfig, run: Path) -> tuple[Json, Json, Json]:
     """(metrics before, after, how the prompts ended). Where no reflection ever helped, nothing changes."""
     try:
-        summary = loop.run(config, str(run))
-        return summary["before"], summary["after"], summary["accounting"]
+        loop.run(config, str(run))
     except NoPairsError as error:
         print(f"nothing to learn from: {error}", flush=True)
     store = RunStore.open(str(run))
-    base = store.read_json("eval/version-0000.json")["metrics"]
-    return base, base, Ledger.from_json(store.read_json("state.json")["ledger"]).totals()
+    before, after = (store.read_json(f"eval/version-{v:04d}.json") for v in (0, max(store.versions(), default=0)))
+    return before["metrics"], after["metrics"], Ledger.from_json(store.read_json("state.json")["ledger"]).totals()
 
 
 def settings_of(task: str, folder: Path) -> list[str]:

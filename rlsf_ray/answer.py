@@ -73,7 +73,7 @@ class Answerer:
         self._engine.close()
 
     def __call__(
-        self, questions: Sequence[str], *, sure: float = 0.8, least: float = 0.0, most: int = 8
+        self, questions: Sequence[str], *, sure: float = voting.SURE, least: float = 0.0, most: int = 8
     ) -> list[Reply]:
         """One reply a question. A question is settled at confidence `sure`, when no further trace could change the
         vote, or after `most` traces; below `least` the reply abstains. `sure` and `least` lie in [0, 1].
@@ -85,7 +85,7 @@ class Answerer:
         written: list[list[Trace]] = [[] for _ in prompts]
         with AnswerChecker() as checker:
             votes = [_vote([], self._map, checker) for _ in prompts]
-            for upto in (*(size for size in voting.ROUNDS if size < most), most):
+            for upto in voting.rounds(most):
                 going = [
                     i for i, v in enumerate(votes) if not voting.settled(v[1:], len(written[i]), sure=sure, most=most)
                 ]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import signal
 import sys
 import threading
@@ -310,7 +309,7 @@ def _run(config: RunConfig, name: str | None, root: str, address: str | None) ->
     check_input(config)
     from rlsf_ray import service  # heavy, and not needed to refuse bad input
 
-    run_name = re.sub(r"[^A-Za-z0-9._+=-]", "_", f"{config.recipe}-seed{config.seed}") if name is None else name
+    run_name = config.default_name if name is None else name
     setup_logging("driver", run_name)
     console = make_console()
     with Progress(console) as progress:

@@ -6,6 +6,7 @@ Importing this module needs neither torch nor Ray, so that a mistake is found be
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
@@ -29,6 +30,8 @@ from rlsf_ray.config_sections import (
     nearest,
     one_of,
 )
+
+NAME_CHARACTERS = "A-Za-z0-9._+=-"  # of a run's name, as a class of a regular expression
 
 
 class RunConfig(Section):
@@ -58,6 +61,11 @@ class RunConfig(Section):
     guard: Annotated[
         Literal["off", "warn", "stop", "roll_back"], BeforeValidator(lambda v: "off" if v is False else v)
     ] = "roll_back"
+
+    @property
+    def default_name(self) -> str:
+        """Of a run that is given none."""
+        return re.sub(f"[^{NAME_CHARACTERS}]", "_", f"{self.recipe}-seed{self.seed}")
 
     @property
     def probe_prompts_per_call(self) -> int:

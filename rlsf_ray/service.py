@@ -20,7 +20,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from actors.job import NAMESPACE, Job, source_hash
 from actors.spawn import nodes_without, spawn_coordinator
-from rlsf_ray.config import RunConfig
+from rlsf_ray.config import NAME_CHARACTERS, RunConfig
 from rlsf_ray.errors import DeadlineError, DrainedError, InputError, RlsfError, ServiceError
 from rlsf_ray.memory import PeakMemory
 from rlsf_ray.placement import gpu_shares, marks, placed
@@ -57,10 +57,11 @@ def run(
     if summary is not None:
         return summary
     with _connected(address) as embedded, _Signals() as signals:  # Ray sets a handler of its own when it connects
-        shares = _check_size(config)  # before the config is written: the cure may be another config
+        resources = _resources()
+        shares = _check_size(config, resources)  # before the config is written: the cure may be another config
         store = RunStore.create_or_resume(root, config)
         _check_shared(store)
-        job = Job(run=run_name, root=store.root, source=source_hash(), gpus=shares, marks=marks(_resources()))
+        job = Job(run=run_name, root=store.root, source=source_hash(), gpus=shares, marks=marks(resources))
         coordinator = _join(job)
         if not embedded:
             return _follow(coordinator, run_name, signals, on_status, wait_for_drain=False)
@@ -70,7 +71,7 @@ def run(
 
 def check_run_name(name: str) -> None:
     """Raises InputError for a name that would leave the folder of runs, or that Ray would read as a path."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,99}", name):
+    if not re.fullmatch(rf"[A-Za-z0-9][{NAME_CHARACTERS}]{{0,99}}", name):
         raise InputError(
             f"--run: expected up to 100 letters, digits and ._+=- that begin with a letter or digit, got {name!r};"
             " choose another name"
@@ -148,9 +149,8 @@ def _knock(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
 
 
-def _check_size(config: RunConfig) -> dict[str, float]:
-    """Each pool's share of the GPUs. Raises InputError if the cluster is too small."""
-    resources = _resources()
+def _check_size(config: RunConfig, resources: Mapping[str, float]) -> dict[str, float]:
+    """Each pool's share of the GPUs. Raises InputError if the cluster, which has these resources, is too small."""
     shares = gpu_shares(config, resources.get("GPU", 0.0))
     missing = missing_resources(placed(config, shares), resources)
     if missing:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-ROUNDS = (1, 2, 4, 8, 16)  # traces that an answer has been put to by the end of each round, up to what it may take
+SURE = 0.8  # a confidence that needs no further trace, unless told otherwise
 Labels = Sequence[int] | NDArray[np.int_]
 Weights = Sequence[float] | NDArray[np.float64]
 
@@ -53,6 +53,11 @@ def calibrated(labels: Labels, alone: Weights) -> tuple[int, float, float]:
     sums = tally(labels, alone)
     ahead = sums[winner] - max((value for label, value in sums.items() if label != winner), default=0.0)
     return winner, sums[winner] / len(labels), ahead
+
+
+def rounds(most: int) -> list[int]:
+    """How many traces an answer has been put to by the end of each round: twice as many each time, up to `most`."""
+    return [size for size in (1, 2, 4, 8, 16) if size < most] + [most]
 
 
 def settled(vote: tuple[float, float], traces: int, *, sure: float, most: int) -> bool:

@@ -19,7 +19,7 @@ from rlsf_ray.algorithms.answers import normalise
 from rlsf_ray.errors import InputError
 from rlsf_ray.records import Check, Json, ProbePrompt, Prompt
 from rlsf_ray.tasks.equality import AnswerChecker
-from rlsf_ray.tasks.sandbox import run_tests
+from rlsf_ray.tasks.sandbox import check_tests, run_tests
 from rlsf_ray.tasks.verdict import Verdict
 
 LONGEST = 2000  # characters of a text that is read as code
@@ -154,13 +154,7 @@ def fits_schema(text: str, schema: Json) -> Verdict:
     A pattern that takes longer than PATTERN_S on a text breaks the check, and holds up nobody (one for the names of
     properties has no such limit).
     """
-    import jsonschema
-
-    kind = jsonschema.validators.extend(jsonschema.validators.validator_for(schema), {"pattern": _pattern})
-    try:
-        kind.check_schema(schema)
-    except jsonschema.SchemaError as error:
-        raise InputError(f"not a JSON Schema: {error.message}; correct it") from error
+    kind = _validator(schema)
     found = list(_json_values(text))
     if not found:
         return Verdict(False, "no JSON")
@@ -197,8 +191,8 @@ _DATA: dict[str, tuple[str, Callable[[Mapping[str, Any]], bool]]] = {
     ),
     "exact": ("`accepted`, a list of texts", lambda data: _texts(data["accepted"])),
     "function_call": ("`expected`, a list of one call", lambda data: _one_call(data["expected"])),
-    "schema": ("`schema`, a JSON Schema", lambda data: _is_schema(data["schema"])),
-    "code": ("`tests`, Python code", lambda data: _is_python(data["tests"])),
+    "schema": ("`schema`, a JSON Schema", lambda data: _accepts(_validator, data["schema"])),
+    "code": ("`tests`, Python code", lambda data: _accepts(check_tests, data["tests"])),
 }
 LABELS = ("exact", "function_call")  # kinds whose data hold the wanted answer
 
@@ -222,22 +216,25 @@ def _one_call(found: Any) -> bool:
     return len(calls) == 1 and isinstance(calls[0], Mapping) and len(calls[0]) == 1
 
 
-def _is_schema(found: Any) -> bool:
+def _accepts(check: Callable[[Any], object], found: Any) -> bool:
+    """Does `check` raise no InputError?"""
+    try:
+        check(found)
+    except InputError:
+        return False
+    return True
+
+
+def _validator(schema: Any) -> Any:
+    """jsonschema's class for a schema, with a deadline for patterns. Raises InputError for what is no JSON Schema."""
     import jsonschema
 
     try:
-        jsonschema.validators.validator_for(found).check_schema(found)
-    except (jsonschema.SchemaError, AttributeError, TypeError):
-        return False
-    return True
-
-
-def _is_python(found: Any) -> bool:
-    try:
-        compile(found, "<tests>", "exec")
-    except (SyntaxError, ValueError, TypeError):
-        return False
-    return True
+        kind = jsonschema.validators.validator_for(schema)
+        kind.check_schema(schema)
+    except (jsonschema.SchemaError, AttributeError, TypeError) as error:
+        raise InputError(f"not a JSON Schema: {getattr(error, 'message', error)}; correct it") from error
+    return jsonschema.validators.extend(kind, {"pattern": _pattern})
 
 
 def _pattern(validator: Any, pattern: str, instance: Any, schema: Json) -> Iterator[Any]:

@@ -95,16 +95,21 @@ main()
 """
 
 
+def check_tests(tests: str) -> None:
+    """Raises InputError for tests that are not Python."""
+    try:
+        compile(tests, "<tests>", "exec")
+    except (SyntaxError, ValueError, TypeError) as error:
+        raise InputError(f"the tests of a check of code are not Python: {error}; correct them") from error
+
+
 def run_tests(source: str, tests: str, *, seconds: float = SECONDS, megabytes: int = MEGABYTES) -> Verdict:
     """Does `source` run, and `tests` (assertions) after it? Wrong: an error of either, reported by its name.
 
     A run that does not begin or end in time, or that the kernel ends, is no wrong answer: `right` is None. Raises
     InputError for tests that are not Python.
     """
-    try:
-        compile(tests, "<tests>", "exec")
-    except (SyntaxError, ValueError) as error:
-        raise InputError(f"the tests of a check of code are not Python: {error}; correct them") from error
+    check_tests(tests)
     secret, (reading, writing) = secrets.token_hex(16), os.pipe()
     with tempfile.TemporaryDirectory(prefix="rlsf-check-") as folder:
         orders = {
