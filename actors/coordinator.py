@@ -7,26 +7,32 @@ import logging
 import threading
 import time
 from contextlib import ExitStack, suppress
-from typing import Any
+from typing import Any, Literal
 
 import ray
 
 from actors.job import Job, check_source
 from actors.journal import Journal
+from actors.notices import Notices
 from actors.rounds import Rounds
 from actors.spawn import Crew
 from actors.watch import Watch, plain
 from rlsf_ray.errors import DrainedError, RlsfError, ServiceError
 from rlsf_ray.records import Json
+from rlsf_ray.stream.limits import Limits
 from rlsf_ray.stream.run_state import RunState
 
 logger = logging.getLogger(__name__)
 
+Word = Literal["go on", "wait", "stop"]
+
 STOP_S = 14.0  # the trainer may take so long to end its step
+BEGIN_S = 45.0  # or so long to begin: before, nobody knows the placement group that it must not leave behind
 REMOVE_S = 5.0  # and the actors so long to disappear: together under the promised 20 s
 LINGER_S = 10.0  # how long the outcome waits for a driver to read it
 LEAVE_S = 2.0  # for the answer to be on its way
 ALONE_S = 60.0  # how long a coordinator that no driver has started stays
+LOOK_S = 1.0  # how often limits are looked at and news are told
 
 
 class Coordinator:
@@ -36,7 +42,7 @@ class Coordinator:
         self._job = job
         self._work: asyncio.Task[None] | None = None
         self._leaving: asyncio.Task[None] | None = None
-        self._ended, self._read = asyncio.Event(), asyncio.Event()
+        self._ended, self._read, self._trainer_began = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._summary: Json | None = None
         self._error: RlsfError | None = None
         self._state: RunState | None = None
@@ -44,6 +50,7 @@ class Coordinator:
         self._rounds: Rounds | None = None
         self._crew: Crew | None = None
         self._watch: Watch | None = None
+        self._limits, self._notices, self._in_haste = Limits(), Notices(job.run, None), False
         self._lock = ExitStack()  # of the run directory
         self._idle_cpu_s = time.process_time()  # spent on imports, before any work
         self._alone = threading.Timer(ALONE_S, self._give_up)  # no event loop runs yet
@@ -55,14 +62,19 @@ class Coordinator:
         if self._work is None:
             ray.kill(self._job.actor("coordinator"))
 
-    async def start(self, source: str) -> None:
-        """Begin the run; joining one that has begun changes nothing. Raises ServiceError if the sources differ."""
+    async def start(self, source: str, limits: Limits, webhook: str | None) -> None:
+        """Begin the run, or join one that has begun, whose limits are these from now on.
+
+        Raises ServiceError if the sources differ.
+        """
         try:
             check_source(source, f"the coordinator of run {self._job.run}")
         except ServiceError:
             self._leaving = asyncio.create_task(self._leave(LEAVE_S))
             raise
+        self._limits = limits
         if self._work is None:
+            self._notices = Notices(self._job.run, webhook)
             self._alone.cancel()
             self._stop: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._work = asyncio.create_task(self._run())
@@ -84,9 +96,31 @@ class Coordinator:
         self._read.set()
         return self._summary, self._error
 
-    async def drain(self) -> None:
-        """Stop soon, resumable. Returns at once; `outcome` tells when it is done."""
+    async def drain(self, now: bool = False) -> None:
+        """Stop soon, resumable; `now`: without waiting for the optimiser step. `outcome` tells when it is done."""
+        self._in_haste = self._in_haste or now
         self._end(DrainedError(f"run {self._job.run} was asked to stop; the same command resumes it"))
+
+    async def hold(self, held: bool) -> None:
+        """Pause: no batch and no optimiser step begins; or go on. Raises ServiceError if the run is not going on."""
+        state, rounds = self._going_on()
+        rounds.hold(held)
+        logger.info("%s by an operator", "paused" if held else "resumed")
+        state.state = "paused" if held else "running"
+
+    async def roll_back(self, version: int) -> None:
+        """End the run on the content of an older version. Raises ServiceError or InputError where that cannot be."""
+        state, rounds = self._going_on()
+        state.ask_back(version)
+        logger.info("an operator wants to go back to version %d", version)
+        state.state = "running"
+        rounds.go_back()
+
+    def _going_on(self) -> tuple[RunState, Rounds]:
+        if self._state is None or self._rounds is None or self._stop.done() or self._ended.is_set():
+            when = "ends" if self._work is not None and self._state is not None else "has not begun"
+            raise ServiceError(f"run {self._job.run} {when}; expected one that goes on; see `rlsf status`")
+        return self._state, self._rounds
 
     async def train_failed(self, error: RlsfError) -> None:
         """A training worker met an error that no retry can cure."""
@@ -96,6 +130,7 @@ class Coordinator:
         """The trainer has begun, from the checkpoint of `record` or from nothing."""
         if self._crew is not None and self._rounds is not None:
             self._crew.remember(placement_group)
+            self._trainer_began.set()
             self._rounds.committed(record, boxed)
 
     async def committed(self, record: Json, boxed: list[Any]) -> None:
@@ -103,13 +138,19 @@ class Coordinator:
         if self._rounds is not None:
             self._rounds.committed(record, boxed)
 
-    async def stepped(self, done: Json, step: int) -> bool:
-        """One optimiser step is done (`done`: its stage event); returns whether to go on."""
+    async def stepped(self, done: Json, step: int) -> Word:
+        """One optimiser step is done (`done`: its stage event)."""
         if self._state is not None and self._watch is not None and self._journal is not None:
             self._state.counts["steps"] = step
             self._watch.moved()
             self._journal.record(done)
-        return not self._stop.done() and (self._rounds is None or self._rounds.may_train)
+        return await self.word()
+
+    async def word(self) -> Word:
+        """What the trainer is to do next."""
+        if self._stop.done() or (self._rounds is not None and not self._rounds.may_train):
+            return "stop"
+        return "wait" if self._rounds is not None and self._rounds.held else "go on"
 
     def _end(self, error: RlsfError) -> None:
         if self._work is not None and not self._stop.done():
@@ -128,6 +169,9 @@ class Coordinator:
             self._error = self._error or ServiceError(f"clean-up failed: {error}; see the coordinator's log")
         finally:
             self._lock.close()
+        if self._state is not None:
+            self._notices.tell([*self._state.news, {"event": self._state.state, "text": self._state.last_words}])
+        await self._notices.ended()
         self._ended.set()
         with suppress(TimeoutError):
             await asyncio.wait_for(self._read.wait(), LINGER_S)
@@ -152,8 +196,21 @@ class Coordinator:
         self._watch = Watch(store.config.cluster.deadline_s)
         self._crew = await asyncio.to_thread(Crew, self._job, store.config)
         self._rounds = Rounds(store, self._state, self._journal, self._crew, self._watch)
-        await self._rounds.run(self._stop)
+        supervision = asyncio.create_task(self._supervise(self._state))
+        try:
+            await self._rounds.run(self._stop)
+        finally:
+            supervision.cancel()
         return await self._finish(self._state, self._journal, self._crew, self._watch)
+
+    async def _supervise(self, state: RunState) -> None:
+        """Tell what is new, and drain the run at a limit."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            news, state.news = state.news, []
+            self._notices.tell(news)
+            if reached := self._limits.reached(state.seconds, state.counts["tokens"]):
+                self._end(DrainedError(f"run {self._job.run} {reached}; the same command with a higher limit resumes"))
 
     async def _finish(self, state: RunState, journal: Journal, crew: Crew, watch: Watch) -> Json:
         """Have the summary, with what control has cost in this life of the run, and the report written."""
@@ -184,4 +241,9 @@ class Coordinator:
         self._end(DrainedError("the run ends"))  # `stepped` says no from now on
         crew.stop_generating()
         crew.buffer.close.remote()
-        await asyncio.wait({asyncio.ensure_future(fit)}, timeout=STOP_S)
+        fitted = asyncio.ensure_future(fit)
+        began = asyncio.create_task(self._trainer_began.wait())
+        await asyncio.wait({fitted, began}, timeout=BEGIN_S, return_when=asyncio.FIRST_COMPLETED)
+        began.cancel()
+        if not self._in_haste:
+            await asyncio.wait({fitted}, timeout=STOP_S)

@@ -19,6 +19,7 @@ from rlsf_ray.logs import setup_logging
 from rlsf_ray.placement import placed
 from rlsf_ray.records import Json
 from rlsf_ray.run_store import RunStore
+from rlsf_ray.storage import Storage
 
 NAMESPACE = "rlsf"
 
@@ -45,7 +46,8 @@ class Job:
 
         Raises ServiceError if this process runs other source than the driver.
         """
-        setup_logging(role, self.run)
+        storage = Storage(self.root)
+        setup_logging(role, self.run, root=storage.root if storage.local else None)
         check_source(self.source, role)
         if threads is not None:
             import torch

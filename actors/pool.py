@@ -61,6 +61,11 @@ class GeneratorPool:
         for name in self._fleet.names(State.READY):
             self.start_task(self._load(name, version))
 
+    def hold(self, held: bool) -> None:
+        """Hand out no more work, or all that has waited; what is being written is ended."""
+        self._fleet.held = held
+        self._hand_out()
+
     async def call(
         self, method: str, *args: Any, priority: tuple[int, ...], least_version: int, version: int | None = None
     ) -> tuple[Any, Json]:

@@ -36,14 +36,16 @@ class Rounds:
         self._config = store.config
         cluster = self._config.cluster
         self._size = cluster.prompts_per_call
-        self._slots = MOST_SLOTS[self._config.engine]
-        wanted = (self._slots + 1) * cluster.generators.count + cluster.scorers.count
+        slots = MOST_SLOTS[self._config.engine]
+        self._pool = GeneratorPool(crew.generators, watch, cluster.attempts, self._start, self._swapped, slots)
+        wanted = (slots + 1) * cluster.generators.count + cluster.scorers.count
         self._permits = asyncio.Semaphore(min(wanted, SCORER_THREADS))  # all may meet at one scorer
         self._queued = dict.fromkeys(crew.scorers, 0)  # batches at each scorer
         self._commits: asyncio.Queue[tuple[Json | None, list[Any]]] = asyncio.Queue()
         self._trainer_at: int | None = None  # the round that the trainer goes on with
         self.fit: Any = None
         self.may_train = True
+        self.held = False  # paused: nothing new begins
 
     async def run(self, stop: asyncio.Future[None]) -> None:
         """Every round that is left, then the last version's measure. `stop` ends it at any moment by its exception.
@@ -93,7 +95,7 @@ class Rounds:
     async def _roll_back(self) -> None:
         """Stop training, and make the last good version's weights the run's last version."""
         self.may_train = False
-        good = self._state.guard.last_good
+        good = self._state.last_good
         self._say(f"going back to version {good}")
         if self.fit is None:  # an earlier life of the run has come so far
             await self._prepare()
@@ -108,6 +110,17 @@ class Rounds:
             await self._journal.save()
         await self._pool.prepare(self._state.admission.newest)
 
+    def hold(self, held: bool) -> None:
+        """Let nothing new begin, or go on."""
+        self.held = held
+        self._watch.hold(held)
+        self._pool.hold(held)
+
+    def go_back(self) -> None:
+        """End the rounds, as if the guard had said so."""
+        self.hold(False)
+        self._start(_collapse())
+
     def committed(self, record: Json | None, boxed: list[Any]) -> None:
         """A checkpoint is saved, or (with `record` None) the trainer begins without one."""
         self._commits.put_nowait((record, boxed))
@@ -118,8 +131,6 @@ class Rounds:
         answer, crew, admission = self._watch.answer, self._crew, self._state.admission
         ended = admission.rounds_ended
         await answer(crew.weights.prepare.remote(), "weight_store")  # generators ask it for weights
-        attempts = self._config.cluster.attempts
-        self._pool = GeneratorPool(crew.generators, self._watch, attempts, self._start, self._swapped, self._slots)
         _, recovered, (self._train, probe, calibration) = await asyncio.gather(
             self._pool.prepare(admission.newest),
             answer(crew.buffer.prepare.remote(ended, self._without(ended)), "pair_buffer"),
@@ -308,6 +319,7 @@ class Rounds:
         self._state.committed(round, version, record["sequences"], record["vitals"], dict(record["left_out"]))
         await self._journal.save()
         await self._watch.answer(self._crew.buffer.end_rounds.remote(round + 1), "pair_buffer")
+        logger.info("round %d is over: %s", round + 1, "the reward model" if version is None else f"version {version}")
         if version is not None:
             self._pool.publish(version)
             if self.may_train:
@@ -315,6 +327,10 @@ class Rounds:
 
     def _say(self, message: str) -> None:
         self._state.message = message
+
+
+async def _collapse() -> None:
+    raise Collapse
 
 
 async def _forward(stop: asyncio.Future[None]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +20,7 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
+from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util import get_current_placement_group
 
 from actors.cores import Cores, give_memory_back
@@ -36,6 +38,7 @@ from rlsf_ray.vitals import training_vitals
 logger = logging.getLogger(__name__)
 
 WAIT_S = 5.0  # rank 0 tells the others "nothing yet" this often, which keeps collectives far from their time-out
+HOLD_S = 1.0  # a paused run is asked again this often
 TELL_S = 60.0  # for the coordinator to hear of an error
 WIDE = 3.0  # times the engine's noise: a gap of log-probs that weights which should be equal do not explain
 LEASE = 16  # groups a lease may hold
@@ -43,7 +46,7 @@ STATE_FILE, RECORD_FILE = "learner.safetensors", "record.json"
 
 
 class Commit(ray.train.UserCallback):
-    """Tells the coordinator that a checkpoint is saved. Runs in Ray Train's controller.
+    """Tells the coordinator that a checkpoint is saved, and hears that the run ends. Runs in Ray Train's controller.
 
     `ray.train.report` returns before the checkpoint is registered, so rank 0 cannot say this.
     """
@@ -54,6 +57,15 @@ class Commit(ray.train.UserCallback):
     def after_report(self, run_context: Any, metrics: list[Json], checkpoint: Any) -> None:
         if checkpoint is not None:
             self._job.actor("coordinator").committed.remote(metrics[0], [checkpoint])
+
+    def after_exception(self, run_context: Any, worker_exceptions: Any) -> None:
+        """Where the run ends, end this process before it starts its workers again: nobody would remove these."""
+        try:
+            ends = ray.get(self._job.actor("coordinator").word.remote(), timeout=TELL_S) == "stop"
+        except (ValueError, RayActorError, GetTimeoutError):  # the coordinator is gone
+            ends = True
+        if ends:
+            os._exit(1)
 
 
 def train_fn(settings: Json) -> None:
@@ -208,9 +220,16 @@ class Worker:
             self._look_at_gap(step, report.logprob_gap)
             tokens = sum(group.num_tokens for group in step)
             done = event("trainer", "trainer-0", "train", round, start, tokens)
-            go_on = self._coordinator.stepped.remote(done, report.step)
-            if not ray.get(go_on, timeout=self._config.cluster.deadline_s):
-                raise DrainedError("the run is draining")
+            self._obey(self._coordinator.stepped.remote(done, report.step))
+
+    def _obey(self, answer: Any) -> None:
+        """Wait while the run is paused. Raises DrainedError if it is to end."""
+        while (word := ray.get(answer, timeout=self._config.cluster.deadline_s)) == "wait":
+            self._send(("nothing yet",))
+            time.sleep(HOLD_S)
+            answer = self._coordinator.word.remote()
+        if word == "stop":
+            raise DrainedError("the run is draining")
 
     def _look_at_gap(self, step: Sequence[TrainingGroup], gap: float) -> None:
         """Warn if the generators' log-probs are far from ours under weights that should be the same."""

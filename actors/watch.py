@@ -18,6 +18,8 @@ RETRY_S = 0.3  # a restarting actor is asked again this often
 class Watch:
     """Deadlines of one run. `moved` says that something happened, and lets `until` look again.
 
+    While the run is `held`, nothing has to move.
+
     Waits are bounded by `asyncio.timeout` and not by `wait_for`: that of Python 3.11 drops a cancellation that comes in
     the moment in which the awaited thing is done, and the failure of another task would be heard at the deadline only.
     """
@@ -25,7 +27,17 @@ class Watch:
     def __init__(self, deadline_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.deadline_s, self._clock = deadline_s, clock
         self._moved_at = clock()
+        self._held = False
         self._event = asyncio.Event()
+
+    def hold(self, held: bool) -> None:
+        """Let the run stand still, or count again from now."""
+        self._held = held
+        self.moved()
+
+    def _remaining_s(self) -> float:
+        """Until something has to have moved."""
+        return self.deadline_s - (0.0 if self._held else self._clock() - self._moved_at)
 
     def moved(self) -> None:
         """Something made progress."""
@@ -48,7 +60,7 @@ class Watch:
         future = asyncio.ensure_future(call)
         try:
             while not future.done():
-                remaining_s = self.deadline_s - (self._clock() - self._moved_at)
+                remaining_s = self._remaining_s()
                 if remaining_s <= 0:
                     raise self.late(who, "has not answered and nothing else has moved")
                 await asyncio.wait({future}, timeout=remaining_s)
@@ -60,7 +72,7 @@ class Watch:
         """Return once `ready()`; looked at after each `moved`."""
         while not ready():
             event = self._event
-            remaining_s = self.deadline_s - (self._clock() - self._moved_at)
+            remaining_s = self._remaining_s()
             if remaining_s <= 0:
                 raise self.late(who, "has not answered and nothing else has moved")
             with suppress(TimeoutError):
@@ -69,7 +81,7 @@ class Watch:
 
     async def pause(self, who: str) -> None:
         """Before a broken actor is asked again. Raises DeadlineError if nothing in the run has moved for too long."""
-        if self._clock() - self._moved_at > self.deadline_s:
+        if self._remaining_s() < 0:
             raise self.late(who, "has been unavailable and nothing else has moved")
         await asyncio.sleep(RETRY_S)
 

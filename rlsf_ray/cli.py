@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rlsf_ray.cli_operations import operations
 from rlsf_ray.cli_options import (
     Address,
     Name,
     Recipe,
     Root,
     Run,
-    RunName,
     Seed,
     Set,
     Version,
@@ -39,11 +39,19 @@ from rlsf_ray.cli_options import (
     read_alphas,
 )
 from rlsf_ray.errors import InputError, RlsfError
+from rlsf_ray.stream.limits import NO_LIMITS, Limits
 
 if TYPE_CHECKING:
     from rlsf_ray.config import RunConfig
     from rlsf_ray.records import Json
     from rlsf_ray.run_store import RunStore
+
+MaxHours = Annotated[
+    float | None, typer.Option(min=0, metavar="HOURS", help="Drain a run that has taken so long, over all its lives.")
+]
+MaxTokens = Annotated[
+    int | None, typer.Option(min=1, metavar="TOKENS", help="Drain a run that has written so many to learn from.")
+]
 
 app = typer.Typer(
     help="A language model improves itself from its own feedback, spread over a Ray cluster.",
@@ -51,6 +59,9 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+
+app.add_typer(operations)
 
 
 class What(StrEnum):
@@ -69,9 +80,11 @@ def run(
     root: Root = "runs",
     address: Address = None,
     seed: Seed = None,
+    max_hours: MaxHours = None,
+    max_tokens: MaxTokens = None,
 ) -> None:
     """Run a recipe; the same command again resumes it."""
-    _run(load(recipe, set_, seed), name, root, address)
+    _run(load(recipe, set_, seed), name, root, address, Limits(hours=max_hours, tokens=max_tokens))
 
 
 @app.command()
@@ -98,7 +111,7 @@ def plan(recipe: Recipe, set_: Set = None, address: Address = None, seed: Seed =
     if not address:
         print(describe(checked, local_resources(), "this machine"))
     else:
-        from rlsf_ray.service import cluster_resources
+        from rlsf_ray.operate import cluster_resources
 
         print(describe(checked, cluster_resources(address), f"the cluster at {address}"))
 
@@ -210,30 +223,6 @@ def failures(
 
 
 @app.command()
-def status(run: RunName, address: Address = None) -> None:
-    """Show how far a running run is."""
-    from rlsf_ray import service
-    from rlsf_ray.progress import line, panel
-
-    console, found = make_console(), service.status(run, address)
-    console.print(
-        panel(found) if console.is_terminal else line(found), highlight=False, soft_wrap=not console.is_terminal
-    )
-    if not console.is_terminal:
-        counts = found.get("accounting") or {}
-        print("accounting: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
-
-
-@app.command()
-def stop(run: RunName, address: Address = None) -> None:
-    """Ask a running run to drain: it ends its optimiser step, drops the batches in flight, and can be resumed."""
-    from rlsf_ray import service
-
-    service.stop(run, address)
-    print(f"{run} drains; the same `rlsf run` resumes it")
-
-
-@app.command()
 def report(
     run: Run,
     beside: Annotated[
@@ -301,7 +290,7 @@ def exit_on_sigterm() -> None:
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
-def _run(config: RunConfig, name: str | None, root: str, address: str | None) -> None:
+def _run(config: RunConfig, name: str | None, root: str, address: str | None, limits: Limits = NO_LIMITS) -> None:
     from rlsf_ray.logs import setup_logging
     from rlsf_ray.plan import check_input
     from rlsf_ray.progress import Progress, print_before_after
@@ -314,7 +303,15 @@ def _run(config: RunConfig, name: str | None, root: str, address: str | None) ->
     console = make_console()
     with Progress(console) as progress:
         folder = f"{absolute(root)}/{run_name}"
-        summary = service.run(config, root=folder, run_name=run_name, address=address, on_status=progress)
+        summary = service.run(
+            config,
+            root=folder,
+            run_name=run_name,
+            address=address,
+            on_status=progress,
+            limits=limits,
+            webhook=os.environ.get("RLSF_WEBHOOK"),
+        )
     print_before_after(console, summary)
     _print_costs(summary)
     print(f"run directory: {folder}\n  summary: {folder}/summary.json\n  report:  {folder}/report.html")

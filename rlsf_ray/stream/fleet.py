@@ -55,6 +55,7 @@ class Fleet:
         self._most_slots = most_slots
         self._waiting: list[Ticket] = []
         self._tickets = 0
+        self.held = False  # no work is handed out
 
     def ready(self, name: str, version: int) -> None:
         """`name` has loaded and proved `version`."""
@@ -87,7 +88,9 @@ class Fleet:
 
     def match(self) -> list[tuple[Ticket, Replica]]:
         """Hand out all work that can start now; it takes its slots from here until `release`."""
-        matched = []
+        matched: list[tuple[Ticket, Replica]] = []
+        if self.held:
+            return matched
         for ticket in sorted(self._waiting):
             replica = self._free(ticket.least_version)
             if replica is not None:

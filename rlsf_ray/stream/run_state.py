@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from time import time
 
 from rlsf_ray.config import RunConfig
-from rlsf_ray.errors import DrainedError, GuardError, NoPairsError, RlsfError, ServiceError
+from rlsf_ray.errors import DrainedError, GuardError, InputError, NoPairsError, RlsfError, ServiceError
 from rlsf_ray.records import Json, Outcome
 from rlsf_ray.stream.admission import Admission
 from rlsf_ray.stream.guard import Action, Guard, Vitals, low_entropy
@@ -37,8 +37,10 @@ class RunState:
         self.guard = Guard(saved.get("guard", ()))
         self._training_vitals: dict[str, Json] = dict(saved.get("training_vitals", {}))
         self.verdicts: list[Json] = list(saved.get("verdicts", ()))  # of the guard, where it had something to say
+        self.asked_back: int | None = saved.get("asked_back")  # the version that somebody wants to go back to
         self.rolled_back: Json | None = saved.get("rolled_back")  # {"from", "to", "version"}
         self.swaps: dict[str, Json] = {}  # generator -> its last swap in this life
+        self.news: list[Json] = []  # {"event", "text"} of this life that nobody has been told yet
         self.peak_memory_gb: float | None = saved.get("peak_memory_gb")  # of all processes, where the driver measures
         self.error: Json | None = None  # what ended the run in failure: {"type", "text"}
         self.prompts_per_round = config.prompts_per_round  # a small training set has fewer
@@ -88,6 +90,9 @@ class RunState:
         """A generator has loaded a version: what it proved."""
         keys = ("version", "verdict", "share", "expected_move", "gap", "loads")
         self.swaps[swap["actor"]] = {key: swap[key] for key in keys}
+        if swap["loads"] > 1:
+            text = f"{swap['actor']} had to load version {swap['version']} {swap['loads']} times: {swap['verdict']}"
+            self.news.append({"event": "quarantine", "text": text})
 
     def judged(self, version: int, vitals: Json | None) -> Action:
         """What the guard says of a version that was looked at. Raises GuardError if that is to stop the run."""
@@ -102,7 +107,9 @@ class RunState:
         if action != "go_on" and all(one["version"] != version for one in self.verdicts):
             found = {"version": version, "action": action, "found": verdict.action, "reasons": list(verdict.reasons)}
             self.verdicts.append(found)
-            logger.warning("guard: %s at version %d: %s", action, version, "; ".join(verdict.reasons))
+            text = f"guard: {action} at version {version}: {'; '.join(verdict.reasons)}"
+            self.news.append({"event": "guard", "text": text})
+            logger.warning("%s", text)
         if action == "stop" and self._config.guard == "stop":
             good = self.guard.last_good
             raise GuardError(
@@ -114,13 +121,30 @@ class RunState:
 
     @property
     def ends_early(self) -> bool:
-        """The guard goes, or went, back to an earlier version: no round goes on."""
+        """The run goes, or went, back to an earlier version: no round goes on."""
         stops = any(one["action"] == "stop" for one in self.verdicts)
-        return self.rolled_back is not None or (stops and self._config.guard == "roll_back")
+        wanted = self.asked_back is not None or (stops and self._config.guard == "roll_back")
+        return self.rolled_back is not None or wanted
+
+    @property
+    def last_good(self) -> int:
+        """The version to go back to: the one that was asked for, else what the guard takes for good."""
+        return self.guard.last_good if self.asked_back is None else self.asked_back
+
+    def ask_back(self, version: int) -> None:
+        """Somebody wants the run to end on the content of `version`. Raises InputError unless it is an older one."""
+        older = [0, *(made for _, made in self.admission.made() if made < self.admission.newest)]
+        if self.ends_early or version not in older or not self.admission.newest:
+            raise InputError(
+                f"run {self.run} cannot go back to version {version}: "
+                + ("it is going back already" if self.ends_early else f"its newest is {self.admission.newest}")
+                + f"; expected one of {older} while its rounds go on"
+            )
+        self.asked_back = version
 
     def roll_back(self, made: int) -> None:
         """The last good version's content is version `made` now, the run's last. No round goes on after it."""
-        newest, good, current = self.admission.newest, self.guard.last_good, self.admission.rounds_ended
+        newest, good, current = self.admission.newest, self.last_good, self.admission.rounds_ended
         abandoned = [round for round, version in self.admission.made() if version > good]
         self.ledger.rolled_back(min(abandoned, default=current))
         self.rolled_back = {"from": newest, "to": good, "version": made}
@@ -192,6 +216,11 @@ class RunState:
         if self.state == "failed":
             self.error = {"type": type(error).__name__, "text": str(error)}
 
+    @property
+    def last_words(self) -> str:
+        """How the run has ended, in a line."""
+        return f"{self.state} at version {self.admission.newest}" + (f": {self.message}" if self.message else "")
+
     def nothing_trained(self) -> RlsfError:
         """Why no round has made a version: every prompt was filtered, or every batch has failed."""
         totals = self.ledger.totals()
@@ -223,6 +252,7 @@ class RunState:
             "guard": self.guard.to_json(),
             "training_vitals": dict(self._training_vitals),
             "verdicts": list(self.verdicts),
+            "asked_back": self.asked_back,
             "rolled_back": self.rolled_back,
             "seconds": self.seconds,
             "peak_memory_gb": self.peak_memory_gb,

@@ -18,7 +18,7 @@ from tiny import tiny_config
 
 from actors.job import NAMESPACE, Job, source_hash
 from actors.spawn import spawn_coordinator
-from rlsf_ray import loop, service
+from rlsf_ray import loop, operate
 from rlsf_ray.config import RunConfig
 from rlsf_ray.errors import DrainedError, InputError, NoPairsError, ServiceError, StorageError
 from rlsf_ray.placement import NO_GPUS
@@ -38,8 +38,8 @@ def test_a_killed_generator_and_a_drain_change_nothing_in_the_result(
     life = launch(config, tmp_path / "disturbed")
     wait_for(lambda: "disturbed/generator-0" in alive("disturbed"), life=life)
     ray.kill(ray.get_actor("disturbed/generator-0", namespace=NAMESPACE), no_restart=False)
-    wait_for(lambda: service.status("disturbed")["steps"] > 2, life=life)
-    service.stop("disturbed")
+    wait_for(lambda: operate.status("disturbed")["steps"] > 2, life=life)
+    operate.stop("disturbed")
     with pytest.raises(DrainedError, match="the same command resumes it"):
         life.result()
     assert RunStore.open(str(tmp_path / "disturbed")).read_json("state.json")["state"] == "drained"
@@ -55,9 +55,9 @@ def test_a_killed_scorer_and_a_killed_training_worker_change_nothing_in_the_resu
     config = small(rounds=3, cluster={"prompts_per_call": 2}, data={"probe": []})
     life = launch(config, tmp_path / "killed")
     wait_for(lambda: "killed/scorer-0" in alive("killed"), life=life)
-    wait_for(lambda: service.status("killed")["traces"] > 0, life=life)
+    wait_for(lambda: operate.status("killed")["traces"] > 0, life=life)
     ray.kill(ray.get_actor("killed/scorer-0", namespace=NAMESPACE), no_restart=False)
-    wait_for(lambda: service.status("killed")["version"] == 1, life=life)
+    wait_for(lambda: operate.status("killed")["version"] == 1, life=life)
     os.kill(_training_worker(), signal.SIGKILL)
     _equals_the_loop(life.result(), config, tmp_path / "killed", tmp_path / "loop")
 
@@ -71,7 +71,7 @@ def test_kills_while_a_reward_model_is_trained_and_while_it_judges_change_nothin
     wait_for((reward / "round-0000.json").exists, life=life)
     os.kill(_training_worker(), signal.SIGKILL)
     wait_for((reward / "round-0001.json").exists, life=life)
-    wait_for(lambda: service.status("rewarded")["version"] > 0, life=life)
+    wait_for(lambda: operate.status("rewarded")["version"] > 0, life=life)
     ray.kill(ray.get_actor("rewarded/scorer-0", namespace=NAMESPACE), no_restart=False)  # it held the reward model
     _equals_the_loop(life.result(), config, tmp_path / "rewarded", tmp_path / "loop")
     ours, theirs = (RunStore.open(str(tmp_path / name)).read_reward(1) for name in ("rewarded", "loop"))
@@ -84,7 +84,7 @@ def test_a_scorer_that_dies_while_it_waits_for_room_loses_nothing(
     config = small(rounds=3, cluster={"prompts_per_call": 4, "buffer_groups": 1}, data={"probe": []})
     life = launch(config, tmp_path / "waiting")
     wait_for((tmp_path / "waiting/groups/round-0000/part-00000.parquet").exists, life=life)
-    assert service.status("waiting")["traces"] == 0  # the first batch waits: the trainer has not begun
+    assert operate.status("waiting")["traces"] == 0  # the first batch waits: the trainer has not begun
     ray.kill(ray.get_actor("waiting/scorer-0", namespace=NAMESPACE), no_restart=False)
     _equals_the_loop(life.result(), config, tmp_path / "waiting", tmp_path / "loop")
 

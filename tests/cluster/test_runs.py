@@ -10,7 +10,7 @@ import pytest
 from running import alive, free_cpus, standing_groups, wait_for
 from tiny import WATCHED, collapsing
 
-from rlsf_ray import loop, service
+from rlsf_ray import loop, operate, service
 from rlsf_ray.config import RunConfig
 from rlsf_ray.errors import ServiceError
 from rlsf_ray.records import Json
@@ -162,4 +162,4 @@ def test_a_finished_run_leaves_nothing_and_only_reports_when_started_again(
 
 def test_the_status_of_a_run_that_is_not_there_says_so(cluster: int) -> None:
     with pytest.raises(ServiceError, match="no run called nobody"):
-        service.status("nobody")
+        operate.status("nobody")

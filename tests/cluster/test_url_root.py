@@ -11,7 +11,7 @@ from moto.server import ThreadedMotoServer
 from tiny import tiny_config
 
 from actors.job import NAMESPACE
-from rlsf_ray import loop, service
+from rlsf_ray import loop, operate, service
 from rlsf_ray.errors import DrainedError
 from rlsf_ray.records import Json
 from rlsf_ray.run_store import RunStore
@@ -46,7 +46,7 @@ def test_a_run_lives_at_a_url_and_resumes_there(bucket: str, tiny: Path, tmp_pat
 
     def drain_after_round_1(status: Json) -> None:
         if status.get("version", 0) >= 1:
-            service.stop("tiny")
+            operate.stop("tiny")
 
     with pytest.raises(DrainedError):
         service.run(config, root=root, run_name="tiny", on_status=drain_after_round_1)

@@ -1,7 +1,6 @@
 """The command line: quick help, exit codes, and what it makes of a finished run (trained here by the loop)."""
 
 import json
-import logging
 import shutil
 import subprocess
 import sys
@@ -16,7 +15,22 @@ from tiny import WATCHED, tiny_config
 
 from rlsf_ray.cli import main
 from rlsf_ray.config_loading import dump_config
-from rlsf_ray.logs import setup_logging
+
+COMMANDS = [
+    "answer",
+    "demo",
+    "eval",
+    "export",
+    "failures",
+    "logs",
+    "mix",
+    "pause",
+    "plan",
+    "recipes",
+    "report",
+    "resume",
+]
+COMMANDS += ["rollback", "run", "status", "stop", "watch"]
 
 
 def exit_code(*arguments: str) -> int:
@@ -46,7 +60,7 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
     done, seconds = processor_seconds([sys.executable, "-c", code])
     assert done.stdout.endswith("heavy: []\n")
     assert seconds < 1.0
-    for command in ("run", "demo", "plan", "eval", "status", "stop", "report", "export", "recipes"):
+    for command in COMMANDS:
         assert f" {command} " in done.stdout
 
 
@@ -269,10 +283,20 @@ def test_export_scales_the_adapter_and_leaves_its_calibration_behind(watched: Pa
     assert not (tmp_path / "half" / "calibration.json").exists()
 
 
-def test_log_lines_carry_role_and_run_and_come_once(capsys) -> None:
-    setup_logging("scorer", "first")
-    setup_logging("trainer", "100%")
-    logging.getLogger("rlsf_ray.anything").info("hello")
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1
-    assert lines[0].endswith("INFO [trainer 100%] rlsf_ray.anything: hello")
+def test_the_logs_of_a_run_are_read_by_role_and_from_the_end(runs: Path, capsys) -> None:
+    folder = runs / "done" / "logs"
+    folder.mkdir()
+    row = {"level": "INFO", "run": "done", "logger": "actors.x"}
+    for late, role in enumerate(("coordinator", "trainer-0")):
+        rows = [row | {"time": n + late / 2, "role": role, "message": f"{role} {n}"} for n in range(3)]
+        (folder / f"{role}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert exit_code("logs", "done", "--root", str(runs), "--last", "3") == 0
+    assert [line.rpartition(": ")[2] for line in capsys.readouterr().out.splitlines()] == [
+        "trainer-0 1",
+        "coordinator 2",
+        "trainer-0 2",
+    ]
+    assert exit_code("logs", "done", "--root", str(runs), "--role", "trainer-0") == 0
+    assert capsys.readouterr().out.count("trainer-0 ") == 3
+    assert exit_code("logs", "done", "--root", str(runs), "--role", "trainer") == 2
+    assert "expected one of coordinator, trainer-0" in capsys.readouterr().err

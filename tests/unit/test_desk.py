@@ -141,6 +141,14 @@ def test_all_programs_of_a_batch_are_served_together(engine: Counting, tiny: Pat
     assert engine.calls == [5, 15, 15]
 
 
+def test_hundreds_of_programs_run_at_once_over_one_engine(engine: Counting, tiny: Path) -> None:
+    engine.calls.clear()
+    groups = write(engine, several(tiny, "reflect_retry", max_tokens=4), prompts(300))
+    assert engine.calls == [300, 900, 900]
+    assert [group.prompt.id for group in groups] == [f"p{n}" for n in range(300)]
+    assert all(trace.id.startswith(f"r0/{group.prompt.id}/") for group in groups for trace in group.traces)
+
+
 def test_the_same_batch_gives_the_same_traces_again_and_forks_their_own(engine: Counting, tiny: Path) -> None:
     config = several(tiny, "try_again", tries=3)
     one, two = (write(engine, config, prompts(3)) for _ in range(2))

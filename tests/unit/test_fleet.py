@@ -126,3 +126,13 @@ def test_a_restarted_replica_has_its_slots_back_once_its_calls_have_failed() -> 
     assert matched(fleet) == []
     fleet.ready("a", 0)
     assert len(matched(fleet)) == 1
+
+
+def test_a_held_fleet_hands_nothing_out_until_it_goes_on() -> None:
+    fleet = Fleet(["a"])
+    fleet.ready("a", 0)
+    fleet.submit((0,), 0)
+    fleet.held = True
+    assert matched(fleet) == []
+    fleet.held = False
+    assert len(matched(fleet)) == 1

@@ -10,7 +10,7 @@ from tiny import tiny_config
 from vitals_data import HEALTHY
 
 from rlsf_ray.config import RunConfig
-from rlsf_ray.errors import EngineError, GuardError, NoPairsError, ServiceError
+from rlsf_ray.errors import EngineError, GuardError, InputError, NoPairsError, ServiceError
 from rlsf_ray.records import Json, Outcome
 from rlsf_ray.stream.run_state import RunState
 
@@ -242,3 +242,33 @@ def test_groups_that_were_not_sure_enough_end_as_filtered_and_their_pairs_do_not
     totals = state.ledger.totals()
     assert (totals["trained"], totals["reasons"]) == (1, {"tie": 1, "less_sure": 1})
     assert state.counts["pairs"] == 2  # of the four
+
+
+def test_a_run_can_be_asked_to_go_back_once_and_to_an_older_version_only(small: RunConfig) -> None:
+    state = RunState("run", tiny_config(Path("model"), rounds=4))
+    with pytest.raises(InputError, match=r"its newest is 0; expected one of \[0\]"):
+        state.ask_back(0)
+    for round in range(3):
+        state.admission.end_round(round, round + 1)
+    for wrong in (3, 4, -1):
+        with pytest.raises(InputError, match=rf"cannot go back to version {wrong}: .*expected one of \[0, 1, 2\]"):
+            state.ask_back(wrong)
+    state.ask_back(1)
+    with pytest.raises(InputError, match="is going back already"):
+        state.ask_back(0)
+    again = RunState("run", tiny_config(Path("model"), rounds=4), json.loads(json.dumps(state.to_json())))
+    assert again.ends_early, "a run that dies meanwhile goes back in its next life"
+    assert again.last_good == 1
+
+
+def test_what_an_operator_should_hear_is_kept_until_told(small: RunConfig) -> None:
+    state = RunState("run", small)
+    swap = {"actor": "generator-0", "version": 1, "verdict": "proved", "share": 1.0, "expected_move": 1.0, "gap": 0.0}
+    state.swapped(swap | {"loads": 1})
+    assert state.news == []
+    state.swapped(swap | {"loads": 2})
+    assert state.judged(0, GOOD) == "go_on"
+    state.judged(1, BAD)
+    assert [one["event"] for one in state.news] == ["quarantine", "guard"]
+    assert state.news[0]["text"] == "generator-0 had to load version 1 2 times: proved"
+    assert state.news[1]["text"].startswith("guard: stop at version 1: ")

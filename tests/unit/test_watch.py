@@ -60,3 +60,28 @@ def test_a_deadline_names_who_was_late() -> None:
 
     with pytest.raises(DeadlineError, match=r"the trainer has not answered and nothing else has moved for 0\.05 s"):
         asyncio.run(run())
+
+
+def test_a_held_run_need_not_move_and_its_deadline_counts_anew_from_the_end() -> None:
+    now = [0.0]
+    watch = Watch(deadline_s=10.0, clock=lambda: now[0])
+
+    async def run() -> float:
+        watch.hold(True)
+        waiting = asyncio.ensure_future(watch.until(lambda: False, "the trainer"))
+        for _ in range(3):
+            now[0] += 100.0
+            await asyncio.sleep(0)
+            watch._event.set()  # as if time had passed: it looks again
+            watch._event = asyncio.Event()
+        assert not waiting.done()
+        watch.hold(False)
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        now[0] += 11.0
+        watch._event.set()
+        with pytest.raises(DeadlineError, match="the trainer"):
+            await waiting
+        return now[0]
+
+    assert asyncio.run(run()) == 311.0

@@ -1,0 +1,57 @@
+"""Tells a webhook what the operator of a run wants to hear of at once: guard, quarantine, end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import urllib.request
+from collections.abc import Sequence
+from urllib.error import URLError
+
+from rlsf_ray.records import Json
+
+logger = logging.getLogger(__name__)
+
+TRIES, ANSWER_S = 3, 5.0
+LAST_S = 8.0  # for what is still to be told when the run ends
+
+
+class Notices:
+    """POSTs each notice to `url` as JSON, in order, beside the run. A webhook that fails is logged, and ends nothing.
+
+    The URL is a secret of most services: it appears in no log.
+    """
+
+    def __init__(self, run: str, url: str | None) -> None:
+        self._run, self._url = run, url
+        self._last: asyncio.Task[None] | None = None
+
+    def tell(self, news: Sequence[Json]) -> None:
+        """Send {"event", "text"} of each, with the run's name."""
+        if self._url is not None and news:
+            self._last = asyncio.create_task(self._send(self._last, list(news)))
+
+    async def ended(self) -> None:
+        """Return once all is told, or after a few seconds."""
+        if self._last is not None:
+            await asyncio.wait({self._last}, timeout=LAST_S)
+
+    async def _send(self, before: asyncio.Task[None] | None, news: Sequence[Json]) -> None:
+        if before is not None:
+            await asyncio.wait({before})
+        for one in news:
+            text = f"{self._run}: {one['text']}"  # `text` is what chat services show
+            body = json.dumps({"run": self._run, "event": one["event"], "text": text}).encode()
+            for _ in range(TRIES):
+                try:
+                    await asyncio.to_thread(_post, str(self._url), body)
+                    break
+                except (URLError, OSError, ValueError) as error:
+                    logger.warning("the webhook did not take a notice (%s): %s", one["event"], type(error).__name__)
+
+
+def _post(url: str, body: bytes) -> None:
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"}, method="POST")
+    with urllib.request.urlopen(request, timeout=ANSWER_S):
+        pass

@@ -1,0 +1,85 @@
+"""What an operator says to a run that goes on: wait, go on, go back, end now; and limits that end it by themselves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from running import alive, standing_groups, wait_for
+
+from rlsf_ray import operate, service
+from rlsf_ray.config import RunConfig
+from rlsf_ray.errors import DrainedError, InputError, ServiceError
+from rlsf_ray.logs import read_logs
+from rlsf_ray.records import Json
+from rlsf_ray.run_store import RunStore
+from rlsf_ray.stream.limits import Limits
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(480)]
+
+Launch = Callable[[RunConfig, Path], "Future[Json]"]
+
+
+def _progress(run: str) -> list[object]:
+    found = operate.status(run)
+    return [found[key] for key in ("traces", "steps", "version")]
+
+
+def test_a_run_waits_goes_on_and_goes_back(launch: Launch, small: Callable[..., RunConfig], tmp_path: Path) -> None:
+    life = launch(small(rounds=6, data={"probe": []}), tmp_path / "held")
+    wait_for(lambda: "held/coordinator" in alive("held") and operate.status("held").get("version", 0) >= 1, life=life)
+    operate.pause("held")
+    time.sleep(3.0)  # what was being written or trained is ended
+    before = _progress("held")
+    with ThreadPoolExecutor() as threads:
+        seen: list[Json] = []
+        watching = threads.submit(operate.watch, "held", on_status=seen.append)
+        time.sleep(3.0)
+        assert _progress("held") == before
+        assert operate.status("held")["state"] == "paused"
+        operate.resume("held")
+        wait_for(lambda: operate.status("held")["version"] >= 2, life=life)
+        with pytest.raises(InputError, match="cannot go back to version 77"):
+            operate.roll_back("held", 77)
+        operate.roll_back("held", 1)
+        with pytest.raises((InputError, ServiceError), match=r"going back|ends"):
+            operate.roll_back("held", 1)
+        summary = life.result()
+        assert watching.result()["ended"]
+    assert {"paused", "running"} <= {status["state"] for status in seen}
+    went = summary["guard"]["rolled_back"]
+    assert went["to"] == 1
+    store = RunStore.open(str(tmp_path / "held"))
+    assert store.read_adapter(went["version"])[1].checksum == store.read_adapter(1)[1].checksum
+    counts = summary["accounting"]
+    assert counts["in_flight"] == 0
+    assert counts["admitted"] == sum(counts[end] for end in ("trained", "filtered", "failed", "rolled_back"))
+    lines = [row["message"] for row in read_logs(store.root, "coordinator")]
+    wanted = ["paused by an operator", "resumed by an operator", "an operator wants to go back to version 1"]
+    assert [line for line in lines if "operator" in line] == wanted
+    assert "round 1 is over: version 1" in lines
+
+
+def test_limits_and_a_stop_in_haste_leave_a_run_that_goes_on_to_its_end(
+    small: Callable[..., RunConfig], launch: Launch, tmp_path: Path
+) -> None:
+    config, root = small(rounds=3, data={"probe": []}), tmp_path / "limited"
+    with pytest.raises(DrainedError, match=r"has written \d+ tokens of at most 1; .*higher limit"):
+        service.run(config, root=str(root), run_name="limited", limits=Limits(tokens=1))
+    written = RunStore.open(str(root)).read_json("state.json")["counts"]["tokens"]
+    assert written > 1
+
+    life = launch(config, root)
+    wait_for(lambda: operate.status("limited").get("steps", 0) > 0, life=life)
+    began = time.monotonic()
+    operate.stop("limited", now=True)
+    with pytest.raises(DrainedError, match="was asked to stop"):
+        life.result()
+    assert time.monotonic() - began < 8.0, "it has waited for the trainer"
+    wait_for(lambda: not alive("limited") and standing_groups() == 0, 20)
+
+    counts = launch(config, root).result()["accounting"]
+    assert counts["admitted"] == 24 == counts["trained"] + counts["filtered"] + counts["failed"]
