@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -121,3 +122,16 @@ def logs(
         for row in rows[min(seen, len(rows)) :]:
             print(log_line(row), flush=True)
         seen = len(rows)
+
+
+@operations.command()
+def doctor(
+    run: Run,
+    to: Annotated[Path, typer.Option(help="New .zip file.")],
+    root: Root = "runs",
+) -> None:
+    """Make one archive for a bug report: config, state, metrics, logs, machine; no questions, answers or secrets."""
+    from rlsf_ray.doctor import write_archive
+
+    names = write_archive(open_run(run, root), to)
+    print(f"{to}: {', '.join(names)}; look through it before you send it")

@@ -98,6 +98,14 @@ COMMANDS: dict[str, tuple[Make, int, str]] = {
     "a seed that is no number": (lambda p: ["plan", "rlsf", "--seed", "one"], 2, "Invalid value for '--seed'"),
     "a seed below 0": (lambda p: ["plan", "rlsf", "--seed", "-1"], 2, "greater than or equal to 0, got -1"),
     "nobody answers": (lambda p: [*p.plan(), "--address", "127.0.0.1:1"], 2, "no Ray answers at 127.0.0.1:1"),
+    "a run to hold where nobody answers": (
+        lambda p: ["pause", "x", "--address", "127.0.0.1:1"],
+        2,
+        "no Ray answers at 127.0.0.1:1",
+    ),
+    "hours below 0": (lambda p: ["run", str(p.recipe), "--max-hours", "-1"], 2, "Invalid value for '--max-hours'"),
+    "no tokens": (lambda p: ["run", str(p.recipe), "--max-tokens", "0"], 2, "Invalid value for '--max-tokens'"),
+    "a version below 0 to go back to": (lambda p: ["rollback", "x", "--", "-1"], 2, "Invalid value for "),
     "a Ray Client's address": (lambda p: [*p.plan(), "--address", "ray://x:10001"], 2, "use its host and port"),
     "a run nobody knows": (lambda p: ["report", "nobody"], 2, "no run at"),
     "a model nobody knows": (
@@ -299,6 +307,16 @@ RUNS: dict[str, tuple[Make, int, str]] = {
         ),
         4,
         "part-00000.parquet is damaged or was only half written",
+    ),
+    "logs of a role that has none": (
+        lambda p: p.of_run("note", "", "logs", "begun", "--role", "generator"),
+        2,
+        "has no log of that; expected one of none",
+    ),
+    "an archive that is there": (
+        lambda p: p.of_run("note", "", "doctor", "begun", "--to", str(p.recipe)),
+        2,
+        "is there already; expected a new file",
     ),
     "nothing published yet": (lambda p: p.of_run("note", "", *EXPORT), 2, "published no version yet"),
     "a version that is not there": (
