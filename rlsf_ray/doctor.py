@@ -62,13 +62,12 @@ def machine() -> Json:
     disk = shutil.disk_usage(".")
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
-        "python": platform.python_version(),
+        **packages(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "processors": os.cpu_count(),
         "memory_gb": round(pages / 2**30, 1),
         "disk_free_gb": round(disk.free / 2**30, 1),
         "gpus": _gpus(),
-        "packages": packages(),
     }
 
 
