@@ -14,6 +14,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from actors.job import NAMESPACE
+from rlsf_ray.access import own_token
 from rlsf_ray.errors import DeadlineError, InputError, RlsfError, ServiceError
 from rlsf_ray.records import Json
 
@@ -95,6 +96,7 @@ def connected(address: str | None) -> Iterator[bool]:
             _knock(address)
             ray.init(address=address, **options)
         else:
+            own_token()
             # Ray Train asks the dashboard only to clean up after a killed controller; this Ray ends with us anyway
             ray.init("local", include_dashboard=False, **options)
     except (OSError, ValueError, RuntimeError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -76,12 +77,17 @@ class Sandbox:
         self._ray = tempfile.mkdtemp(prefix="rlsf-", dir="/tmp")  # short: Ray's sockets lie below it
         self._bin = Path(python).parent
         (folder / "home").mkdir(parents=True, exist_ok=True)
+        token = folder / "home" / ".ray" / "auth_token"
+        token.parent.mkdir(exist_ok=True)
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32))
+        self.bearer = {"Authorization": f"Bearer {token.read_text()}"}  # for HTTP
         self.env = {
             "PATH": f"{self._bin}{os.pathsep}{os.environ['PATH']}",
             "HOME": str(folder / "home"),
             "XDG_CACHE_HOME": str(folder / "cache"),
             "RAY_TMPDIR": self._ray,
-            "RAY_AUTH_MODE": "disabled",
+            "RAY_AUTH_MODE": "token",
             "RAY_USAGE_STATS_ENABLED": "0",
             "OMP_WAIT_POLICY": "PASSIVE",
             "TOKENIZERS_PARALLELISM": "false",

@@ -104,7 +104,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
     folder = find_model(config.name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(
             f"no tokenizer in model folder {folder} ({error}); save the model's tokenizer beside it"
@@ -127,7 +127,7 @@ def load_model(config: ModelConfig, *, device: str | None = None) -> Any:
     folder = find_model(config.name)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, config.dtype), attn_implementation="sdpa"
+            folder, dtype=getattr(torch, config.dtype), attn_implementation="sdpa", trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         raise InputError(

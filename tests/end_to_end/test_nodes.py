@@ -36,7 +36,8 @@ def test_each_role_stands_on_the_nodes_that_are_marked_for_it(tiny: Path, tmp_pa
         assert code == 0, output
 
         def ask(path: str) -> Any:
-            with urllib.request.urlopen(f"http://127.0.0.1:{dashboard}{path}", timeout=30) as answer:
+            request = urllib.request.Request(f"http://127.0.0.1:{dashboard}{path}", headers=sandbox.bearer)
+            with urllib.request.urlopen(request, timeout=30) as answer:
                 return json.load(answer)
 
         nodes = ask("/api/v0/nodes?limit=100")["data"]["result"]["result"]

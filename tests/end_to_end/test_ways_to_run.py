@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 import venv
 from collections.abc import Iterator
@@ -117,7 +118,8 @@ class Cluster:
     dashboard: str
 
     def api(self, path: str) -> Any:
-        with urllib.request.urlopen(f"{self.dashboard}{path}", timeout=30) as answer:
+        request = urllib.request.Request(f"{self.dashboard}{path}", headers=self.sandbox.bearer)
+        with urllib.request.urlopen(request, timeout=30) as answer:
             return json.load(answer)
 
     def living(self, run: str) -> list[str]:
@@ -241,6 +243,16 @@ def test_a_job_that_is_stopped_drains_and_the_same_job_resumes_it(cluster: Clust
     groups = store.read_table("groups").to_pylist()
     assert len({group["id"] for group in groups}) == len(groups) == count["trained"]
     assert store.versions() == [1, 2]
+
+
+def test_nobody_without_the_token_may_submit_a_job(cluster: Cluster) -> None:
+    job = json.dumps({"entrypoint": "true"}).encode()
+    request = urllib.request.Request(f"{cluster.dashboard}/api/jobs/", job, {"Content-Type": "application/json"})
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(request, timeout=30)
+    code, output = cluster.sandbox.run("env", f"RAY_AUTH_TOKEN={'0' * 64}", *cluster.submit("--", "true"))
+    assert code != 0, output
+    assert "Invalid authentication token" in output, output
 
 
 def test_a_job_ends_with_the_exit_code_of_its_run(cluster: Cluster, tmp_path: Path) -> None:
