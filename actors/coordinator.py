@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import threading
 import time
@@ -19,6 +20,7 @@ from actors.spawn import Crew
 from actors.watch import Watch, plain
 from rlsf_ray.errors import DrainedError, RlsfError, ServiceError
 from rlsf_ray.records import Json
+from rlsf_ray.run_store import RunStore
 from rlsf_ray.stream.limits import Limits
 from rlsf_ray.stream.run_state import RunState
 
@@ -33,6 +35,7 @@ LINGER_S = 10.0  # how long the outcome waits for a driver to read it
 LEAVE_S = 2.0  # for the answer to be on its way
 ALONE_S = 60.0  # how long a coordinator that no driver has started stays
 LOOK_S = 1.0  # how often limits are looked at and news are told
+LOOKS_A_DISK = 60  # and every so many of them the disk
 
 
 class Coordinator:
@@ -196,17 +199,19 @@ class Coordinator:
         self._watch = Watch(store.config.cluster.deadline_s)
         self._crew = await asyncio.to_thread(Crew, self._job, store.config)
         self._rounds = Rounds(store, self._state, self._journal, self._crew, self._watch)
-        supervision = asyncio.create_task(self._supervise(self._state))
+        supervision = asyncio.create_task(self._supervise(self._state, store))
         try:
             await self._rounds.run(self._stop)
         finally:
             supervision.cancel()
         return await self._finish(self._state, self._journal, self._crew, self._watch)
 
-    async def _supervise(self, state: RunState) -> None:
+    async def _supervise(self, state: RunState, store: RunStore) -> None:
         """Tell what is new, and drain the run at a limit."""
-        while True:
+        for look in itertools.count():
             await asyncio.sleep(LOOK_S)
+            if look % LOOKS_A_DISK == 0:
+                state.on_disk(await asyncio.to_thread(store.storage.used))
             news, state.news = state.news, []
             self._notices.tell(news)
             if reached := self._limits.reached(state.seconds, state.counts["tokens"]):

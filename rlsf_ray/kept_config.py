@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from importlib import metadata
 from typing import Any
 
 import yaml
 
+from rlsf_ray.errors import InputError
 from rlsf_ray.records import Json
 from rlsf_ray.storage import Storage, damaged
+
+SCHEMA = 1  # of the run directory: raised where older code could not read it; CONTRIBUTING.md has the rule
 
 
 def read_config(storage: Storage) -> Json | None:
@@ -24,6 +28,21 @@ def read_config(storage: Storage) -> Json | None:
     if not isinstance(values, dict):
         raise damaged(storage.path("config.yaml"), f"expected keys, got {type(values).__name__}")
     return values
+
+
+def check_schema(storage: Storage) -> None:
+    """Raises `InputError` for a run directory of a later form than this version knows. All earlier ones are read."""
+    data = storage.read("packages.json")
+    try:
+        values = json.loads(data or b"{}")
+        schema, made_by = int(values.get("schema", 1)), values.get("packages", {}).get("rlsf-ray", "a later one")
+    except (ValueError, AttributeError, TypeError) as error:
+        raise damaged(storage.path("packages.json"), error) from error
+    if schema > SCHEMA:
+        raise InputError(
+            f"{storage.root} is a run directory of form {schema}, expected at most {SCHEMA}; open it with the rlsf-ray"
+            f" that made it ({made_by})"
+        )
 
 
 def differences(theirs: Json, ours: Json) -> str:

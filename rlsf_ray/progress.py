@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlsf_ray.records import Json, Reply
+from rlsf_ray.stream.run_state import NEARLY_FULL
 from rlsf_ray.wording import METRICS, TRIES, duration
 
 
@@ -67,6 +68,7 @@ def line(status: Json) -> str:
         parts.append(_swaps(status))
     if status.get("verdicts"):
         parts.append(_guard(status["verdicts"][-1]))
+    parts += _disk(status)
     if status.get("eta_s") is not None:
         parts.append(f"ETA {duration(status['eta_s'])}")
     if status.get("message"):
@@ -97,6 +99,7 @@ def panel(status: Json) -> Panel:
         rows.append(_swaps(status))
     if status.get("verdicts"):
         rows.append(_guard(status["verdicts"][-1]))
+    rows += _disk(status)
     counts = {name: n for name, n in (status.get("accounting") or {}).items() if isinstance(n, int)}
     dim = ["   ".join(f"{name.replace('_', ' ')} {n}" for name, n in counts.items()), str(status.get("message") or "")]
     texts = [Text(row) for row in rows] + [Text(row, style="dim") for row in dim if row]
@@ -109,6 +112,12 @@ def _swaps(status: Json) -> str:
     newest = max(swap["version"] for swap in status["swaps"].values())
     verdicts = Counter(swap["verdict"] for swap in status["swaps"].values() if swap["version"] == newest)
     return f"version {newest} in generators: " + ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
+
+
+def _disk(status: Json) -> list[str]:
+    """A word on the run directory's disk where it is nearly full."""
+    used = status.get("disk_used")
+    return [f"DISK {used:.0%} FULL"] if used is not None and used >= NEARLY_FULL else []
 
 
 def _guard(verdict: Json) -> str:

@@ -25,7 +25,7 @@ from rlsf_ray.adapters import checksum
 from rlsf_ray.config import RunConfig
 from rlsf_ray.encoding import to_events, to_json
 from rlsf_ray.errors import InputError, WeightsError
-from rlsf_ray.kept_config import differences, packages, read_config
+from rlsf_ray.kept_config import SCHEMA, check_schema, differences, packages, read_config
 from rlsf_ray.records import Json, WeightsVersion
 from rlsf_ray.storage import Storage, damaged
 from rlsf_ray.tables import group_to_row, pair_rows, row_to_group, rows_to_outcome, trace_rows
@@ -57,6 +57,7 @@ class RunStore:
         Raises `InputError` that names every differing key if another config lies there.
         """
         storage = Storage(root)
+        check_schema(storage)
         ours = config.model_dump(mode="json")
         theirs = read_config(storage) or cls._begin(storage, ours)
         if theirs != ours:
@@ -72,7 +73,7 @@ class RunStore:
         with storage.lock(".config.lock"):
             theirs = read_config(storage)
             if theirs is None:
-                storage.write("packages.json", to_json(packages()))
+                storage.write("packages.json", to_json({"schema": SCHEMA} | packages()))
                 storage.write("config.yaml", yaml.safe_dump(ours, sort_keys=False).encode())
             return theirs or ours
 
@@ -80,6 +81,7 @@ class RunStore:
     def open(cls, root: str) -> RunStore:
         """An existing run. Raises `InputError` if there is none."""
         storage = Storage(root)
+        check_schema(storage)
         values = read_config(storage)
         if values is None:
             raise InputError(f"no run at {storage.root}: expected a config.yaml there; check the run's name or path")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Iterator
@@ -81,6 +82,15 @@ class Storage:
                     with suppress(OSError):
                         file.truncate(size)
                     raise
+
+    def used(self) -> float | None:
+        """The share of its disk that is in use; None at a URL, and where the file system does not say."""
+        if not self.local:
+            return None
+        with suppress(OSError):
+            disk = shutil.disk_usage(self._base)
+            return disk.used / (disk.used + disk.free)
+        return None
 
     @contextmanager
     def lock(self, name: str = ".lock") -> Iterator[None]:

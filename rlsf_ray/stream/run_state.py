@@ -15,6 +15,8 @@ from rlsf_ray.stream.ledger import PAIRS, Ledger
 
 logger = logging.getLogger(__name__)
 
+NEARLY_FULL = 0.9  # of a disk
+
 
 class RunState:
     """One run's bookkeeping. It holds counts and reasons, never tokens."""
@@ -40,6 +42,7 @@ class RunState:
         self.asked_back: int | None = saved.get("asked_back")  # the version that somebody wants to go back to
         self.rolled_back: Json | None = saved.get("rolled_back")  # {"from", "to", "version"}
         self.swaps: dict[str, Json] = {}  # generator -> its last swap in this life
+        self._disk_used: float | None = None
         self.news: list[Json] = []  # {"event", "text"} of this life that nobody has been told yet
         self.peak_memory_gb: float | None = saved.get("peak_memory_gb")  # of all processes, where the driver measures
         self.error: Json | None = None  # what ended the run in failure: {"type", "text"}
@@ -93,6 +96,14 @@ class RunState:
         if swap["loads"] > 1:
             text = f"{swap['actor']} had to load version {swap['version']} {swap['loads']} times: {swap['verdict']}"
             self.news.append({"event": "quarantine", "text": text})
+
+    def on_disk(self, used: float | None) -> None:
+        """The share of the run directory's disk that is in use; None: not known. A full one is news once."""
+        before, self._disk_used = self._disk_used or 0.0, used
+        if used is not None and used >= NEARLY_FULL > before:
+            text = f"the disk of the run directory is {used:.0%} full"
+            self.news.append({"event": "disk", "text": text})
+            logger.warning("%s: make room there; a run that finds none ends, and can be resumed", text)
 
     def judged(self, version: int, vitals: Json | None) -> Action:
         """What the guard says of a version that was looked at. Raises GuardError if that is to stop the run."""
@@ -282,5 +293,6 @@ class RunState:
             "accounting": accounting,
             "swaps": self.swaps,
             "verdicts": self.verdicts,
+            "disk_used": self._disk_used,
             "message": self.message,
         }

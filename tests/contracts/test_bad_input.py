@@ -7,64 +7,14 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import tiny_config
+from spoilt import Make, Place
 
 from rlsf_ray.cli import main
-from rlsf_ray.config_loading import dump_config
-from rlsf_ray.run_store import RunStore
-
-Make = Callable[["Place"], list[str]]
-
-
-class Place:
-    """A folder with a good recipe and a run that has begun, to be spoilt."""
-
-    def __init__(self, folder: Path, tiny: Path) -> None:
-        self.folder, self.model = folder, folder / "model"
-        shutil.copytree(tiny, self.model)
-        self.recipe = folder / "good.yaml"
-        self.recipe.write_text(dump_config(tiny_config(self.model)))
-        self.run = folder / "runs" / "begun"
-
-    def begun(self) -> Path:
-        """A run directory as it is before the first round."""
-        RunStore.create_or_resume(str(self.run), tiny_config(self.model))
-        return self.run
-
-    def file(self, name: str, text: str) -> Path:
-        path = self.folder / name
-        path.write_text(text)
-        return path
-
-    def plan(self, *settings: str) -> list[str]:
-        return ["plan", str(self.recipe), *(part for setting in settings for part in ("--set", setting))]
-
-    def data(self, name: str, text: str, more: str = "") -> list[str]:
-        """`plan` on a training file of this content."""
-        return self.plan(f"data.train=[{{kind: file, path: {self.file(name, text)}{more}}}]")
-
-    def model_file(self, name: str, text: str | None) -> list[str]:
-        """`plan` with a file of the model rewritten, or (None) removed."""
-        if text is None:
-            (self.model / name).unlink()
-        else:
-            (self.model / name).write_text(text)
-        return self.plan()
-
-    def of_run(self, name: str, text: str, *command: str) -> list[str]:
-        """A command on a run one of whose files has another content."""
-        path = self.begun() / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-        return [*command, "--root", str(self.run.parent)]
-
 
 PLANTED = Path(tempfile.gettempdir()) / f"rlsf-planted-{os.getpid()}"
 
@@ -318,6 +268,12 @@ RUNS: dict[str, tuple[Make, int, str]] = {
         2,
         "is there already; expected a new file",
     ),
+    "a run directory of a later form": (
+        lambda p: p.of_run("packages.json", '{"schema": 99, "packages": {"rlsf-ray": "7.0"}}', *EXPORT),
+        2,
+        "is a run directory of form 99, expected at most 1; open it with the rlsf-ray that made it (7.0)",
+    ),
+    "packages.json is a list": (lambda p: p.of_run("packages.json", "[]", *EXPORT), 4, "packages.json is damaged"),
     "nothing published yet": (lambda p: p.of_run("note", "", *EXPORT), 2, "published no version yet"),
     "a version that is not there": (
         lambda p: p.of_run("versions/0001/version.json", "{}", *EXPORT, "--version", "7"),

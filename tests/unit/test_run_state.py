@@ -272,3 +272,11 @@ def test_what_an_operator_should_hear_is_kept_until_told(small: RunConfig) -> No
     assert [one["event"] for one in state.news] == ["quarantine", "guard"]
     assert state.news[0]["text"] == "generator-0 had to load version 1 2 times: proved"
     assert state.news[1]["text"].startswith("guard: stop at version 1: ")
+
+
+def test_a_disk_that_gets_full_is_news_once(small: RunConfig) -> None:
+    state = RunState("run", small)
+    for used in (None, 0.5, 0.91, 0.95, 0.4, 0.9):
+        state.on_disk(used)
+    assert [one["text"] for one in state.news] == [f"the disk of the run directory is {n}% full" for n in (91, 90)]
+    assert state.status()["disk_used"] == 0.9

@@ -89,3 +89,10 @@ def test_a_file_system_without_locks_is_no_hindrance_but_a_broken_one_is(tmp_pat
     monkeypatch.setattr(storage_module.fcntl, "flock", flock)
     with nullcontext() if goes_on else pytest.raises(StorageError, match="cannot lock"), Storage(str(tmp_path)).lock():
         pass
+
+
+def test_the_use_of_a_disk_is_a_share_and_unknown_at_a_url(tmp_path: Path) -> None:
+    used = Storage(str(tmp_path)).used()
+    assert used is not None
+    assert 0.0 < used < 1.0
+    assert Storage("memory://anything").used() is None
