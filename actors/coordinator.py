@@ -14,6 +14,7 @@ import ray
 
 from actors.job import Job, check_source
 from actors.journal import Journal
+from actors.leftovers import free_left_groups
 from actors.notices import Notices
 from actors.rounds import Rounds
 from actors.spawn import Crew
@@ -21,7 +22,7 @@ from actors.watch import Watch, plain
 from rlsf_ray.errors import DrainedError, RlsfError, ServiceError
 from rlsf_ray.records import Json
 from rlsf_ray.run_store import RunStore
-from rlsf_ray.stream.limits import Limits
+from rlsf_ray.stream.limits import NO_LIMITS, Limits
 from rlsf_ray.stream.run_state import RunState
 
 logger = logging.getLogger(__name__)
@@ -29,13 +30,12 @@ logger = logging.getLogger(__name__)
 Word = Literal["go on", "wait", "stop"]
 
 STOP_S = 14.0  # the trainer may take so long to end its step
-BEGIN_S = 45.0  # or so long to begin: before, nobody knows the placement group that it must not leave behind
 REMOVE_S = 5.0  # and the actors so long to disappear: together under the promised 20 s
 LINGER_S = 10.0  # how long the outcome waits for a driver to read it
 LEAVE_S = 2.0  # for the answer to be on its way
 ALONE_S = 60.0  # how long a coordinator that no driver has started stays
 LOOK_S = 1.0  # how often limits are looked at and news are told
-LOOKS_A_DISK = 60  # and every so many of them the disk
+LOOKS_LEFT, LOOKS_A_DISK = 10, 60  # every so many of them: at what was left behind, at the disk
 
 
 class Coordinator:
@@ -45,7 +45,7 @@ class Coordinator:
         self._job = job
         self._work: asyncio.Task[None] | None = None
         self._leaving: asyncio.Task[None] | None = None
-        self._ended, self._read, self._trainer_began = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._ended, self._read, self._in_haste = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._summary: Json | None = None
         self._error: RlsfError | None = None
         self._state: RunState | None = None
@@ -53,7 +53,8 @@ class Coordinator:
         self._rounds: Rounds | None = None
         self._crew: Crew | None = None
         self._watch: Watch | None = None
-        self._limits, self._notices, self._in_haste = Limits(), Notices(job.run, None), False
+        self._limits, self._notices = Limits(), Notices(job.run, None)
+        self._stage: Literal["begins", "goes on", "ends"] = "begins"
         self._lock = ExitStack()  # of the run directory
         self._idle_cpu_s = time.process_time()  # spent on imports, before any work
         self._alone = threading.Timer(ALONE_S, self._give_up)  # no event loop runs yet
@@ -66,7 +67,7 @@ class Coordinator:
             ray.kill(self._job.actor("coordinator"))
 
     async def start(self, source: str, limits: Limits, webhook: str | None) -> None:
-        """Begin the run, or join one that has begun, whose limits are these from now on.
+        """Begin the run, or join one that has begun; limits that are given hold from now on, a webhook from the start.
 
         Raises ServiceError if the sources differ.
         """
@@ -75,7 +76,9 @@ class Coordinator:
         except ServiceError:
             self._leaving = asyncio.create_task(self._leave(LEAVE_S))
             raise
-        self._limits = limits
+        if limits != NO_LIMITS:
+            logger.info("from now on: %s", limits)
+            self._limits = limits
         if self._work is None:
             self._notices = Notices(self._job.run, webhook)
             self._alone.cancel()
@@ -99,41 +102,50 @@ class Coordinator:
         self._read.set()
         return self._summary, self._error
 
-    async def drain(self, now: bool = False) -> None:
-        """Stop soon, resumable; `now`: without waiting for the optimiser step. `outcome` tells when it is done."""
-        self._in_haste = self._in_haste or now
+    async def drain(self, now: bool = False) -> bool:
+        """Stop soon, resumable; `now`: without waiting for the optimiser step. `outcome` tells when it is done.
+
+        Returns False where the run ends by itself just now.
+        """
+        if now:
+            self._in_haste.set()
+        if self._stage == "ends":
+            return self._stop.done()
         self._end(DrainedError(f"run {self._job.run} was asked to stop; the same command resumes it"))
+        return True
 
     async def hold(self, held: bool) -> None:
         """Pause: no batch and no optimiser step begins; or go on. Raises ServiceError if the run is not going on."""
-        state, rounds = self._going_on()
+        state, rounds = self._ordered()
         rounds.hold(held)
         logger.info("%s by an operator", "paused" if held else "resumed")
         state.state = "paused" if held else "running"
 
     async def roll_back(self, version: int) -> None:
         """End the run on the content of an older version. Raises ServiceError or InputError where that cannot be."""
-        state, rounds = self._going_on()
+        state, rounds = self._ordered()
         state.ask_back(version)
         logger.info("an operator wants to go back to version %d", version)
         state.state = "running"
         rounds.go_back()
+        if self._journal is not None:
+            await self._journal.save()  # an order that was taken outlives this process
 
-    def _going_on(self) -> tuple[RunState, Rounds]:
-        if self._state is None or self._rounds is None or self._stop.done() or self._ended.is_set():
-            when = "ends" if self._work is not None and self._state is not None else "has not begun"
-            raise ServiceError(f"run {self._job.run} {when}; expected one that goes on; see `rlsf status`")
+    def _ordered(self) -> tuple[RunState, Rounds]:
+        """What an order changes. Raises ServiceError where it would come too early or too late."""
+        if self._stage != "goes on" or self._state is None or self._rounds is None or self._stop.done():
+            stage = "begins" if self._stage == "begins" else "ends"
+            cure = "try again in a moment" if stage == "begins" else "the same `rlsf run` resumes what is not done"
+            raise ServiceError(f"run {self._job.run} {stage} just now, expected one that goes on; {cure}")
         return self._state, self._rounds
 
     async def train_failed(self, error: RlsfError) -> None:
         """A training worker met an error that no retry can cure."""
         self._end(error)
 
-    async def trainer_ready(self, record: Json | None, boxed: list[Any], placement_group: Any) -> None:
+    async def trainer_ready(self, record: Json | None, boxed: list[Any]) -> None:
         """The trainer has begun, from the checkpoint of `record` or from nothing."""
-        if self._crew is not None and self._rounds is not None:
-            self._crew.remember(placement_group)
-            self._trainer_began.set()
+        if self._rounds is not None:
             self._rounds.committed(record, boxed)
 
     async def committed(self, record: Json, boxed: list[Any]) -> None:
@@ -141,16 +153,15 @@ class Coordinator:
         if self._rounds is not None:
             self._rounds.committed(record, boxed)
 
-    async def stepped(self, done: Json, step: int) -> Word:
+    async def stepped(self, done: Json, step: int) -> None:
         """One optimiser step is done (`done`: its stage event)."""
         if self._state is not None and self._watch is not None and self._journal is not None:
             self._state.counts["steps"] = step
             self._watch.moved()
             self._journal.record(done)
-        return await self.word()
 
     async def word(self) -> Word:
-        """What the trainer is to do next."""
+        """May the trainer begin a step?"""
         if self._stop.done() or (self._rounds is not None and not self._rounds.may_train):
             return "stop"
         return "wait" if self._rounds is not None and self._rounds.held else "go on"
@@ -174,8 +185,8 @@ class Coordinator:
             self._lock.close()
         if self._state is not None:
             self._notices.tell([*self._state.news, {"event": self._state.state, "text": self._state.last_words}])
-        await self._notices.ended()
         self._ended.set()
+        await self._notices.ended()
         with suppress(TimeoutError):
             await asyncio.wait_for(self._read.wait(), LINGER_S)
         await self._leave(LEAVE_S)
@@ -200,9 +211,11 @@ class Coordinator:
         self._crew = await asyncio.to_thread(Crew, self._job, store.config)
         self._rounds = Rounds(store, self._state, self._journal, self._crew, self._watch)
         supervision = asyncio.create_task(self._supervise(self._state, store))
+        self._stage = "goes on"
         try:
             await self._rounds.run(self._stop)
         finally:
+            self._stage = "ends"
             supervision.cancel()
         return await self._finish(self._state, self._journal, self._crew, self._watch)
 
@@ -210,6 +223,8 @@ class Coordinator:
         """Tell what is new, and drain the run at a limit."""
         for look in itertools.count():
             await asyncio.sleep(LOOK_S)
+            if look % LOOKS_LEFT == 0:  # a coordinator before us may have been killed
+                await asyncio.to_thread(free_left_groups)
             if look % LOOKS_A_DISK == 0:
                 state.on_disk(await asyncio.to_thread(store.storage.used))
             news, state.news = state.news, []
@@ -236,19 +251,20 @@ class Coordinator:
         if self._error is not None and self._state is not None:
             self._state.stopped(self._error)
         if self._crew is not None and self._rounds is not None:
+            ended = True
             if self._rounds.fit is not None and self._summary is None:
-                await self._stop_training(self._crew, self._rounds.fit)
-            await self._crew.dismiss(REMOVE_S)
+                ended = await self._stop_training(self._crew, self._rounds.fit)
+            await self._crew.dismiss(REMOVE_S, leaves_group=not ended)
         if self._error is not None and self._journal is not None:
             await self._journal.save()
 
-    async def _stop_training(self, crew: Crew, fit: Any) -> None:
-        self._end(DrainedError("the run ends"))  # `stepped` says no from now on
+    async def _stop_training(self, crew: Crew, fit: Any) -> bool:
+        """Returns whether the trainer has ended by itself."""
+        self._end(DrainedError("the run ends"))  # `word` says no from now on
         crew.stop_generating()
         crew.buffer.close.remote()
+        haste = asyncio.create_task(self._in_haste.wait())
         fitted = asyncio.ensure_future(fit)
-        began = asyncio.create_task(self._trainer_began.wait())
-        await asyncio.wait({fitted, began}, timeout=BEGIN_S, return_when=asyncio.FIRST_COMPLETED)
-        began.cancel()
-        if not self._in_haste:
-            await asyncio.wait({fitted}, timeout=STOP_S)
+        await asyncio.wait({fitted, haste}, timeout=STOP_S, return_when=asyncio.FIRST_COMPLETED)
+        haste.cancel()
+        return fitted.done()

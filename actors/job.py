@@ -19,7 +19,6 @@ from rlsf_ray.logs import setup_logging
 from rlsf_ray.placement import placed
 from rlsf_ray.records import Json
 from rlsf_ray.run_store import RunStore
-from rlsf_ray.storage import Storage
 
 NAMESPACE = "rlsf"
 
@@ -46,14 +45,15 @@ class Job:
 
         Raises ServiceError if this process runs other source than the driver.
         """
-        storage = Storage(self.root)
-        setup_logging(role, self.run, root=storage.root if storage.local else None)
+        setup_logging(role, self.run)
         check_source(self.source, role)
         if threads is not None:
             import torch
 
             torch.set_num_threads(threads or os.cpu_count() or 1)
         store = RunStore.open(self.root)
+        if store.storage.local:
+            setup_logging(role, self.run, root=store.root)
         store.config = placed(store.config, self.gpus)  # the GPUs of this life
         return store
 

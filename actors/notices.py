@@ -7,13 +7,15 @@ import json
 import logging
 import urllib.request
 from collections.abc import Sequence
-from urllib.error import URLError
+from http.client import HTTPException
+from typing import Any
 
 from rlsf_ray.records import Json
 
 logger = logging.getLogger(__name__)
 
-TRIES, ANSWER_S = 3, 5.0
+WAITS_S = (0.0, 1.0, 3.0)  # before each try
+ANSWER_S = 5.0
 LAST_S = 8.0  # for what is still to be told when the run ends
 
 
@@ -43,15 +45,25 @@ class Notices:
         for one in news:
             text = f"{self._run}: {one['text']}"  # `text` is what chat services show
             body = json.dumps({"run": self._run, "event": one["event"], "text": text}).encode()
-            for _ in range(TRIES):
-                try:
-                    await asyncio.to_thread(_post, str(self._url), body)
-                    break
-                except (URLError, OSError, ValueError) as error:
-                    logger.warning("the webhook did not take a notice (%s): %s", one["event"], type(error).__name__)
+            await self._until_taken(one["event"], body)
+
+    async def _until_taken(self, event: str, body: bytes) -> None:
+        for wait_s in WAITS_S:
+            await asyncio.sleep(wait_s)
+            try:
+                return await asyncio.to_thread(_post, str(self._url), body)
+            except (OSError, HTTPException, ValueError) as error:  # whose text may hold the URL
+                logger.warning("the webhook did not take a notice (%s): %s", event, type(error).__name__)
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect would make a GET of the notice."""
+
+    def redirect_request(self, *args: Any) -> None:
+        return None
 
 
 def _post(url: str, body: bytes) -> None:
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"}, method="POST")
-    with urllib.request.urlopen(request, timeout=ANSWER_S):
+    with urllib.request.build_opener(_NoRedirect).open(request, timeout=ANSWER_S):
         pass

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
-from contextlib import suppress
 from typing import Any
 
 import ray
-from ray.util import remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.evaluator import Evaluator
 from actors.generator import Generator
 from actors.job import NAMESPACE, Job
+from actors.leftovers import free_left_groups
 from actors.pair_buffer import PairBuffer
 from actors.scorer import ScorerWorker
 from actors.train_driver import TrainDriver
@@ -65,7 +64,6 @@ class Crew:
     def __init__(self, job: Job, config: RunConfig) -> None:
         self._job = job
         self._cluster = config.cluster
-        self._placement_group: Any = None
         steering: Any = {"pool": PoolConfig(), "resources": ON_HEAD}
         self.weights = self._spawn(WeightStore, "weight_store", **steering)
         self.buffer = self._spawn(PairBuffer, "pair_buffer", max_concurrency=200, **steering)
@@ -88,27 +86,27 @@ class Crew:
         takes = {"num_cpus": pool.cpus, "num_gpus": pool.gpus or 0.0}
         return ray.remote(cls).options(**name_and_place, **takes, **options).remote(self._job, name)
 
-    def remember(self, placement_group: Any) -> None:
-        """The placement group of the training workers, which must not outlive the run."""
-        self._placement_group = placement_group
-
     def stop_generating(self) -> None:
         """End the generators and scorers, whose work nobody waits for any more: the trainer gets their cores."""
         for handle in (*self.generators.values(), *self.scorers.values()):
             ray.kill(handle)
 
-    async def dismiss(self, seconds: float) -> None:
-        """Kill every actor and free the placement group; returns when their names are gone, or after `seconds`."""
+    async def dismiss(self, seconds: float, *, leaves_group: bool) -> None:
+        """Kill every actor; returns when their names are gone, or after `seconds`.
+
+        `leaves_group`: the trainer is killed in its work, and what it leaves is freed once Ray has seen its death.
+        """
         singles = {"weight_store": self.weights, "pair_buffer": self.buffer, "evaluator": self.evaluator}
         everyone = {"train_driver": self.driver, **singles, **self.generators, **self.scorers}
         for handle in everyone.values():
             ray.kill(handle)
-        if self._placement_group is not None:
-            with suppress(ValueError):  # gone already
-                remove_placement_group(self._placement_group)
         until = asyncio.get_running_loop().time() + seconds
         names = {f"{self._job.run}/{name}" for name in everyone}
-        while names & set(ray.util.list_named_actors()) and asyncio.get_running_loop().time() < until:
+        while asyncio.get_running_loop().time() < until:
+            if leaves_group and free_left_groups():
+                leaves_group = False
+            if not leaves_group and not names & set(ray.util.list_named_actors()):
+                return
             await asyncio.sleep(0.1)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import os
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,8 +19,6 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from ray.exceptions import GetTimeoutError, RayActorError
-from ray.util import get_current_placement_group
 
 from actors.cores import Cores, give_memory_back
 from actors.job import Job, event
@@ -46,7 +43,7 @@ STATE_FILE, RECORD_FILE = "learner.safetensors", "record.json"
 
 
 class Commit(ray.train.UserCallback):
-    """Tells the coordinator that a checkpoint is saved, and hears that the run ends. Runs in Ray Train's controller.
+    """Tells the coordinator that a checkpoint is saved. Runs in Ray Train's controller.
 
     `ray.train.report` returns before the checkpoint is registered, so rank 0 cannot say this.
     """
@@ -57,15 +54,6 @@ class Commit(ray.train.UserCallback):
     def after_report(self, run_context: Any, metrics: list[Json], checkpoint: Any) -> None:
         if checkpoint is not None:
             self._job.actor("coordinator").committed.remote(metrics[0], [checkpoint])
-
-    def after_exception(self, run_context: Any, worker_exceptions: Any) -> None:
-        """Where the run ends, end this process before it starts its workers again: nobody would remove these."""
-        try:
-            ends = ray.get(self._job.actor("coordinator").word.remote(), timeout=TELL_S) == "stop"
-        except (ValueError, RayActorError, GetTimeoutError):  # the coordinator is gone
-            ends = True
-        if ends:
-            os._exit(1)
 
 
 def train_fn(settings: Json) -> None:
@@ -130,7 +118,7 @@ class Worker:
         if record is not None and not policy_begins:
             self._learner.load_state_bytes(state)
         if self._rank == 0:
-            ready = self._coordinator.trainer_ready.remote(record, [checkpoint], get_current_placement_group())
+            ready = self._coordinator.trainer_ready.remote(record, [checkpoint])
             ray.get(ready, timeout=self._config.cluster.deadline_s)
         return first
 
@@ -151,6 +139,7 @@ class Worker:
             for pass_index in range(self._config.epochs(round)):
                 order = arriving if pass_index == 0 else pass_order(groups, self._config.seed, round, pass_index)
                 for step in training_steps(order, size):
+                    self._may_step()
                     self._send(("step", step, round, pass_index))
                     self._step(step, round, pass_index)
         except DrainedError:
@@ -198,7 +187,7 @@ class Worker:
             )
 
     def _step(self, step: Sequence[TrainingGroup], round: int, pass_index: int) -> None:
-        """One optimiser step; rank 0 records it and asks whether to go on."""
+        """One optimiser step, which rank 0 records."""
         alone = self._cores.turn() if self._world == 1 else nullcontext()  # ranks wait for each other
         try:
             with alone:
@@ -220,14 +209,14 @@ class Worker:
             self._look_at_gap(step, report.logprob_gap)
             tokens = sum(group.num_tokens for group in step)
             done = event("trainer", "trainer-0", "train", round, start, tokens)
-            self._obey(self._coordinator.stepped.remote(done, report.step))
+            self._coordinator.stepped.remote(done, report.step)
 
-    def _obey(self, answer: Any) -> None:
-        """Wait while the run is paused. Raises DrainedError if it is to end."""
-        while (word := ray.get(answer, timeout=self._config.cluster.deadline_s)) == "wait":
+    def _may_step(self) -> None:
+        """Return once a step may begin: not while the run is paused. Raises DrainedError if it is to end."""
+        deadline_s = self._config.cluster.deadline_s
+        while (word := ray.get(self._coordinator.word.remote(), timeout=deadline_s)) == "wait":
             self._send(("nothing yet",))
             time.sleep(HOLD_S)
-            answer = self._coordinator.word.remote()
         if word == "stop":
             raise DrainedError("the run is draining")
 

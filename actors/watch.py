@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -101,7 +102,9 @@ def plain(error: BaseException) -> RlsfError:
             return leaf
     first = found[0]
     if isinstance(first, RayActorError):
-        return ServiceError(f"an actor of the run died and did not come back: {first}; run the same command to resume")
+        named = re.search(r"^\s*name: (\S+)", str(first), flags=re.MULTILINE)
+        who = named[1] if named else "an actor of the run"
+        return ServiceError(f"{who} died and did not come back; run the same command to resume ({first})")
     return ServiceError(
         f"{type(first).__name__}: {first}; run the same command to resume, and report this with the coordinator's log"
         " if it comes back"

@@ -192,4 +192,4 @@ async def bench_pool(
             await crew.weights.prepare.remote()
             await pool.prepare(len(versions))
             yield BenchPool(pool, crew, store)
-        await crew.dismiss(LEAVE_S)
+        await crew.dismiss(LEAVE_S, leaves_group=False)

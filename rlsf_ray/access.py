@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import tempfile
@@ -9,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from rlsf_ray.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 OPEN_TO_OTHERS = 0o077
 
@@ -26,13 +29,15 @@ def own_token() -> None:
         )
     if os.environ.get("RAY_AUTH_TOKEN"):
         return
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token"))
     try:
+        path = path.expanduser()
         if not path.exists():
             _make(path)
         if path.stat().st_mode & OPEN_TO_OTHERS:
             path.chmod(0o600)
-    except OSError as error:
+            logger.warning("%s was readable by others until now; `ray get-auth-token --generate` makes a new one", path)
+    except (OSError, RuntimeError) as error:  # a user without a home has none
         raise InputError(
             f"no token for Ray in {path}: {error}; expected a file that only you can read and write; mend that, or set"
             " RAY_AUTH_TOKEN_PATH to another"

@@ -113,7 +113,7 @@ def write_mixture(a: Path, b: Path, alpha: float, to: Path) -> Path:
     from rlsf_ray.engines.lora import rounded
 
     disable_progress_bar()
-    mixed, other = (AutoModelForCausalLM.from_pretrained(folder) for folder in (a, b))
+    mixed, other = (AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False) for folder in (a, b))
     ours, theirs = dict(mixed.named_parameters()), dict(other.named_parameters())
     for name in sorted(ours.keys() | theirs.keys()):
         shapes = [tuple(side[name].shape) if name in side else "nothing" for side in (ours, theirs)]
@@ -128,7 +128,7 @@ def write_mixture(a: Path, b: Path, alpha: float, to: Path) -> Path:
             parameter.data = rounded(total, parameter.dtype, name)
     shutil.rmtree(to, ignore_errors=True)
     mixed.save_pretrained(to)
-    AutoTokenizer.from_pretrained(a).save_pretrained(to)
+    AutoTokenizer.from_pretrained(a, trust_remote_code=False).save_pretrained(to)
     return to
 
 

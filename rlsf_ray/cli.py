@@ -47,7 +47,10 @@ if TYPE_CHECKING:
     from rlsf_ray.run_store import RunStore
 
 MaxHours = Annotated[
-    float | None, typer.Option(min=0, metavar="HOURS", help="Drain a run that has taken so long, over all its lives.")
+    float | None,
+    typer.Option(
+        min=0.01, metavar="HOURS", help="Drain a run that has taken so long, with pauses and over all its lives."
+    ),
 ]
 MaxTokens = Annotated[
     int | None, typer.Option(min=1, metavar="TOKENS", help="Drain a run that has written so many to learn from.")
@@ -310,7 +313,7 @@ def _run(config: RunConfig, name: str | None, root: str, address: str | None, li
             address=address,
             on_status=progress,
             limits=limits,
-            webhook=os.environ.get("RLSF_WEBHOOK"),
+            webhook=os.environ.pop("RLSF_WEBHOOK", None),  # no process of a Ray of ours needs it
         )
     print_before_after(console, summary)
     _print_costs(summary)

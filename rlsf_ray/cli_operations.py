@@ -79,13 +79,15 @@ def rollback(
 def stop(
     run: RunName,
     address: Address = None,
-    now: Annotated[bool, typer.Option("--now/--drain", help="Without waiting for the optimiser step.")] = False,
+    now: Annotated[bool, typer.Option("--now", help="Without waiting for the optimiser step.")] = False,
 ) -> None:
     """Ask a running run to drain: it ends its optimiser step, drops the batches in flight, and can be resumed."""
     from rlsf_ray import operate
 
-    operate.stop(run, address, now=now)
-    print(f"{run} {'stops' if now else 'drains'}; the same `rlsf run` resumes it")
+    if operate.stop(run, address, now=now):
+        print(f"{run} {'stops' if now else 'drains'}; the same `rlsf run` resumes it")
+    else:
+        print(f"{run} ends by itself just now")
 
 
 @operations.command()
@@ -99,29 +101,29 @@ def logs(
     root: Root = "runs",
 ) -> None:
     """Print what the actors of a run have logged, running or not; needs a run directory that this machine sees."""
-    from rlsf_ray.logs import log_line, read_logs
+    from rlsf_ray.logs import Tail, log_line, roles
 
     store = open_run(run, root)
     if not store.storage.local:
         raise InputError(f"{store.root}: at a URL no logs are kept; look at Ray's own (`ray logs`, or its dashboard)")
-    rows = read_logs(store.root, role)
-    roles = sorted({row["role"] for row in read_logs(store.root)})
-    if role is not None and role not in roles:
+    known = roles(store.root)
+    if role is not None and role not in known:
         raise InputError(
-            f"--role {role}: {store.root} has no log of that; expected one of {', '.join(roles) or 'none'}"
+            f"--role {role}: {store.root} has no log of that; expected one of {', '.join(known) or 'none'}"
         )
-    seen = len(rows)
-    for row in rows[len(rows) - min(last, len(rows)) :]:
-        print(log_line(row))
-    while follow:
+    new_rows = Tail(store.root, role)
+    rows = new_rows()
+    rows = rows[len(rows) - min(last, len(rows)) :]
+    while True:
+        for row in rows:
+            print(log_line(row), flush=True)
+        if not follow:
+            return
         try:
             time.sleep(FOLLOW_S)
         except KeyboardInterrupt:
             return
-        rows = read_logs(store.root, role)
-        for row in rows[min(seen, len(rows)) :]:
-            print(log_line(row), flush=True)
-        seen = len(rows)
+        rows = new_rows()
 
 
 @operations.command()

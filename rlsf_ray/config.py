@@ -116,6 +116,11 @@ class RunConfig(Section):
         if self.engine != "vllm" and (self.engine_args or self.swap):
             found = f"engine_args {sorted(self.engine_args)}" if self.engine_args else f"swap={self.swap}"
             raise ValueError(f"{found} is for vLLM, got engine={self.engine}; set engine: vllm")
+        if self.engine_args.get("trust_remote_code"):
+            raise ValueError(
+                "engine_args.trust_remote_code would run Python from the model's folder, and trainer and scorers never"
+                " do, got true; leave it out, and take a model that transformers knows"
+            )
         trainers = self.cluster.trainers
         if trainers.count > 1 and not (trainers.gpus or 0.0).is_integer():
             raise ValueError(

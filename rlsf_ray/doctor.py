@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
-import shutil
 import subprocess
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from rlsf_ray.encoding import to_json
 from rlsf_ray.errors import InputError
@@ -19,20 +23,24 @@ from rlsf_ray.run_store import RunStore
 
 FILES = ("config.yaml", "packages.json", "state.json", "summary.json", "nonfinite.json")
 FOLDERS = ("metrics", "logs")
-MOST_BYTES = 4 << 20  # of each file: its end
+ANSWERS = {"votes"}  # keys whose values are what the model has answered
+MOST_BYTES = 4 << 20  # of each file of JSON Lines: its end
 ASK_S = 20.0  # nvidia-smi may hang where a driver is broken
 
 HIDDEN = "(hidden)"
-_NAME = r"[\w.-]*(?:token(?!iz)|secret|passw|api_?-?key|credential|webhook)[\w.-]*"
+_NAME = r"[\w.-]*(?:token(?!iz)|secret|passw|api_?-?key|private_?-?key|credential|webhook|authorization)[\w.-]*"
+_NUMBER = r"(?:[-+]?[\d.]+(?:e[-+]?\d+)?|null|true|false|none)"
 _SECRETS = [  # each with what stays of it, in groups
-    re.compile(r"(?<=://)[^/\s@\"']+(?=@)"),  # a URL's user and password
+    re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL),
+    re.compile(r"(?<=://)[^/\s\"']+(?=@)"),  # a URL's user and password
     re.compile(r"(?i)(?<=[?&])([\w-]*(?:token|key|secret|signature|sig|password)=)[^&\s\"']+"),
-    re.compile(r"(https://hooks\.[^/\s\"']+/)[^\s\"']+"),
+    re.compile(r"(https://[^/\s\"']*hooks?\.[^/\s\"']+/|https://[^\s\"']*/webhooks?/)[^\s\"']+"),
+    re.compile(r"(?i)\b((?:bearer|basic)\s+)[A-Za-z0-9._~+/=-]{6,}"),
     re.compile(r"\b(hf_|sk-|ghp_|gho_|github_pat_|glpat-|xox[abps]-|AKIA|ASIA|eyJ)[A-Za-z0-9_./+=-]{12,}"),
-    # name: value, in YAML, JSON or a shell's form; a number is none
-    re.compile(rf"(?i)(\b{_NAME}[\"']?\s*[:=]\s*\")(?![-+\d.])[^\"]+"),
-    re.compile(rf"(?i)(\b{_NAME}[\"']?\s*[:=]\s*')(?![-+\d.])[^']+"),
-    re.compile(rf"(?i)(\b{_NAME}[\"']?\s*[:=]\s*)(?![-+\d.\[{{\"'(\s]|null|true|false|none)[^\s,}}\]\"']+"),
+    # name: value, or name=value; a whole number is none
+    re.compile(
+        rf"(?i)(\b{_NAME}[\"']?\s*[:=]\s*)(?!{_NUMBER}(?![\w.]))(\"(?:[^\"\\]|\\.)*\"|'[^']*'|[^\s,}}\]\"'\[{{(]+)"
+    ),
 ]
 
 
@@ -41,11 +49,16 @@ def write_archive(store: RunStore, to: Path, environment: Mapping[str, str] = os
     if to.exists():
         raise InputError(f"--to {to}: is there already; expected a new file; give another name")
     to.parent.mkdir(parents=True, exist_ok=True)
-    names = []
-    with zipfile.ZipFile(to, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, data in [("machine.json", to_json(machine())), *_files(store)]:
-            archive.writestr(name, redact(data[-MOST_BYTES:].decode(errors="replace"), environment))
-            names.append(name)
+    secrets = _known_secrets(environment)
+    names, half = [], to.with_name(f".{to.name}.part")
+    try:
+        with zipfile.ZipFile(half, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, data in [("machine.json", to_json(machine(store))), *_files(store)]:
+                archive.writestr(name, cleaned(name, data, secrets))
+                names.append(name)
+        half.rename(to)
+    finally:
+        half.unlink(missing_ok=True)
     return names
 
 
@@ -57,16 +70,65 @@ def _files(store: RunStore) -> Iterator[tuple[str, bytes]]:
             yield name, data
 
 
-def machine() -> Json:
+def cleaned(name: str, data: bytes, secrets: Collection[str]) -> str:
+    """A file's text without answers and secrets, told by its keys; of JSON Lines the last few megabytes."""
+    text = data.decode(errors="replace")
+    try:
+        if name.endswith((".yaml", ".json")):
+            value = yaml.safe_load(text) if name.endswith(".yaml") else json.loads(text)
+            found = _clean(value, secrets)
+            return yaml.safe_dump(found, sort_keys=False) if name.endswith(".yaml") else json.dumps(found, indent=2)
+    except (ValueError, yaml.YAMLError):  # damaged: that may be the bug
+        return redact(text, secrets)
+    lines, size = list[str](), 0
+    for line in reversed(text.split("\n")):
+        size += len(line)
+        if size > MOST_BYTES:
+            break
+        lines.append(_clean_line(line, secrets))
+    return "\n".join(reversed(lines))
+
+
+def _clean_line(line: str, secrets: Collection[str]) -> str:
+    try:
+        return json.dumps(_clean(json.loads(line), secrets)) if line else line
+    except ValueError:
+        return redact(line, secrets)
+
+
+def _clean(value: Any, secrets: Collection[str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _clean_entry(str(key), inner, secrets) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_clean(inner, secrets) for inner in value]
+    return redact(value, secrets) if isinstance(value, str) else value
+
+
+def _clean_entry(key: str, value: Any, secrets: Collection[str]) -> Any:
+    if key in ANSWERS:
+        return f"({len(value)} left out)" if isinstance(value, dict | list) else HIDDEN
+    secret = isinstance(value, str) and value and re.fullmatch(rf"(?i){_NAME}", key)
+    return HIDDEN if secret and not re.fullmatch(_NUMBER, value) else _clean(value, secrets)
+
+
+def _known_secrets(environment: Mapping[str, str]) -> list[str]:
+    """Values of environment variables with such names, and Ray's token."""
+    token = Path(environment.get("RAY_AUTH_TOKEN_PATH") or Path(environment.get("HOME", "/"), ".ray/auth_token"))
+    found = [value for name, value in environment.items() if re.fullmatch(rf"(?i){_NAME}|.*_key", name)]
+    with suppress(OSError):
+        found.append(token.read_text().strip())
+    return [value for value in found if len(value) >= 8]
+
+
+def machine(store: RunStore) -> Json:
     """Of this process: versions, processors, memory, GPUs, free space. No names of hosts or users."""
-    disk = shutil.disk_usage(".")
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
         **packages(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "processors": os.cpu_count(),
         "memory_gb": round(pages / 2**30, 1),
-        "disk_free_gb": round(disk.free / 2**30, 1),
+        "disk_used": store.storage.used(),
         "gpus": _gpus(),
     }
 
@@ -81,11 +143,10 @@ def _gpus() -> str:
         return f"nvidia-smi failed: {type(error).__name__}"
 
 
-def redact(text: str, environment: Mapping[str, str]) -> str:
-    """`text` without what looks like a secret: known forms, named values, values of such environment variables."""
-    for name, value in environment.items():
-        if len(value) >= 8 and re.fullmatch(rf"(?i){_NAME}|.*_key", name):
-            text = text.replace(value, HIDDEN)
+def redact(text: str, secrets: Collection[str] = ()) -> str:
+    """`text` without `secrets`, and without what looks like one: known forms and named values."""
+    for value in secrets:
+        text = text.replace(value, HIDDEN)
     for pattern in _SECRETS:
         text = pattern.sub(rf"\1{HIDDEN}" if pattern.groups else HIDDEN, text)
     return text

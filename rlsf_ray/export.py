@@ -48,7 +48,7 @@ def export_merged(store: RunStore, version: int, to: Path, alpha: float = 1.0) -
     _new_folder(to)
     config = store.config.model
     dtype = getattr(torch, config.dtype)
-    base = AutoModelForCausalLM.from_pretrained(find_model(config.name), dtype=dtype).float()
+    base = AutoModelForCausalLM.from_pretrained(find_model(config.name), dtype=dtype, trust_remote_code=False).float()
     with tempfile.TemporaryDirectory() as folder:
         adapter = export_adapter(store, version, Path(folder), alpha)
         merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime
 from logging.handlers import RotatingFileHandler
@@ -39,7 +38,7 @@ class _JsonLines(logging.Formatter):
         row["message"] = record.getMessage()
         if record.exc_info:
             row["error"] = self.formatException(record.exc_info)
-        return json.dumps(row, ensure_ascii=False)
+        return json.dumps(row)
 
 
 def setup_logging(role: str, run: str, *, root: str | None = None, level: int = logging.INFO) -> None:
@@ -68,25 +67,66 @@ def setup_logging(role: str, run: str, *, root: str | None = None, level: int = 
         logger.setLevel(level)
 
 
+class _File(RotatingFileHandler):
+    """Says once that it cannot write."""
+
+    said = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self.said:
+            self.said = True
+            print(f"{self.baseFilename} cannot be written: {sys.exc_info()[1]}", file=sys.stderr, flush=True)
+
+
 def _file(path: str, role: str, run: str) -> logging.Handler:
-    handler = RotatingFileHandler(path, maxBytes=_FILE_BYTES, backupCount=1, delay=True, encoding="utf-8")
+    if os.path.exists(path):
+        with open(path, "ab") as file:
+            file.write(b"\n")  # ends a line that a killed process has left torn
+    handler = _File(path, maxBytes=_FILE_BYTES, backupCount=1, delay=True, encoding="utf-8")
     handler.setFormatter(_JsonLines(role, run))
     return handler
 
 
-def read_logs(root: str, role: str | None = None) -> list[Json]:
-    """The kept lines of a local run directory, oldest first; of one role, or of all. Half lines do not count."""
-    folder = Path(root, FOLDER)
-    files = [*folder.glob("*.jsonl.1"), *folder.glob("*.jsonl")]
-    wanted = [file for file in files if role is None or file.name.partition(".jsonl")[0] == role]
-    return sorted((row for file in wanted for row in _rows(file)), key=lambda row: row["time"])
+def roles(root: str) -> list[str]:
+    """Who has logged in a local run directory."""
+    return sorted({_role(path) for path in Path(root, FOLDER).glob("*.jsonl*")})
 
 
-def _rows(file: Path) -> Iterator[Json]:
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        with suppress(ValueError):  # the process was killed while it wrote
-            row = json.loads(line)
-            yield row
+class Tail:
+    """The kept lines of a local run directory, of one role or of all: at each call those that are new, oldest first."""
+
+    def __init__(self, root: str, role: str | None = None) -> None:
+        self._folder, self._role = Path(root, FOLDER), role
+        self._read: dict[int, int] = {}  # inode -> bytes; a file that is renamed keeps its inode
+
+    def __call__(self) -> list[Json]:
+        rows: list[Json] = []
+        for path in sorted(self._folder.glob("*.jsonl*"), reverse=True):  # the older file of a role first
+            if self._role in (None, _role(path)):
+                with suppress(FileNotFoundError):  # renamed just now: the next call finds it
+                    rows += self._new(path)
+        return sorted(rows, key=lambda row: row["time"])
+
+    def _new(self, path: Path) -> list[Json]:
+        with path.open("rb") as file:
+            inode = os.fstat(file.fileno()).st_ino
+            file.seek(self._read.get(inode, 0))
+            whole, newline, _ = file.read().rpartition(b"\n")
+        self._read[inode] = self._read.get(inode, 0) + len(whole) + len(newline)
+        return [row for line in whole.split(b"\n") if (row := _row(line))]
+
+
+def _role(path: Path) -> str:
+    return path.name.partition(".jsonl")[0]
+
+
+def _row(line: bytes) -> Json | None:
+    """None for an empty line, or one that was torn."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def log_line(row: Json) -> str:

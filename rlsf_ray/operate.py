@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import AuthenticationError, GetTimeoutError, RayActorError, RayTaskError
 
 from actors.job import NAMESPACE
 from rlsf_ray.access import own_token
@@ -32,20 +32,27 @@ def status(run_name: str, address: str | None = None) -> Json:
 
 
 def watch(run_name: str, address: str | None = None, *, on_status: OnStatus) -> Json:
-    """Show a running run until it ends; returns its last status. Leaving earlier does nothing to the run."""
-    with torunning(address):
+    """Show a running run until it ends; returns the last status seen. Leaving earlier does nothing to the run."""
+    with at(address):
         coordinator = running(run_name)
+        found: Json = ask(coordinator, "status")
         while True:
-            found: Json = ask(coordinator, "status")
             on_status(found)
             if found["ended"]:
                 return found
             time.sleep(POLL_S)
+            try:
+                found = ask(coordinator, "status")
+            except ServiceError:  # it has ended and left since
+                return found
 
 
-def stop(run_name: str, address: str | None = None, *, now: bool = False) -> None:
-    """Ask a running run to drain; `now`: without waiting for its optimiser step. Returns at once."""
-    _tell(run_name, address, "drain", now)
+def stop(run_name: str, address: str | None = None, *, now: bool = False) -> bool:
+    """Ask a running run to drain; `now`: without waiting for its optimiser step. Returns at once.
+
+    False: it ends by itself just now.
+    """
+    return bool(_tell(run_name, address, "drain", now))
 
 
 def pause(run_name: str, address: str | None = None) -> None:
@@ -68,11 +75,11 @@ def roll_back(run_name: str, version: int, address: str | None = None) -> None:
 
 def _tell(run_name: str, address: str | None, method: str, *args: Any) -> Any:
     """One control call. Raises ServiceError if no such run is running there, or if it begins or ends just now."""
-    with torunning(address):
+    with at(address):
         return ask(running(run_name), method, *args)
 
 
-def torunning(address: str | None) -> Any:
+def at(address: str | None) -> Any:
     """Be connected to the Ray at `address`, else at RAY_ADDRESS, else to one on this machine."""
     return connected(address or os.environ.get("RAY_ADDRESS") or "auto")
 
@@ -90,15 +97,21 @@ def connected(address: str | None) -> Iterator[bool]:
         yield False
         return
     address = address or os.environ.get("RAY_ADDRESS")
+    if not address:
+        own_token()
     options: Json = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if address:
             _knock(address)
             ray.init(address=address, **options)
         else:
-            own_token()
             # Ray Train asks the dashboard only to clean up after a killed controller; this Ray ends with us anyway
             ray.init("local", include_dashboard=False, **options)
+    except AuthenticationError as error:
+        raise InputError(
+            f"the Ray at {address} asks for a token, and that of this user is missing or another: copy the cluster's"
+            " ~/.ray/auth_token here, or set RAY_AUTH_TOKEN"
+        ) from error
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(
             f"no Ray answers at {address or 'this machine'} ({error}); start one with `ray start --head`, correct"
@@ -152,6 +165,6 @@ def ask(coordinator: Any, method: str, *args: Any) -> Any:
             f"the coordinator has not answered `{method}` for {ANSWER_S:g} s; is the head node alive?"
         ) from error
     except RayActorError as error:
-        raise ServiceError(f"the coordinator is gone ({error}); run the same command again to resume") from error
+        raise ServiceError(f"the coordinator is gone; the same `rlsf run` resumes the run ({error})") from error
     except RayTaskError as error:
         raise error.cause if isinstance(error.cause, RlsfError) else error from None

@@ -133,10 +133,6 @@ def describe(plan: Plan, available: Mapping[str, float], where: str) -> str:
         f"Needs    {needed['CPU']:g} CPU, {needed['GPU']:g} GPU",
         f"There    {available.get('CPU', 0):g} CPU, {available.get('GPU', 0):g} GPU ({where})",
     ]
-    if config.engine_args.get("trust_remote_code"):
-        lines.append(
-            "Danger   engine_args.trust_remote_code runs Python that came with the model, with all your rights"
-        )
     missing = missing_resources(config, available)
     return "\n".join([*lines, *(f"Missing  {line}" for line in missing)] if missing else [*lines, "Missing  nothing"])
 

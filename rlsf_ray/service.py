@@ -28,7 +28,7 @@ from rlsf_ray.storage import Storage
 from rlsf_ray.stream.limits import NO_LIMITS, Limits
 from rlsf_ray.stream.run_state import RunState
 
-DRAIN_S = 75.0  # a drain is promised within 20 s once the trainer has begun
+DRAIN_S = 30.0  # a drain is promised within 20 s
 
 
 def run(
@@ -77,8 +77,10 @@ def check_run_name(name: str) -> None:
 
 def _check_webhook(url: str | None) -> None:
     """Raises InputError, which does not show the URL, for one that nothing can be posted to."""
-    if url is not None and not re.match(r"https?://[^/\s]+", url):
-        raise InputError("the webhook must be an http:// or https:// URL; correct RLSF_WEBHOOK, or unset it")
+    if url is not None and not re.fullmatch(r"https?://[\w.-]+(:\d{1,5})?(/[!-~]*)?", url):
+        raise InputError(
+            "the webhook is no URL like https://host/path without blanks; correct RLSF_WEBHOOK, or unset it"
+        )
 
 
 def _finished(root: str, config: RunConfig, run_name: str, on_status: OnStatus) -> Json | None:

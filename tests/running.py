@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
+import psutil
 import ray
 from ray.util import list_named_actors, placement_group_table
 
@@ -36,3 +38,14 @@ def standing_groups() -> int:
 def free_cpus() -> float:
     """Logical CPUs that nobody holds."""
     return float(ray.available_resources().get("CPU", 0.0))
+
+
+def training_worker() -> int:
+    """The process of the only training worker of this Ray."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # ended meanwhile
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process.pid)
+    (worker,) = found
+    return int(worker)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -14,14 +13,9 @@ BEFORE = 0.9  # of the deadline of the engine's caller, so that the engine's own
 MOST_MEMORY = 0.9  # of a GPU's memory, for a generator that has it alone
 
 
-logger = logging.getLogger(__name__)
-
-
 def build_engine(config: RunConfig, *, threads: int = 0, device: str | None = None) -> Engine:
     """Load the model into the engine of `config`. Raises InputError for a bad model or engine arguments."""
     if config.engine == "vllm":
-        if config.engine_args.get("trust_remote_code"):
-            logger.warning("trust_remote_code is on: vLLM runs Python that came with %s", config.model.name)
         from rlsf_ray.engines.vllm_engine import VLLMEngine
 
         held = config.cluster.max_staleness + 2  # those that prompts may be written with, and one pinned by evaluation

@@ -119,7 +119,9 @@ def _linear_layers(folder: Path) -> dict[str, list[int]]:
     from transformers.pytorch_utils import Conv1D
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(folder, trust_remote_code=False), trust_remote_code=False
+        )
     head = model.get_output_embeddings()
     found = {}
     for name, one in model.named_modules():

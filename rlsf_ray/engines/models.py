@@ -78,17 +78,19 @@ def _convert_smollm2() -> Path:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    read = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=_GGUF, dtype=torch.float32)
+    read = AutoModelForCausalLM.from_pretrained(
+        source.parent, gguf_file=_GGUF, dtype=torch.float32, trust_remote_code=False
+    )
     config = read.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
     model.load_state_dict(read.state_dict())
     folder = cache_root() / "models" / "smollm2-135m-instruct"
     folder.parent.mkdir(parents=True, exist_ok=True)
     half_made = Path(tempfile.mkdtemp(dir=folder.parent))
     model.save_pretrained(half_made)
-    AutoTokenizer.from_pretrained(source.parent, gguf_file=_GGUF).save_pretrained(half_made)
+    AutoTokenizer.from_pretrained(source.parent, gguf_file=_GGUF, trust_remote_code=False).save_pretrained(half_made)
     try:
         half_made.rename(folder)
     except OSError:  # another process was first

@@ -9,11 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import ray
 from advantage_runs import REWARD
-from running import alive, free_cpus, standing_groups, wait_for
+from running import alive, free_cpus, standing_groups, training_worker, wait_for
 from tiny import tiny_config
 
 from actors.job import NAMESPACE, Job, source_hash
@@ -58,7 +57,7 @@ def test_a_killed_scorer_and_a_killed_training_worker_change_nothing_in_the_resu
     wait_for(lambda: operate.status("killed")["traces"] > 0, life=life)
     ray.kill(ray.get_actor("killed/scorer-0", namespace=NAMESPACE), no_restart=False)
     wait_for(lambda: operate.status("killed")["version"] == 1, life=life)
-    os.kill(_training_worker(), signal.SIGKILL)
+    os.kill(training_worker(), signal.SIGKILL)
     _equals_the_loop(life.result(), config, tmp_path / "killed", tmp_path / "loop")
 
 
@@ -69,7 +68,7 @@ def test_kills_while_a_reward_model_is_trained_and_while_it_judges_change_nothin
     life = launch(config, tmp_path / "rewarded")
     reward = tmp_path / "rewarded/reward"
     wait_for((reward / "round-0000.json").exists, life=life)
-    os.kill(_training_worker(), signal.SIGKILL)
+    os.kill(training_worker(), signal.SIGKILL)
     wait_for((reward / "round-0001.json").exists, life=life)
     wait_for(lambda: operate.status("rewarded")["version"] > 0, life=life)
     ray.kill(ray.get_actor("rewarded/scorer-0", namespace=NAMESPACE), no_restart=False)  # it held the reward model
@@ -87,17 +86,6 @@ def test_a_scorer_that_dies_while_it_waits_for_room_loses_nothing(
     assert operate.status("waiting")["traces"] == 0  # the first batch waits: the trainer has not begun
     ray.kill(ray.get_actor("waiting/scorer-0", namespace=NAMESPACE), no_restart=False)
     _equals_the_loop(life.result(), config, tmp_path / "waiting", tmp_path / "loop")
-
-
-def _training_worker() -> int:
-    """The process of the only training worker of this Ray."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.NoSuchProcess):  # ended meanwhile
-            if "RayTrainWorker" in " ".join(process.cmdline()):
-                found.append(process.pid)
-    (worker,) = found
-    return int(worker)
 
 
 def _equals_the_loop(summary: Json, config: RunConfig, root: Path, loop_root: Path) -> None:

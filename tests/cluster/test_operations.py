@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from running import alive, standing_groups, wait_for
+from running import alive, standing_groups, training_worker, wait_for
 
+from actors.coordinator import STOP_S
 from rlsf_ray import operate, service
 from rlsf_ray.config import RunConfig
 from rlsf_ray.errors import DrainedError, InputError, ServiceError
-from rlsf_ray.logs import read_logs
+from rlsf_ray.logs import Tail
 from rlsf_ray.records import Json
 from rlsf_ray.run_store import RunStore
 from rlsf_ray.stream.limits import Limits
@@ -28,12 +31,22 @@ def _progress(run: str) -> list[object]:
     return [found[key] for key in ("traces", "steps", "version")]
 
 
+def _standstill(run: str) -> list[object]:
+    """Where a paused run stands once what was being written or trained has ended."""
+    found: list[object] = []
+    for _ in range(60):
+        before, found = found, _progress(run)
+        if found == before:
+            return found
+        time.sleep(2.0)
+    raise AssertionError(f"{run} does not come to a standstill: {found}")
+
+
 def test_a_run_waits_goes_on_and_goes_back(launch: Launch, small: Callable[..., RunConfig], tmp_path: Path) -> None:
     life = launch(small(rounds=6, data={"probe": []}), tmp_path / "held")
     wait_for(lambda: "held/coordinator" in alive("held") and operate.status("held").get("version", 0) >= 1, life=life)
     operate.pause("held")
-    time.sleep(3.0)  # what was being written or trained is ended
-    before = _progress("held")
+    before = _standstill("held")
     with ThreadPoolExecutor() as threads:
         seen: list[Json] = []
         watching = threads.submit(operate.watch, "held", on_status=seen.append)
@@ -57,7 +70,7 @@ def test_a_run_waits_goes_on_and_goes_back(launch: Launch, small: Callable[..., 
     counts = summary["accounting"]
     assert counts["in_flight"] == 0
     assert counts["admitted"] == sum(counts[end] for end in ("trained", "filtered", "failed", "rolled_back"))
-    lines = [row["message"] for row in read_logs(store.root, "coordinator")]
+    lines = [row["message"] for row in Tail(store.root, "coordinator")()]
     wanted = ["paused by an operator", "resumed by an operator", "an operator wants to go back to version 1"]
     assert [line for line in lines if "operator" in line] == wanted
     assert "round 1 is over: version 1" in lines
@@ -74,11 +87,13 @@ def test_limits_and_a_stop_in_haste_leave_a_run_that_goes_on_to_its_end(
 
     life = launch(config, root)
     wait_for(lambda: operate.status("limited").get("steps", 0) > 0, life=life)
+    os.kill(training_worker(), signal.SIGSTOP)  # its step does not end
     began = time.monotonic()
-    operate.stop("limited", now=True)
+    assert operate.stop("limited")
+    assert operate.stop("limited", now=True)
     with pytest.raises(DrainedError, match="was asked to stop"):
         life.result()
-    assert time.monotonic() - began < 8.0, "it has waited for the trainer"
+    assert time.monotonic() - began < STOP_S, "it has waited for the trainer"
     wait_for(lambda: not alive("limited") and standing_groups() == 0, 20)
 
     counts = launch(config, root).result()["accounting"]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import socket
 import stat
 from pathlib import Path
 
 import pytest
+from ray.exceptions import AuthenticationError
 
+from rlsf_ray import operate
 from rlsf_ray.access import own_token
 from rlsf_ray.errors import InputError
+from rlsf_ray.operate import connected
 
 
 @pytest.fixture
@@ -66,3 +70,18 @@ def test_a_token_that_cannot_be_made_is_named(home: Path) -> None:
     (home / ".ray").write_text("a file where the folder should be")
     with pytest.raises(InputError, match=r"no token for Ray in .*auth_token: .*RAY_AUTH_TOKEN_PATH"):
         own_token()
+
+
+def test_a_connection_says_what_is_wrong_with_the_token(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with pytest.raises(InputError, match=r"^a Ray of our own would listen"), connected(None):
+        pass
+
+    def refuse(**options: object) -> None:
+        raise AuthenticationError("no token was found")
+
+    monkeypatch.setattr(operate.ray, "init", refuse)  # as Ray does where it has none to send
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(InputError, match=r"asks for a token, .*copy the cluster's"), connected(address):
+            pass

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from rlsf_ray.logs import log_line, read_logs, setup_logging
+from rlsf_ray import logs
+from rlsf_ray.logs import Tail, log_line, roles, setup_logging
 
 logger = logging.getLogger("rlsf_ray.anything")
 
@@ -42,12 +43,34 @@ def test_the_run_directory_keeps_them_as_json_and_gives_them_back_in_order(tmp_p
         logger.exception("it broke")
     with (tmp_path / "logs/coordinator.jsonl").open("a") as file:
         file.write('{"time": 1, "lev')  # killed while it wrote
-    rows = read_logs(str(tmp_path))
-    assert [row["role"] for row in rows] == ["generator-0", "coordinator", "generator-0", "generator-0"]
-    assert [row["message"] for row in read_logs(str(tmp_path), "coordinator")] == ["from coordinator"]
-    assert log_line(rows[-1]).endswith("ValueError: of a kind")
-    first = json.loads((tmp_path / "logs/generator-0.jsonl").read_text().splitlines()[0])
-    assert first.keys() == {"time", "level", "role", "run", "logger", "message"}
+    setup_logging("coordinator", "mine", root=str(tmp_path))
+    logger.info("again, with \u2028, \udc80 and\na second line")
+    rows = Tail(str(tmp_path))()
+    assert [row["role"] for row in rows] == ["generator-0", "coordinator", "generator-0", "generator-0", "coordinator"]
+    assert [row["message"] for row in Tail(str(tmp_path), "coordinator")()] == [
+        "from coordinator",
+        "again, with \u2028, \udc80 and\na second line",
+    ]
+    assert log_line(rows[3]).endswith("ValueError: of a kind")
+    assert rows[0].keys() == {"time", "level", "role", "run", "logger", "message"}
+    assert roles(str(tmp_path)) == ["coordinator", "generator-0"]
+
+
+def test_a_tail_gives_each_line_once_whatever_is_rotated_or_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "_FILE_BYTES", 2000)
+    tail, seen = Tail(str(tmp_path)), list[str]()
+    setup_logging("scorer-0", "mine", root=str(tmp_path))
+    for number in range(30):
+        logger.info("m%d", number)
+        if number % 5 == 4:
+            seen += [row["message"] for row in tail()]
+    assert seen == [f"m{number}" for number in range(30)]
+    late = {"time": 1.0, "level": "INFO", "role": "b", "run": "mine", "logger": "x", "message": "late"}
+    (tmp_path / "logs/b.jsonl").write_text(json.dumps(late) + "\n")  # of a node whose clock is behind
+    assert [row["message"] for row in tail()] == ["late"]
+    assert tail() == []
 
 
 def test_a_log_that_cannot_be_written_ends_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

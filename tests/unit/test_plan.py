@@ -74,12 +74,6 @@ def test_the_plan_counts_prompts_traces_and_the_most_steps(config: RunConfig) ->
 
 def test_the_description_shows_config_needs_and_what_is_missing(config: RunConfig) -> None:
     text = describe(check_input(config), {"CPU": 1.0}, "the cluster at auto")
-    assert "Danger" not in text
-    trusting = override_config(
-        config, ["engine=vllm", "cluster.generators.threads=0", "engine_args.trust_remote_code=true"]
-    )
-    danger = "Danger   engine_args.trust_remote_code runs Python that came with the model, with all your rights"
-    assert danger in describe(check_input(trusting), {}, "here").splitlines()
     assert "beta: 0.1" in text
     assert "64 traces; at most 16 optimiser steps" in text
     assert "Missing  2 CPU needed (generator 1 x 1 + trainer 1 x 1), 1 there" in text
