@@ -23,6 +23,7 @@ from rlsf_ray.errors import DrainedError, InputError, NoPairsError, ServiceError
 from rlsf_ray.placement import NO_GPUS
 from rlsf_ray.records import Json
 from rlsf_ray.run_store import RunStore
+from rlsf_ray.stream.limits import NO_LIMITS
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(480)]
 
@@ -166,7 +167,7 @@ def test_a_driver_of_other_source_is_refused(small: Callable[..., RunConfig], cl
     job = Job(run="mixed", root=str(tmp_path / "mixed"), source=source_hash(), gpus=NO_GPUS)
     coordinator = spawn_coordinator(job, {"PYTHONPATH": os.getcwd()})
     with pytest.raises(ServiceError, match="other source than the driver: expected 0000"):
-        ray.get(coordinator.start.remote("0" * 64))
+        ray.get(coordinator.start.remote("0" * 64, NO_LIMITS, None))
     ray.kill(coordinator)
 
 
