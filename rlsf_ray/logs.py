@@ -13,8 +13,10 @@ from contextlib import suppress
 from datetime import datetime
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rlsf_ray.records import Json
+if TYPE_CHECKING:
+    from rlsf_ray.records import Json
 
 FOLDER = "logs"
 _ROOTS = ("rlsf_ray", "actors")
