@@ -64,8 +64,7 @@ def test_a_killed_vllm_generator_comes_back_proves_its_version_and_leaves_no_pro
 ) -> None:
     life = launch(load_config("rlsf", SETTINGS), tmp_path / "vllm")
     wait_for((tmp_path / "vllm/versions/0001/version.json").exists, 300, life=life)
-    first = engine_processes()
-    assert first
+    first = wait_for(engine_processes, 30)
     killed = time.time()
     os.kill(_generator(), signal.SIGKILL)
     wait_for(lambda: not any(_lives(process) for process in first), 30)
