@@ -53,7 +53,7 @@ class Coordinator:
         self._rounds: Rounds | None = None
         self._crew: Crew | None = None
         self._watch: Watch | None = None
-        self._limits, self._notices = Limits(), Notices(job.run, None)
+        self._limits, self._notices = NO_LIMITS, Notices(job.run, None)
         self._stage: Literal["begins", "goes on", "ends"] = "begins"
         self._lock = ExitStack()  # of the run directory
         self._idle_cpu_s = time.process_time()  # spent on imports, before any work
@@ -164,7 +164,7 @@ class Coordinator:
         """May the trainer begin a step?"""
         if self._stop.done() or (self._rounds is not None and not self._rounds.may_train):
             return "stop"
-        return "wait" if self._rounds is not None and self._rounds.held else "go on"
+        return "wait" if self._watch is not None and self._watch.held else "go on"
 
     def _end(self, error: RlsfError) -> None:
         if self._work is not None and not self._stop.done():

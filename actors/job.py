@@ -45,15 +45,13 @@ class Job:
 
         Raises ServiceError if this process runs other source than the driver.
         """
-        setup_logging(role, self.run)
         check_source(self.source, role)
         if threads is not None:
             import torch
 
             torch.set_num_threads(threads or os.cpu_count() or 1)
         store = RunStore.open(self.root)
-        if store.storage.local:
-            setup_logging(role, self.run, root=store.root)
+        setup_logging(role, self.run, root=store.root if store.storage.local else None)
         store.config = placed(store.config, self.gpus)  # the GPUs of this life
         return store
 

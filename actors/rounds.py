@@ -45,7 +45,6 @@ class Rounds:
         self._trainer_at: int | None = None  # the round that the trainer goes on with
         self.fit: Any = None
         self.may_train = True
-        self.held = False  # paused: nothing new begins
 
     async def run(self, stop: asyncio.Future[None]) -> None:
         """Every round that is left, then the last version's measure. `stop` ends it at any moment by its exception.
@@ -112,7 +111,6 @@ class Rounds:
 
     def hold(self, held: bool) -> None:
         """Let nothing new begin, or go on."""
-        self.held = held
         self._watch.hold(held)
         self._pool.hold(held)
 

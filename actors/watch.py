@@ -28,17 +28,17 @@ class Watch:
     def __init__(self, deadline_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.deadline_s, self._clock = deadline_s, clock
         self._moved_at = clock()
-        self._held = False
+        self.held = False
         self._event = asyncio.Event()
 
     def hold(self, held: bool) -> None:
         """Let the run stand still, or count again from now."""
-        self._held = held
+        self.held = held
         self.moved()
 
     def _remaining_s(self) -> float:
         """Until something has to have moved."""
-        return self.deadline_s - (0.0 if self._held else self._clock() - self._moved_at)
+        return self.deadline_s - (0.0 if self.held else self._clock() - self._moved_at)
 
     def moved(self) -> None:
         """Something made progress."""

@@ -32,6 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from bench_common import machine_facts, own_ray  # noqa: E402
 from private_cluster import Sandbox, unavailable  # noqa: E402
+from running import our_processes  # noqa: E402
 from tiny import tiny_config, tiny_model  # noqa: E402
 
 from rlsf_ray import loop, service  # noqa: E402
@@ -130,14 +131,8 @@ class Killer(threading.Thread):
 
 def _processes(name: str) -> list[psutil.Process]:
     """Ours with an actor of that class."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if process.cmdline() and process.cmdline()[0].partition("::")[2].partition(".")[0].strip() == name:
-                found.append(process)
-        except psutil.NoSuchProcess:
-            continue
-    return sorted(found, key=lambda process: process.pid)
+    named = our_processes(lambda one: "".join(one.cmdline()[:1]).partition("::")[2].partition(".")[0].strip() == name)
+    return sorted(named, key=lambda process: process.pid)
 
 
 def kill_actors(folder: Path, config: RunConfig, options: argparse.Namespace) -> tuple[list[Kill], list[str]]:

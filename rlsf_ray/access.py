@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,6 +15,12 @@ from rlsf_ray.errors import InputError
 logger = logging.getLogger(__name__)
 
 OPEN_TO_OTHERS = 0o077
+
+
+def token_path(environment: Mapping[str, str] = os.environ) -> Path:
+    """Where Ray looks for a user's token; `~` may stand in it."""
+    home = environment.get("HOME") or "~"
+    return Path(environment.get("RAY_AUTH_TOKEN_PATH") or Path(home, ".ray", "auth_token"))
 
 
 def own_token() -> None:
@@ -29,7 +36,7 @@ def own_token() -> None:
         )
     if os.environ.get("RAY_AUTH_TOKEN"):
         return
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token"))
+    path = token_path()
     try:
         path = path.expanduser()
         if not path.exists():

@@ -24,6 +24,8 @@ import typer
 from rlsf_ray.cli_operations import operations
 from rlsf_ray.cli_options import (
     Address,
+    MaxHours,
+    MaxTokens,
     Name,
     Recipe,
     Root,
@@ -45,16 +47,6 @@ if TYPE_CHECKING:
     from rlsf_ray.config import RunConfig
     from rlsf_ray.records import Json
     from rlsf_ray.run_store import RunStore
-
-MaxHours = Annotated[
-    float | None,
-    typer.Option(
-        min=0.01, metavar="HOURS", help="Drain a run that has taken so long, with pauses and over all its lives."
-    ),
-]
-MaxTokens = Annotated[
-    int | None, typer.Option(min=1, metavar="TOKENS", help="Drain a run that has written so many to learn from.")
-]
 
 app = typer.Typer(
     help="A language model improves itself from its own feedback, spread over a Ray cluster.",

@@ -36,6 +36,16 @@ Address = Annotated[
 Seed = Annotated[int | None, typer.Option(help="Short for --set seed=N.")]
 Version = Annotated[int | None, typer.Option(help="Version of the adapter.  [default: the newest]")]
 
+MaxHours = Annotated[
+    float | None,
+    typer.Option(
+        min=0.01, metavar="HOURS", help="Drain a run that has taken so long, with pauses and over all its lives."
+    ),
+]
+MaxTokens = Annotated[
+    int | None, typer.Option(min=1, metavar="TOKENS", help="Drain a run that has written so many to learn from.")
+]
+
 
 def load(recipe: str, overrides: list[str] | None, seed: int | None) -> RunConfig:
     from rlsf_ray.config_loading import load_config

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from rlsf_ray.access import token_path
 from rlsf_ray.encoding import to_json
 from rlsf_ray.errors import InputError
 from rlsf_ray.kept_config import packages
@@ -74,10 +75,10 @@ def cleaned(name: str, data: bytes, secrets: Collection[str]) -> str:
     """A file's text without answers and secrets, told by its keys; of JSON Lines the last few megabytes."""
     text = data.decode(errors="replace")
     try:
-        if name.endswith((".yaml", ".json")):
-            value = yaml.safe_load(text) if name.endswith(".yaml") else json.loads(text)
-            found = _clean(value, secrets)
-            return yaml.safe_dump(found, sort_keys=False) if name.endswith(".yaml") else json.dumps(found, indent=2)
+        if name.endswith(".yaml"):
+            return str(yaml.safe_dump(_clean(yaml.safe_load(text), secrets), sort_keys=False))
+        if name.endswith(".json"):
+            return json.dumps(_clean(json.loads(text), secrets), indent=2)
     except (ValueError, yaml.YAMLError):  # damaged: that may be the bug
         return redact(text, secrets)
     lines, size = list[str](), 0
@@ -113,10 +114,9 @@ def _clean_entry(key: str, value: Any, secrets: Collection[str]) -> Any:
 
 def _known_secrets(environment: Mapping[str, str]) -> list[str]:
     """Values of environment variables with such names, and Ray's token."""
-    token = Path(environment.get("RAY_AUTH_TOKEN_PATH") or Path(environment.get("HOME", "/"), ".ray/auth_token"))
     found = [value for name, value in environment.items() if re.fullmatch(rf"(?i){_NAME}|.*_key", name)]
-    with suppress(OSError):
-        found.append(token.read_text().strip())
+    with suppress(OSError, RuntimeError):  # a user without a home has none
+        found.append(token_path(environment).expanduser().read_text().strip())
     return [value for value in found if len(value) >= 8]
 
 

@@ -40,12 +40,17 @@ def free_cpus() -> float:
     return float(ray.available_resources().get("CPU", 0.0))
 
 
-def training_worker() -> int:
-    """The process of the only training worker of this Ray."""
+def our_processes(matches: Callable[[psutil.Process], bool]) -> list[psutil.Process]:
+    """Those below this process that match; one that ends meanwhile does not."""
     found = []
     for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.NoSuchProcess):  # ended meanwhile
-            if "RayTrainWorker" in " ".join(process.cmdline()):
-                found.append(process.pid)
-    (worker,) = found
-    return int(worker)
+        with suppress(psutil.NoSuchProcess):
+            if matches(process):
+                found.append(process)
+    return found
+
+
+def training_worker() -> int:
+    """The process of the only training worker of this Ray."""
+    (worker,) = our_processes(lambda process: "RayTrainWorker" in " ".join(process.cmdline()))
+    return int(worker.pid)

@@ -7,13 +7,12 @@ import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 from needs import VLLM
-from running import alive, wait_for
+from running import alive, our_processes, wait_for
 
 from rlsf_ray.config import RunConfig
 from rlsf_ray.config_loading import load_config
@@ -49,14 +48,7 @@ Launch = Callable[[RunConfig, Path], "Future[Json]"]
 
 def engine_processes() -> list[psutil.Process]:
     """vLLM's own processes under this one."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if process.name().startswith("VLLM") or "VLLM::" in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.NoSuchProcess:
-            pass
-    return found
+    return our_processes(lambda process: process.name().startswith("VLLM") or "VLLM::" in " ".join(process.cmdline()))
 
 
 def test_a_killed_vllm_generator_comes_back_proves_its_version_and_leaves_no_process(
@@ -90,13 +82,8 @@ def _lives(process: psutil.Process) -> bool:
 
 
 def _generator() -> int:
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            if " ".join(process.cmdline()).startswith("ray::Generator"):
-                found.append(process.pid)
-    (generator,) = found
-    return int(generator)
+    (generator,) = our_processes(lambda process: " ".join(process.cmdline()).startswith("ray::Generator"))
+    return int(generator.pid)
 
 
 @pytest.mark.parametrize(
