@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: a tiny model, and a cache folder of the test session's own."""
+"""Fixtures shared by all tests: a tiny model, and a cache folder and a token for Ray of the test session's own."""
 
 from __future__ import annotations
 
@@ -9,10 +9,20 @@ import pytest
 import torch
 from tiny import tiny_config, tiny_model
 
+from rlsf_ray import access
 from rlsf_ray.config import RunConfig
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_token(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A token for Ray of this session's own, whatever the user has set."""
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        os.environ.pop(name, None)
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(tmp_path_factory.getbasetemp() / "ray" / "auth_token")
+    access.own_token()
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,6 @@ CPUS = 8  # logical: several runs stand side by side
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """A Ray of the file's own, gone before other tests connect; its number of logical CPUs."""
-    os.environ["RAY_AUTH_MODE"] = "disabled"
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.getbasetemp() / "cache")  # as in ../conftest.py
     ray.init("local", namespace=NAMESPACE, num_cpus=CPUS, include_dashboard=False, log_to_driver=False)
     yield CPUS

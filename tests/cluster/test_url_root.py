@@ -31,7 +31,6 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
         for name, value in (("ACCESS_KEY_ID", "a"), ("SECRET_ACCESS_KEY", "b"), ("DEFAULT_REGION", "us-east-1")):
             patch.setenv(f"AWS_{name}", value)
-        patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
         s3fs.S3FileSystem().mkdir("runs")
         ray.init("local", namespace=NAMESPACE, num_cpus=8, include_dashboard=False, log_to_driver=False)
