@@ -16,7 +16,7 @@ class TrainDriver:
         import ray.train
         from ray.train.torch import TorchTrainer
 
-        from actors.trainer import Commit, train_fn
+        from actors.training_job import Commit, train_fn
 
         store = self._job.enter(self._name)
         pool = store.config.cluster.trainers

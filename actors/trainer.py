@@ -27,7 +27,7 @@ from rlsf_ray.adapters import CANARY_FILE, canaries_to_bytes, checksum, to_bytes
 from rlsf_ray.engines.base import logprob_noise
 from rlsf_ray.engines.learner import Learner, steps_in
 from rlsf_ray.engines.steps import StepSize, pass_order, surest, training_steps
-from rlsf_ray.errors import DrainedError, NonFiniteLossError, RlsfError, StorageError, WeightsError
+from rlsf_ray.errors import DrainedError, NonFiniteLossError, StorageError, WeightsError
 from rlsf_ray.loop import step_row
 from rlsf_ray.records import Json, TrainingGroup
 from rlsf_ray.vitals import training_vitals
@@ -36,38 +36,9 @@ logger = logging.getLogger(__name__)
 
 WAIT_S = 5.0  # rank 0 tells the others "nothing yet" this often, which keeps collectives far from their time-out
 HOLD_S = 1.0  # a paused run is asked again this often
-TELL_S = 60.0  # for the coordinator to hear of an error
 WIDE = 3.0  # times the engine's noise: a gap of log-probs that weights which should be equal do not explain
 LEASE = 16  # groups a lease may hold
 STATE_FILE, RECORD_FILE = "learner.safetensors", "record.json"
-
-
-class Commit(ray.train.UserCallback):
-    """Tells the coordinator that a checkpoint is saved. Runs in Ray Train's controller.
-
-    `ray.train.report` returns before the checkpoint is registered, so rank 0 cannot say this.
-    """
-
-    def __init__(self, job: Job) -> None:
-        self._job = job
-
-    def after_report(self, run_context: Any, metrics: list[Json], checkpoint: Any) -> None:
-        if checkpoint is not None:
-            self._job.actor("coordinator").committed.remote(metrics[0], [checkpoint])
-
-
-def train_fn(settings: Json) -> None:
-    """What each worker of the training job runs.
-
-    A typed error goes to the coordinator, which ends the run; returning keeps Ray Train from trying three times more.
-    """
-    job: Job = settings["job"]
-    try:
-        Worker(job).run()
-    except DrainedError:
-        return
-    except RlsfError as error:
-        ray.get(job.actor("coordinator").train_failed.remote(error), timeout=TELL_S)
 
 
 class Worker:

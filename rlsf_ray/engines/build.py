@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from rlsf_ray.config import RunConfig
 from rlsf_ray.engines.base import Engine
 
@@ -21,7 +19,7 @@ def build_engine(config: RunConfig, *, threads: int = 0, device: str | None = No
         held = config.cluster.max_staleness + 2  # those that prompts may be written with, and one pinned by evaluation
         share = config.cluster.generators.gpus or 1.0
         beside: dict[str, Any] = {}
-        if share < 1.0 and torch.cuda.is_available():
+        if share < 1.0 and _has_gpu():
             beside["gpu_memory_utilization"] = round(MOST_MEMORY * share, 3)  # others are on the same device
         return VLLMEngine(
             config.model,
@@ -34,3 +32,9 @@ def build_engine(config: RunConfig, *, threads: int = 0, device: str | None = No
     from rlsf_ray.engines.transformers_engine import TransformersEngine
 
     return TransformersEngine(config.model, config.learner, threads=threads, device=device)
+
+
+def _has_gpu() -> bool:
+    import torch  # actors that build no engine do without its seconds
+
+    return torch.cuda.is_available()
