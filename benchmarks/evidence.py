@@ -41,6 +41,7 @@ ARITHMETIC = "{{kind: reasoning_gym, name: {name}, count: {count}, options: {{{o
 CELL_S = 5400.0  # the longest that one may take
 ONE_DIGIT = "min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 1"
 TWO_DIGITS = "min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 2"
+PLAIN = f"{TWO_DIGITS}, allow_parentheses: false, allow_negation: false"  # -(3 + 4) is nearly 3 + 4
 TO_FIFTY = "min_numbers: 2, max_numbers: 2, min_value: 1, max_value: 50"
 DATA = Path(os.environ.get("RLSF_DATA") or Path(__file__).parents[2] / "shared" / "data")
 CSQA = os.path.relpath(DATA / "commonsenseqa")  # its two files as the authors publish them, 1811.00937
@@ -61,8 +62,8 @@ TASKS: dict[str, list[str]] = {
     ],
     "gcd": ["data.train=" + gym(("gcd", 360, TO_FIFTY)), "data.probe=" + gym(("gcd", 200, TO_FIFTY))],
     "basic_arithmetic": [  # sums, differences, products and quotients of two numbers, in other words
-        "data.train=" + gym(("basic_arithmetic", 360, TWO_DIGITS)),
-        "data.probe=" + gym(("basic_arithmetic", 200, TWO_DIGITS)),
+        "data.train=" + gym(("basic_arithmetic", 360, PLAIN)),
+        "data.probe=" + gym(("basic_arithmetic", 200, PLAIN)),
     ],
     "commonsenseqa": [
         f"data.train=[{{kind: commonsenseqa, path: {CSQA}_train.jsonl, count: 360}}]",
@@ -90,7 +91,7 @@ TEMPERATURES = (0.3, 0.45, 0.8, 1.0)  # 0.6 is what every other row is sampled w
 ROWS = {
     "base": Row(None, ("eval.branches=10",), tasks=EVERY),
     **{f"base-t{t}": Row(None, (f"rollout.temperature={t}",)) for t in TEMPERATURES},
-    "rlsf": Row("rlsf", ("guard=roll_back",), seeds=(0, 1, 2), tasks=EVERY),  # as it ships
+    "rlsf": Row("rlsf", ("guard=roll_back", "eval.during=200"), seeds=(0, 1, 2), tasks=EVERY),  # as it ships
     "random_pairs": Row("random_pairs", seeds=(0, 1, 2), tasks=EVERY),
     "random_few": Row("random_pairs", FEW),  # as many pairs as rlsf has, and its guard
     "rlsf_best_worst": Row("rlsf_best_worst", seeds=(0, 1, 2)),
@@ -251,6 +252,8 @@ def run_missing(names: Sequence[str], runs: Path) -> None:
             print(f"{name}: done in {(time.time() - start) / 60:.1f} min", flush=True)
         except subprocess.SubprocessError as error:
             print(f"{name}: FAILED ({error}); again with: {shlex.join(command)}", flush=True)
+    if left := [name for name in missing if not path_of(name).exists()]:
+        sys.exit(f"{len(left)} cells failed: {' '.join(left)}")
 
 
 def main() -> None:
@@ -264,6 +267,11 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="write the table from the committed results")
     parser.add_argument("--runs", type=Path, default=Path("runs/evidence"), help="where the run directories lie")
     options = parser.parse_args()
+    for name in filter(None, (options.cell, options.again)):
+        if name not in cells():
+            parser.error(f"got cell {name!r}, expected one of: {' '.join(cells())}")
+    if not cells(options.only):
+        parser.error(f"no cell begins with {options.only!r}, expected a part of one of: {' '.join(cells())}")
     if options.table:
         put_summary(Path(__file__).parents[1] / "README.md", write_table(RESULTS))
     elif options.cell:

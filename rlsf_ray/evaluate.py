@@ -115,20 +115,23 @@ def look_at(groups: Sequence[Group], earlier: Json | None, checker: AnswerChecke
 
     The others are this version's, and the `earlier` version's answers to the same prompts where there are any.
     """
-    written = _answers(groups)
+    written: Json = {}
     if not groups:
         return Unlabelled(None, None, written)
     rows, shares, labels = list[list[float]](), list[float](), list[list[int]]()
     for group in groups:
-        own, before = written[group.prompt.id], (earlier or {}).get(group.prompt.id, [])
+        own, before = [t.answer_text for t in group.traces], (earlier or {}).get(group.prompt.id, [])
         classes = label_answers([*own, *before], equality(group.prompt, checker))
         labels.append(classes[: len(own)])
+        # An answer keeps the notation it had before: 1/2 in place of 0.5 is no other vote
+        notation = dict(zip(reversed([*classes[len(own) :], *labels[-1]]), reversed([*before, *own]), strict=True))
+        written[group.prompt.id] = [notation[label] for label in labels[-1]]
         for trace, share in zip(group.traces, agreement.over_two_versions(classes, len(own)), strict=True):
             if trace.answer:
                 rows.append(trace_features(trace))
                 shares.append(float(share))
     fitted = agreement.fit(np.array(rows), np.array(shares)) if len(rows) >= LEAST_TRACES else None
-    return Unlabelled(fitted, take_vitals(groups, labels), written)
+    return Unlabelled(fitted, take_vitals(groups, labels, written), written)
 
 
 def judge_groups(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -17,14 +17,19 @@ GRAM = 4
 SETTLED = 0.75  # share of the traces with the voted answer
 
 
-def take_vitals(groups: Sequence[Group], labels: Sequence[Sequence[int]]) -> Vitals:
-    """Means over all traces of `groups`, which must not be empty; `labels` as `label_answers` gives them, by group."""
+def take_vitals(
+    groups: Sequence[Group], labels: Sequence[Sequence[int]], answers: Mapping[str, Sequence[str | None]]
+) -> Vitals:
+    """Means over all traces of `groups`, which must not be empty; `labels` as `label_answers` gives them, by group.
+
+    `answers`: by prompt, the texts under which the guard compares a vote with that of the version before.
+    """
     traces = [trace for group in groups for trace in group.traces]
     votes, settled, distinct, shares = [], {}, [], list[float]()
     for group, classes in zip(groups, labels, strict=True):
         winner, share = voting.majority(classes)
         if winner >= 0:
-            votes.append(normalise(str(group.traces[classes.index(winner)].answer_text)))
+            votes.append(normalise(str(answers[group.prompt.id][classes.index(winner)])))
             if share >= SETTLED:
                 settled[group.prompt.id] = votes[-1]
         distinct.append(len(set(classes) - {-1}))

@@ -22,6 +22,7 @@ from rlsf_ray.tasks.questions import (
 )
 
 _CHUNK = 256  # questions made from one seed
+_UNORDERED = ("gcd", "lcm")  # families that ask the same whatever the order of their numbers
 _PATIENCE = 1000  # draws without a new question after which a family counts as exhausted
 
 
@@ -45,15 +46,21 @@ def gym_questions(source: SourceConfig, *, seed: int, labelled: bool) -> Iterato
 
 
 def _gym_question(item: Json, name: str, labelled: bool) -> Question:
-    question, expression = str(item["question"]), str(item["metadata"].get("expression", ""))
-    # Only an expression that the question shows is the question; some families (countdown) keep the solution there.
-    is_asked = is_arithmetic(expression) and expression in question
-    key = canonical_key(expression if is_asked else question)
+    question = str(item["question"])
+    key = _key(item, name, question)
     gold = cell_text(item["answer"], f"reasoning-gym {name}", "answer") if labelled else None
     check = None
     if name == "countdown":  # what the question itself says
         check = Check(kind=name, data={part: item["metadata"][part] for part in ("numbers", "target")})
     return Question(id=question_id(name, key), messages=as_user(question), task=name, key=key, gold=gold, check=check)
+
+
+def _key(item: Json, name: str, question: str) -> str:
+    if name in _UNORDERED:
+        return f"{name} of {sorted(item['metadata']['numbers'])}"
+    # Only an expression that the question shows is the question; some families (countdown) keep the solution there.
+    expression = str(item["metadata"].get("expression", ""))
+    return canonical_key(expression if is_arithmetic(expression) and expression in question else question)
 
 
 def _gym_dataset(name: str, options: Json, seed: int) -> Any:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from itertools import accumulate
 from types import ModuleType
 from typing import Any
 
@@ -39,12 +40,14 @@ class Question:
 def canonical_key(text: str) -> str:
     """The form in which equal questions are equal.
 
-    Arithmetic loses its spaces and a final "=" or "?"; the operands of a pure sum or a pure product are sorted, so
-    "3 * 4" and "4 * 3" share the key "3*4" while "7 - 2" stays ordered. Other text is case-folded and its white space
-    collapsed.
+    Arithmetic loses its spaces, brackets around the whole and a final "=" or "?"; the operands of a pure sum or a pure
+    product are sorted, so "3 * 4" and "(4 * 3)" share the key "3*4" while "7 - 2" stays ordered. Other text is
+    case-folded and its white space collapsed.
     """
     text = " ".join(text.casefold().split())
     bare = text.rstrip("=? ")
+    while is_arithmetic(bare) and _in_brackets(bare):
+        bare = bare[1:-1].strip()
     if _CHAIN.fullmatch(bare):
         terms = _TERM.findall(bare)
         numbers = [format(Decimal(number).normalize(), "f") for number, _ in terms]
@@ -53,6 +56,12 @@ def canonical_key(text: str) -> str:
             return operators[0].join(sorted(numbers, key=Decimal))
         return "".join(n + o for n, o in zip(numbers, [*operators, ""], strict=True))
     return bare.replace(" ", "") if is_arithmetic(bare) else text
+
+
+def _in_brackets(text: str) -> bool:
+    """Does the first bracket open at the beginning and close at the end?"""
+    depths = list(accumulate((letter == "(") - (letter == ")") for letter in text))
+    return text.startswith("(") and depths[-1] == 0 and 0 not in depths[:-1]
 
 
 def is_arithmetic(text: str) -> bool:

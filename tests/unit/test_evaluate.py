@@ -14,7 +14,8 @@ from tiny import tiny_config
 from rlsf_ray import base_cache, evaluate
 from rlsf_ray.config import RunConfig
 from rlsf_ray.engines.base import Completion, Request
-from rlsf_ray.records import Answer, Check, Group, IntArray, ProbePrompt, Prompt, Trace
+from rlsf_ray.records import Answer, Check, Group, IntArray, Json, ProbePrompt, Prompt, Trace
+from rlsf_ray.stream.guard import flipped
 from rlsf_ray.tasks import checks
 from rlsf_ray.tasks.equality import AnswerChecker
 from rlsf_ray.tasks.sources import PromptSets
@@ -162,7 +163,23 @@ def test_a_version_that_agrees_with_itself_alone_is_half_as_sure() -> None:
     assert both.map is not None
     assert alone.map(row)[0] > 0.98
     assert both.map(row)[0] == pytest.approx(0.75, abs=0.01)
-    assert (both.vitals, both.answers) == (alone.vitals, {str(i): ["4"] * 8 for i in range(10)})
+    assert (both.vitals, alone.answers) == (alone.vitals, {str(i): ["4"] * 8 for i in range(10)})
+
+
+def test_a_vote_that_is_written_otherwise_than_before_has_not_changed() -> None:
+    """Three versions: each answer keeps the notation that it came with first."""
+    said: list[Json] = []
+    votes = []
+    with AnswerChecker() as checker:
+        for text in (r"\frac{1}{2}", "1/2", "0.5"):
+            groups = [group(str(i), *[trace(k, text if i else "7", 0.9) for k in range(4)]) for i in range(8)]
+            looked = evaluate.look_at(groups, said[-1] if said else None, checker)
+            said.append(looked.answers)
+            assert looked.vitals is not None
+            votes.append(looked.vitals.votes)
+    assert votes[0] == votes[1] == votes[2]
+    assert votes[0]["0"] == "7"
+    assert flipped(votes[0], votes[2]) == 0.0
 
 
 class Drawing:

@@ -184,6 +184,9 @@ def test_rounds_walk_through_the_set_and_repeat_no_prompt() -> None:
         ("2 - 3 + 4", "2-3+4"),
         ("2.50 + 1", "1+2.5"),
         ("( 3 + 4 ) * 2", "(3+4)*2"),
+        ("( ( 4 * 3 ) )", "3*4"),
+        ("(1 + 2) * (3 + 4)", "(1+2)*(3+4)"),
+        ("(see below)", "(see below)"),
         ("What  is\nLove?", "what is love?"),
     ],
 )

@@ -50,6 +50,10 @@ def test_the_distance_from_the_base_model_is_the_mean_over_tokens() -> None:
     assert two["kl"] == pytest.approx(1.0 / 3)
 
 
+def texts(groups: list[Group]) -> Json:
+    return {group.prompt.id: [trace.answer_text for trace in group.traces] for group in groups}
+
+
 def test_vitals_by_hand() -> None:
     groups = [
         group("a", trace(0, "4", 0.5), trace(1, "4", 0.25), trace(2, "5", 0.5, tokens=6), trace(3, None)),
@@ -58,7 +62,7 @@ def test_vitals_by_hand() -> None:
     ]
     with AnswerChecker() as checker:
         labels = [label_answers([trace.answer_text for trace in group.traces], checker.equal) for group in groups]
-    found = take_vitals(groups, labels)
+    found = take_vitals(groups, labels, texts(groups))
     assert found.agreement == pytest.approx((1 / 3 + 1 / 3) / 12)
     assert found.answer_prob == pytest.approx((0.5 + 0.25 + 0.5 + 0.5) / 4)
     assert found.votes == {}  # two of four traces settle nothing
@@ -77,7 +81,8 @@ def test_three_of_four_traces_settle_a_vote() -> None:
         group("b", *[trace(k, answer) for k, answer in enumerate(("4", "4", "5", "5"))]),
         group("c", *[trace(k, answer) for k, answer in enumerate(("4", "4", "4", None))]),
     ]
-    assert take_vitals(groups, [[0, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, -1]]).votes == {"a": "4", "c": "4"}
+    labels = [[0, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, -1]]
+    assert take_vitals(groups, labels, texts(groups)).votes == {"a": "4", "c": "4"}
 
 
 def test_repetition_is_the_share_of_grams_seen_before() -> None:
