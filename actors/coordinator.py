@@ -94,7 +94,8 @@ class Coordinator:
             self._state.peak_memory_gb = max(peak_memory_gb, self._state.peak_memory_gb or 0.0)
         status = self._state.status() if self._state else {"run": self._job.run, "state": "starting"}
         ending = self._leaving is not None or (self._work is not None and self._stop.done())
-        return status | {"root": self._job.root, "ending": ending, "ended": self._ended.is_set()}
+        fleet = self._rounds.fleet() if self._rounds else {}
+        return status | {"fleet": fleet, "root": self._job.root, "ending": ending, "ended": self._ended.is_set()}
 
     async def outcome(self) -> tuple[Json | None, RlsfError | None]:
         """(summary, None) or (None, error), once the run has ended and everything is torn down."""

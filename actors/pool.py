@@ -1,20 +1,37 @@
-"""The generator pool: carries out what stream/fleet.py decides, and brings broken replicas back."""
+"""The generator pool: carries out what stream/fleet.py decides, brings broken replicas back, grows and shrinks."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
-from ray.exceptions import ActorUnavailableError, RayActorError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError
 
 from actors.watch import Watch
-from rlsf_ray.errors import EngineError, ServiceError, WeightsError
+from rlsf_ray.errors import DeadlineError, EngineError, ServiceError, WeightsError
 from rlsf_ray.records import Json
 from rlsf_ray.stream.fleet import Fleet, Replica, State, Ticket
 
 logger = logging.getLogger(__name__)
+
+LOOK_S = 1.0  # how often the pool looks for slow, leaving, missing and idle generators
+
+
+@dataclass(frozen=True, slots=True)
+class Hands:
+    """What a pool may do to its actors.
+
+    `ask` for one more by name; `end` one (by handle; True: it starts again elsewhere); which are `leaving` their nodes?
+    """
+
+    ask: Callable[[str], Any]
+    end: Callable[[Any, bool], None]
+    leaving: Callable[[Mapping[str, Any]], Collection[str]]
 
 
 class GivenUp(Exception):
@@ -34,16 +51,18 @@ class GeneratorPool:
 
     def __init__(
         self,
-        handles: Mapping[str, Any],
+        handles: dict[str, Any],
+        hands: Hands,
         watch: Watch,
         attempts: int,
         start_task: Callable[[Coroutine[Any, Any, Any]], Any],
         swapped: Callable[[Json], None],
         most_slots: int = 1,
     ) -> None:
-        self._handles, self._watch, self._attempts, self.start_task = handles, watch, attempts, start_task
-        self._fleet = Fleet(list(handles), most_slots=most_slots)
-        self._swapped = swapped
+        self._handles, self._hands, self._watch = handles, hands, watch
+        self._attempts, self.start_task, self._swapped = attempts, start_task, swapped
+        self._fleet = Fleet(handles, most_slots=most_slots)
+        self._first = frozenset(handles)  # always there; others come and go
         self._granted: dict[Ticket, asyncio.Future[Replica]] = {}
         self._preparing: set[str] = set()
         self._worked: set[str] = set()  # generators that have been ready once
@@ -58,13 +77,39 @@ class GeneratorPool:
     def publish(self, version: int) -> None:
         """Let every generator load `version` after the batch it is writing. Nothing waits for this."""
         self._newest = version
-        for name in self._fleet.names(State.READY):
+        for name in self._fleet.names(State.HEALTHY, State.SUSPECT):
             self.start_task(self._load(name, version))
 
     def hold(self, held: bool) -> None:
         """Hand out no more work, or all that has waited; what is being written is ended."""
         self._fleet.held = held
         self._hand_out()
+
+    def states(self) -> Json:
+        """Each generator's state by its name."""
+        return self._fleet.states()
+
+    async def keep(self, most: int, idle_s: float) -> None:
+        """As long as the pool works: at most `most` generators, those beyond the first given back once idle."""
+        number = itertools.count(len(self._first))
+        while True:
+            await asyncio.sleep(LOOK_S)
+            for name, reason in self._fleet.suspects().items():
+                logger.warning("%s %s: no more work for it until it has answered", name, reason)
+            for name in await asyncio.to_thread(self._hands.leaving, self._handles):
+                if name in self._handles and self._fleet.drain(name):
+                    logger.warning("%s leaves its node, which is about to go", name)
+                    self._hands.end(self._handles[name], True)
+                    self._bring_back(name, restarts=True)
+            for name in self._fleet.spare(len(self._first), idle_s):
+                logger.info("%s is given back: no work for %g s", name, idle_s)
+                self._give_back(name)
+            for _ in range(self._fleet.missing(most)):
+                name = f"generator-{next(number)}"
+                logger.info("work waits: %s is asked for", name)
+                self._handles[name] = self._hands.ask(name)
+                self._fleet.add(name)
+                self.start_task(self._prepare(name))
 
     async def call(
         self, method: str, *args: Any, priority: tuple[int, ...], least_version: int, version: int | None = None
@@ -76,11 +121,13 @@ class GeneratorPool:
         """
         reason = ""
         for _ in range(self._attempts):
-            replica = await self._grant(priority, least_version)
+            ticket, replica = await self._grant(priority, least_version)
+            done = False
             name, used = replica.name, replica.version if version is None else version
             try:
-                result, done = getattr(self._handles[name], method).options(num_returns=2).remote(*args, used)
-                event: Json = await self._watch.answer(done, f"{name} ({method})")
+                result, ended = getattr(self._handles[name], method).options(num_returns=2).remote(*args, used)
+                event: Json = await self._watch.answer(ended, f"{name} ({method})")
+                done = True
                 if swap := event.pop("swap", None):
                     self._heard(swap)
                 if "kv_usage" in event:
@@ -89,27 +136,30 @@ class GeneratorPool:
             except RayActorError as error:
                 reason = "GeneratorDied"
                 logger.warning("%s broke while writing: %s", name, error)
-                self._bring_back(name)
+                self._bring_back(name, restarts=True)
+            except DeadlineError as error:
+                reason = "GeneratorHung"
+                logger.warning("%s is ended and starts again: %s", name, error)
+                self._hands.end(self._handles[name], True)
+                self._bring_back(name, restarts=True)
             except EngineError as error:
                 reason = "EngineError"
                 logger.warning("%s could not write a batch: %s", name, error)
                 self._bring_back(name)  # it must show that it still works before it gets the next one
             finally:
-                self._fleet.release(name)
+                self._fleet.release(name, ticket, done=done)
                 self._hand_out()
         raise GivenUp(reason)
 
-    async def _grant(self, priority: tuple[int, ...], least_version: int) -> Replica:
+    async def _grant(self, priority: tuple[int, ...], least_version: int) -> tuple[Ticket, Replica]:
         ticket = self._fleet.submit(priority, least_version)
         granted = self._granted[ticket] = asyncio.get_running_loop().create_future()
         self._hand_out()
         try:
-            return await self._watch.answer_while_moving(
-                self._granted[ticket], f"the generator pool (stale: {self._fleet.names(State.STALE)})"
-            )
+            return ticket, await self._watch.answer_while_moving(granted, f"the generator pool ({self.states()})")
         except BaseException:
             if granted.done() and not granted.cancelled():  # cancelled between the grant and its use
-                self._fleet.release(granted.result().name)
+                self._fleet.release(granted.result().name, ticket, done=False)
                 self._hand_out()
             raise
         finally:
@@ -126,14 +176,15 @@ class GeneratorPool:
                 self._handles[name].load_version.remote(version), f"{name} (load version {version})"
             )
         except (RayActorError, EngineError) as error:
-            logger.warning("%s broke while loading version %d: %s", name, version, error)
-            self._bring_back(name)  # an idle generator has no other caller
+            if name in self._handles:
+                logger.warning("%s broke while loading version %d: %s", name, version, error)
+                self._bring_back(name, restarts=isinstance(error, RayActorError))  # an idle one has no other caller
             return
         self._ready(name, version, swap)
 
-    def _bring_back(self, name: str) -> None:
+    def _bring_back(self, name: str, *, restarts: bool = False) -> None:
         """No more work for a broken generator until it has started again."""
-        self._fleet.failed(name)
+        self._fleet.failed(name, restarts=restarts)
         self.start_task(self._prepare(name))
 
     async def _prepare(self, name: str) -> None:
@@ -150,33 +201,64 @@ class GeneratorPool:
             self._preparing.remove(name)
 
     async def _start(self, name: str) -> None:
+        """See `_prepare`. One beyond the first may wait for a node as long as work waits: nobody waits for it."""
+        extra = name not in self._first
         deaths = 0
-        self._watch.moved()  # how long it may be away counts from here
-        while True:
+        if extra:
+            with suppress(RayActorError):  # else `prepare` says so
+                await self._handles[name].__ray_ready__.remote()
+        else:
+            self._watch.moved()  # how long it may be away counts from here
+        while name in self._handles:
             version = self._newest
             try:
                 swap = await self._watch.answer(self._handles[name].prepare.remote(version), f"{name} (start)")
             except ActorUnavailableError:
                 await self._watch.pause(name)
                 continue
-            except (RayActorError, EngineError) as error:
-                if isinstance(error, EngineError) and name not in self._worked:
-                    raise  # the first start: what is wrong is wrong with the config
+            except (RayActorError, EngineError, DeadlineError) as error:
+                if not extra and (isinstance(error, DeadlineError) or self._begins(name, error)):
+                    raise
                 deaths += 1
-                self._watch.moved()
-                if deaths <= self._attempts:  # it may have died of this call and be on its way back
-                    await self._watch.pause(name)
-                    continue
-                self._fleet.died(name)
-                if not self._fleet.names(State.READY, State.STALE):
-                    raise ServiceError(f"every generator died, the last one so: {error}; see its log") from error
-                logger.warning("%s is gone for good: %s", name, error)
-                return
+                if deaths > self._attempts or (extra and isinstance(error, DeadlineError)):
+                    self._lost(name, error)
+                    return
+                await self._again(name, error)
+                continue
             if version == self._newest:
                 self._ready(name, version, swap)
                 return
 
+    def _begins(self, name: str, error: Exception) -> bool:
+        """Is this the engine's first start? What is wrong is wrong with the config then."""
+        return isinstance(error, EngineError) and name not in self._worked
+
+    async def _again(self, name: str, error: Exception) -> None:
+        """A generator that has died as often as Ray restarts it is replaced by a new one of the same name."""
+        if name in self._first:
+            self._watch.moved()
+        await self._watch.pause(name)
+        if isinstance(error, ActorDiedError) and name in self._handles:
+            with suppress(ValueError):  # Ray has not let go of the name yet
+                self._handles[name] = self._hands.ask(name)
+
+    def _lost(self, name: str, error: Exception) -> None:
+        """It does not come back. Raises ServiceError if it was the last."""
+        logger.warning("%s is gone for good: %s", name, error)
+        if name not in self._first:
+            self._give_back(name)
+            return
+        self._fleet.died(name)
+        if not self._fleet.names(*(state for state in State if state is not State.DEAD)):
+            raise ServiceError(f"every generator died, the last one so: {error}; see its log") from error
+
+    def _give_back(self, name: str) -> None:
+        self._fleet.remove(name)
+        self._hands.end(self._handles.pop(name), False)
+
     def _ready(self, name: str, version: int, swap: Json | None) -> None:
+        if name not in self._handles:  # given back meanwhile
+            return
         if swap is not None:
             self._heard(swap)
         self._worked.add(name)

@@ -13,7 +13,8 @@ from ray.exceptions import ActorUnavailableError, ObjectLostError, RayActorError
 
 from actors.journal import Journal
 from actors.measuring import TRAINING, Collapse, Measuring
-from actors.pool import GeneratorPool, GivenUp
+from actors.nodes import leaving
+from actors.pool import GeneratorPool, GivenUp, Hands
 from actors.spawn import MOST_SLOTS, SCORER_THREADS, Crew
 from actors.watch import Watch
 from rlsf_ray.errors import ServiceError, StorageError
@@ -37,8 +38,9 @@ class Rounds:
         cluster = self._config.cluster
         self._size = cluster.prompts_per_call
         slots = MOST_SLOTS[self._config.engine]
-        self._pool = GeneratorPool(crew.generators, watch, cluster.attempts, self._start, self._swapped, slots)
-        wanted = (slots + 1) * cluster.generators.count + cluster.scorers.count
+        hands = Hands(crew.ask_generator, crew.end_actor, leaving)
+        self._pool = GeneratorPool(crew.generators, hands, watch, cluster.attempts, self._start, self._swapped, slots)
+        wanted = (slots + 1) * cluster.generators.at_most + cluster.scorers.count
         self._permits = asyncio.Semaphore(min(wanted, SCORER_THREADS))  # all may meet at one scorer
         self._queued = dict.fromkeys(crew.scorers, 0)  # batches at each scorer
         self._commits: asyncio.Queue[tuple[Json | None, list[Any]]] = asyncio.Queue()
@@ -71,7 +73,10 @@ class Rounds:
     async def _working(self, stop: asyncio.Future[None]) -> AsyncIterator[None]:
         """Time in which tasks may run beside; one that fails ends them all."""
         async with asyncio.TaskGroup() as self._tasks:
-            beside = [self._start(work) for work in (_forward(stop), self._journal.keep_saving(), self._take_commits())]
+            generators = self._config.cluster.generators
+            keeping = self._pool.keep(generators.at_most, generators.idle_s)
+            tasks = (_forward(stop), self._journal.keep_saving(), self._take_commits(), keeping)
+            beside = [self._start(work) for work in tasks]
             yield
             for task in beside:
                 task.cancel()
@@ -108,6 +113,10 @@ class Rounds:
             self._state.roll_back(made)
             await self._journal.save()
         await self._pool.prepare(self._state.admission.newest)
+
+    def fleet(self) -> dict[str, str]:
+        """Each generator's state by its name."""
+        return self._pool.states()
 
     def hold(self, held: bool) -> None:
         """Let nothing new begin, or go on."""

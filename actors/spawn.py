@@ -71,15 +71,29 @@ class Crew:
         self.driver = self._spawn(TrainDriver, "train_driver", **steering)
         slots = MOST_SLOTS[config.engine]
         calls = slots + 1 if slots > 1 else 1  # with vLLM a version is loaded beside them
-        self.generators = self._pool(Generator, "generators", max_concurrency=calls)
-        self.scorers = self._pool(ScorerWorker, "scorers", max_concurrency=SCORER_THREADS)
+        self._calls = {"generators": calls, "scorers": SCORER_THREADS}
+        self.generators = self._pool(Generator, "generators")
+        self.scorers = self._pool(ScorerWorker, "scorers")
 
-    def _pool(self, cls: type, pool: str, **options: Any) -> dict[str, Any]:
-        """The actors of a pool by name, each restarted a few times."""
+    def _pool(self, cls: type, pool: str) -> dict[str, Any]:
+        """The actors of a pool by name."""
+        names = [f"{pool.removesuffix('s')}-{index}" for index in range(getattr(self._cluster, pool).count)]
+        return {name: self._member(cls, pool, name) for name in names}
+
+    def _member(self, cls: type, pool: str, name: str) -> Any:
+        """One actor of a pool, restarted a few times."""
+        resources = dict(self._job.marks.get(pool, {}))
         settings: PoolConfig = getattr(self._cluster, pool)
-        names = [f"{pool.removesuffix('s')}-{index}" for index in range(settings.count)]
-        options |= {"resources": dict(self._job.marks.get(pool, {})), "max_restarts": RESTARTS}
-        return {name: self._spawn(cls, name, pool=settings, **options) for name in names}
+        calls = self._calls[pool]
+        return self._spawn(cls, name, pool=settings, resources=resources, max_restarts=RESTARTS, max_concurrency=calls)
+
+    def ask_generator(self, name: str) -> Any:
+        """One more generator, as soon as a node has room; Ray's autoscaler sees that it waits."""
+        return self._member(Generator, "generators", name)
+
+    def end_actor(self, handle: Any, restarts: bool) -> None:
+        """Kill one actor, which Ray starts again on another node or not."""
+        ray.kill(handle, no_restart=not restarts)
 
     def _spawn(self, cls: type, name: str, *, pool: PoolConfig, **options: Any) -> Any:
         name_and_place = {"name": f"{self._job.run}/{name}", "namespace": NAMESPACE}

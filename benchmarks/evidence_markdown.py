@@ -46,8 +46,8 @@ def lines_of(facts: Json) -> list[str]:
         f"Written by `{facts['command']}` from `results/evidence/`. A figure of several seeds is",
     ]
     lines[-1] += (
-        " the mean [smallest, largest], one of a single seed has its 95 % interval. Intervals and differences are over"
-        " questions, paired; what the seeds differ in is not in them. A bootstrap draws fewer different questions,"
+        " the mean [smallest, largest], one of a single seed has its 95 % interval. Differences are paired over"
+        " the questions, and their intervals draw questions and seeds. A bootstrap draws fewer different questions,"
         " which makes a calibration error look larger: its intervals lie high. The base model has one seed: every trace"
         " has a seed of its own, whatever the run's. `voted` is the confidence of the answer that four samples elect,"
         " `answered` that of `rlsf answer --most 4`. *Guard would stop*: seeds in which the guard as it is now finds a"

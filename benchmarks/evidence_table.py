@@ -16,6 +16,7 @@ from rlsf_ray.measures import STATISTICS
 from rlsf_ray.records import Json
 from rlsf_ray.stream.guard import Guard, Vitals
 
+DRAWS = 2000  # of a bootstrap
 COMMAND = "python benchmarks/evidence.py --table"
 CONFIDENCES = (
     "answer_prob",
@@ -101,7 +102,7 @@ def _calibrated(cells: Sequence[Json]) -> bool:
 
 
 def calibration_against(base: Sequence[Json], ours: Sequence[Json]) -> Json:
-    """{"ece_ratio", "skill", "base_skill"}: [value, low, high] with questions drawn alike for both.
+    """{"ece_ratio", "skill", "base_skill"}: [value, low, high] with questions drawn alike for both, and seeds.
 
     Our calibrated confidence against the base model's answer probability: the ratio of the ECEs, and each Brier skill,
     all of them means over the seeds.
@@ -109,11 +110,12 @@ def calibration_against(base: Sequence[Json], ours: Sequence[Json]) -> Json:
     old = [_confidence(cell, "answer_prob") for cell in base]
     new = [_confidence(cell, "calibrated") for cell in ours]
     shared = sorted(set.intersection(*(set(found) for found in (*old, *new))))
-    draws = [np.arange(len(shared)), *np.random.default_rng(0).integers(len(shared), size=(500, len(shared)))]
+    drawn = np.random.default_rng(0)
     rows: list[tuple[float, float, float]] = []
-    for draw in draws:
+    for draw in [np.arange(len(shared)), *drawn.integers(len(shared), size=(500, len(shared)))]:
         names = [shared[q] for q in draw]
-        before, after = (np.mean([_ece_and_skill(found, names) for found in seeds], axis=0) for seeds in (old, new))
+        sides = [[side[s] for s in drawn.integers(len(side), size=len(side))] if rows else side for side in (old, new)]
+        before, after = (np.mean([_ece_and_skill(found, names) for found in side], axis=0) for side in sides)
         rows.append((after[0] / (before[0] or np.nan), after[1], before[1]))
     low, high = np.nanquantile(rows[1:], [0.025, 0.975], axis=0)
     kinds = ("ece_ratio", "skill", "base_skill")
@@ -140,18 +142,21 @@ def _pairs(cell: Json) -> float | None:
 
 
 def difference(before: Sequence[Json], after: Sequence[Json], kind: str) -> list[float]:
-    """[mean, low, high] of the paired rise over questions, each averaged over its seeds first."""
-    old, new = _by_question(before, kind), _by_question(after, kind)
-    shared = sorted(old.keys() & new.keys())
-    return list(calibration.paired_interval([[old[q]] for q in shared], [[new[q]] for q in shared]))
-
-
-def _by_question(cells: Sequence[Json], kind: str) -> dict[str, float]:
-    found: dict[str, list[float]] = defaultdict(list)
-    for cell in cells:
-        for question in cell["questions"]:
-            found[question["id"]].append(_right(question, kind))
-    return {question: float(np.mean(values)) for question, values in found.items()}
+    """[mean, low, high] of the rise, a bootstrap over the questions, the same for both, and over each side's seeds."""
+    old, new = (
+        [{question["id"]: _right(question, kind) for question in cell["questions"]} for cell in cells]
+        for cells in (before, after)
+    )
+    shared = sorted(set.intersection(*(set(found) for found in (*old, *new))))
+    drawn = np.random.default_rng(0)
+    questions = drawn.multinomial(len(shared), [1 / len(shared)] * len(shared), size=DRAWS) / len(shared)
+    estimate, rise = 0.0, np.zeros(DRAWS)
+    for side, sign in ((old, -1.0), (new, 1.0)):
+        right = np.array([[found[question] for question in shared] for found in side])  # [seeds, questions]
+        seeds = drawn.multinomial(len(side), [1 / len(side)] * len(side), size=DRAWS) / len(side)
+        rise += sign * np.einsum("ds,sq,dq->d", seeds, right, questions)
+        estimate += sign * float(right.mean())
+    return [estimate, *np.quantile(rise, [0.025, 0.975]).tolist()]
 
 
 def _right(question: Json, kind: str) -> float:

@@ -26,17 +26,37 @@ from rlsf_ray.tasks.questions import Question, as_user, canonical_key, question_
 
 
 def read_questions(given: Sequence[str], file: Path | None) -> list[str]:
-    """Questions from the arguments, else from a file, else from standard input; a line each.
+    """Questions from the arguments, or from a file, else from standard input; a line each.
 
     A file that ends in .jsonl has a JSON text a line, for questions of several lines. Raises InputError if there are
-    none, or if the file cannot be read.
+    none, if one is empty or no Unicode text, or if the file cannot be read.
     """
-    if given:
-        return list(given)
+    if given and file:
+        raise InputError("got questions as arguments and --file; leave one of the two out")
+    questions = list(given) or _read_lines(file)
+    for number, question in enumerate(questions, 1):
+        if not question.strip() or _broken(question):
+            raise InputError(f"question {number} is {question[:80]!r}, expected a text in UTF-8 that is not empty")
+    return questions
+
+
+def _broken(text: str) -> bool:
+    """Does it hold bytes that were no UTF-8?"""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _read_lines(file: Path | None) -> list[str]:
     try:
         text = file.read_text(encoding="utf-8") if file else sys.stdin.read()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--file: {file} cannot be read ({error}); expected a text file, a question a line") from error
+        raise InputError(
+            f"{f'--file: {file}' if file else 'standard input'} cannot be read ({error}); expected text in UTF-8, a"
+            " question a line"
+        ) from error
     questions = [line.strip() for line in text.splitlines() if line.strip()]
     if file and file.suffix == ".jsonl":
         questions = [_json_text(line, f"{file}:{number}") for number, line in enumerate(questions, 1)]

@@ -6,7 +6,6 @@ Exit codes: 0 done, 2 input, 3 guard or no pairs, 4 service, 5 drained; 143 afte
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import sys
@@ -23,6 +22,7 @@ import typer
 
 from rlsf_ray.cli_operations import operations
 from rlsf_ray.cli_options import (
+    MOST_ALPHA,
     Address,
     MaxHours,
     MaxTokens,
@@ -34,6 +34,7 @@ from rlsf_ray.cli_options import (
     Set,
     Version,
     absolute,
+    is_alpha,
     is_run,
     load,
     make_console,
@@ -117,7 +118,9 @@ def evaluate(
         str, typer.Argument(metavar="RUN|MODEL", help="A run, or a model's name, folder or hub id.")
     ],
     version: Version = None,
-    recipe: Annotated[str, typer.Option(help="Where the probe set and sampling of a MODEL come from.")] = "rlsf",
+    recipe: Annotated[
+        str | None, typer.Option(help="Where the probe set and sampling of a MODEL come from.  [default: rlsf]")
+    ] = None,
     set_: Set = None,
     root: Root = "runs",
 ) -> None:
@@ -126,7 +129,9 @@ def evaluate(
     if store is None:
         if version:
             raise InputError(f"--version {version}: {run_or_model} is not a run under {root}; expected a run's name")
-        config = load(recipe, [f"model.name={run_or_model}", *(set_ or [])], None)
+        config = load(recipe or "rlsf", [f"model.name={run_or_model}", *(set_ or [])], None)
+    elif recipe:
+        raise InputError(f"--recipe {recipe}: {run_or_model} is a run, measured as its own recipe says; leave it out")
     else:
         from rlsf_ray.config_loading import override_config
 
@@ -181,7 +186,7 @@ def answer(
     version: Version = None,
     root: Root = "runs",
 ) -> None:
-    """Answer questions with a run's model, each with a calibrated confidence."""
+    """Answer questions with a run's model, each with its confidence: calibrated for one trace, too low for a vote."""
     from rlsf_ray.answer import Answerer, read_questions
     from rlsf_ray.export import latest_version
     from rlsf_ray.progress import print_replies
@@ -244,9 +249,9 @@ def export(
     from rlsf_ray.export import export_adapter, export_merged, export_pairs, latest_version
 
     store = open_run(run, root)
-    if not math.isfinite(alpha) or (what is What.pairs and alpha != 1.0):
+    if not is_alpha(alpha) or (what is What.pairs and alpha != 1.0):
         raise InputError(
-            f"--alpha: expected a number, and none for pairs, got {alpha} with --what {what}; leave it out"
+            f"--alpha: expected a number up to {MOST_ALPHA:g}, and none for pairs; got {alpha} with --what {what}"
         )
     if what is What.pairs:
         print(export_pairs(store, to))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,6 +15,8 @@ if TYPE_CHECKING:
 
     from rlsf_ray.config import RunConfig
     from rlsf_ray.run_store import RunStore
+
+MOST_ALPHA = 100.0
 
 Recipe = Annotated[
     str, typer.Argument(metavar="RECIPE_OR_FILE", help="A recipe's name (see `rlsf recipes`) or a YAML file.")
@@ -69,9 +70,16 @@ def read_alphas(text: str) -> list[float]:
         found = [float(alpha) for alpha in text.split(",")]
     except ValueError:
         found = []
-    if not found or not all(map(math.isfinite, found)):
-        raise InputError(f"--alphas: expected numbers between commas, such as 0,0.5,1, got {text!r}")
+    if not found or not all(is_alpha(alpha) for alpha in found):
+        raise InputError(
+            f"--alphas: expected numbers between commas, none beyond {MOST_ALPHA:g}, such as 0,0.5,1, got {text!r}"
+        )
     return found
+
+
+def is_alpha(alpha: float) -> bool:
+    """Far beyond, weights overflow."""
+    return abs(alpha) <= MOST_ALPHA
 
 
 def is_run(run: str, root: str) -> bool:

@@ -200,6 +200,23 @@ class WorkerPoolConfig(PoolConfig):
     cpus: float = Field(default=1.0, ge=0.0)
 
 
+class GeneratorPoolConfig(WorkerPoolConfig):
+    """The generators, `count` of them always; up to `most` while work waits and nodes come."""
+
+    most: PositiveInt | None = None
+    idle_s: PositiveFloat = 300.0  # those beyond `count` are given back after so long without work
+
+    @model_validator(mode="after")
+    def _most_is_no_less(self) -> GeneratorPoolConfig:
+        if self.at_most < self.count:
+            raise ValueError(f"got count={self.count} and most={self.most}, expected most to be no less than count")
+        return self
+
+    @property
+    def at_most(self) -> int:
+        return self.most or self.count
+
+
 class TrainerPoolConfig(WorkerPoolConfig):
     """The workers of the training job."""
 
@@ -213,7 +230,7 @@ class TrainerPoolConfig(WorkerPoolConfig):
 class ClusterConfig(Section):
     """Sizes and resources of the distributed run."""
 
-    generators: WorkerPoolConfig = WorkerPoolConfig()
+    generators: GeneratorPoolConfig = GeneratorPoolConfig()
     scorers: PoolConfig = PoolConfig()
     trainers: TrainerPoolConfig = TrainerPoolConfig()
     max_staleness: int = Field(default=0, ge=0)

@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rlsf_ray.adapters import scaled, to_peft
@@ -76,8 +77,11 @@ def export_pairs(store: RunStore, to: Path) -> Path:
         if not store.config.has_pairs(0):
             cure = f"{store.config.recipe} learns from advantages, which stand in the table of traces"
         raise InputError(f"{store.root} holds no pairs to export, expected at least one; {cure}")
-    to.parent.mkdir(parents=True, exist_ok=True)
-    writers[to.suffix](rows, to)
+    if to.exists():
+        raise InputError(f"--to: {to} exists; choose another, or remove it")
+    with _writing(to):
+        to.parent.mkdir(parents=True, exist_ok=True)
+        writers[to.suffix](rows, to)
     return to
 
 
@@ -153,9 +157,21 @@ def latest_version(store: RunStore, version: int | None) -> int:
 
 
 def _new_folder(to: Path) -> None:
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+    with _writing(to):
+        taken = to.exists() and (not to.is_dir() or any(to.iterdir()))
+    if taken:
         raise InputError(f"--to: {to} exists and is not an empty folder; choose another, or remove it")
-    to.mkdir(parents=True, exist_ok=True)
+    with _writing(to):
+        to.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def _writing(to: Path) -> Iterator[None]:
+    """Errors of the file system as InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"--to: {to} cannot be written ({error}); choose another place") from error
 
 
 def _write_jsonl(rows: list[Json], to: Path) -> None:

@@ -21,22 +21,32 @@ MIX_FILE = "mix.json"
 
 
 def mix(store: RunStore, version: int, alphas: Sequence[float], on_alpha: Callable[[float], None]) -> Json:
-    """Measure `version` at each alpha on the run's probe set; writes and returns mix.json.
+    """Measure `version` at each alpha on the run's probe set; writes mix.json after each, and returns it.
 
-    {"version", "points": [{"alpha", "metrics", "vitals"}]}. Raises InputError without a probe set.
+    {"version", "num_questions", "points": [{"alpha", "metrics", "vitals"}]}. What an interrupted call has measured is
+    kept. Raises InputError without a probe set.
     """
     config, sets = store.config, load_sets(store.config)
     if not sets.probe:
         raise InputError("there is no probe set to measure on: data.probe is empty; give it a source with answers")
-    adapter, points = store.read_adapter(version)[0], []
+    wanted = sorted(set(alphas))
+    result: Json = {"version": version, "num_questions": len(sets.probe), "points": []}
+    before = store.read_json(MIX_FILE)
+    known = {point["alpha"]: point for point in before["points"]} if before and _alike(before, result) else {}
+    adapter, missing = store.read_adapter(version)[0], [alpha for alpha in wanted if alpha not in known]
+    if not missing:
+        return result | {"points": [known[alpha] for alpha in wanted]}
     with closing(build_engine(config)) as engine:
         earlier = answers_before(engine, store, config, sets, version)
-        for number, alpha in enumerate(sorted(set(alphas)), start=1):
+        for number, alpha in enumerate(missing, start=1):
             on_alpha(alpha)
             engine.load_version(number, scaled(adapter, alpha))
             found = evaluate_version(engine, sets, config, number, earlier if alpha else None)
             engine.forget_version(number)
-            points.append({"alpha": alpha, "metrics": found["metrics"], "vitals": found["vitals"]})
-    result: Json = {"version": version, "num_questions": len(sets.probe), "points": points}
-    store.write_json(MIX_FILE, result)
-    return result
+            known[alpha] = {"alpha": alpha, "metrics": found["metrics"], "vitals": found["vitals"]}
+            store.write_json(MIX_FILE, result | {"points": [known[alpha] for alpha in sorted(known)]})
+    return result | {"points": [known[alpha] for alpha in wanted]}
+
+
+def _alike(one: Json, other: Json) -> bool:
+    return all(one[key] == other[key] for key in ("version", "num_questions"))

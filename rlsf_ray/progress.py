@@ -64,6 +64,7 @@ def line(status: Json) -> str:
         parts.append(f"prompts {status.get('prompts_done', 0)}/{status['prompts_total']}")
     parts.append(f"traces {status.get('traces', 0)} ({float(status.get('traces_per_s') or 0.0):.1f}/s)")
     parts += [*_examples(status), f"steps {status.get('steps', 0)}", f"version {status.get('version', 0)}"]
+    parts += _fleet(status)
     if status.get("swaps"):
         parts.append(_swaps(status))
     if status.get("verdicts"):
@@ -95,6 +96,7 @@ def panel(status: Json) -> Panel:
         f"traces {status.get('traces', 0)} ({float(status.get('traces_per_s') or 0.0):.1f}/s)   "
         f"{'   '.join(_examples(status))}   steps {status.get('steps', 0)}",
     ]
+    rows += _fleet(status)
     if status.get("swaps"):
         rows.append(_swaps(status))
     if status.get("verdicts"):
@@ -105,6 +107,18 @@ def panel(status: Json) -> Panel:
     texts = [Text(row) for row in rows] + [Text(row, style="dim") for row in dim if row]
     title = Text(f"{status.get('run', '')}: {status.get('state', '')}")
     return Panel(Group(bar, *texts), title=title, title_align="left", width=80)
+
+
+def _fleet(status: Json) -> list[str]:
+    """Generators by state, and by name those that are not healthy."""
+    by_state: dict[str, list[str]] = {}
+    for name, state in (status.get("fleet") or {}).items():
+        by_state.setdefault(state, []).append(name)
+    told = [
+        f"{len(names)} {state}" + ("" if state == "healthy" else f" ({', '.join(names)})")
+        for state, names in by_state.items()
+    ]
+    return ["generators: " + ", ".join(told)] if told else []
 
 
 def _swaps(status: Json) -> str:

@@ -100,7 +100,9 @@ def render(run: RunData, others: Sequence[RunData] = ()) -> str:
         section("reliability", "Does confidence mean what it says?", _reliability(run)),
         section("versions", "By version", _versions(run)),
         section("others", "Beside other runs", beside(lasts)),
-        section("guard", "Signs of collapse", guard(run.vitals, run.summary.get("guard") or run.watched)),
+        section(
+            "guard", "Signs of collapse", guard(run.vitals, run.summary.get("guard") or run.watched, run.config.guard)
+        ),
         section("thought", "How it reasons", thought(run.evals)),
         section("turns", "Turn by turn", turns(run.last_traces, run.config.advantages)),
         section("judges", "Live and frozen judge", judges(run.judged)),

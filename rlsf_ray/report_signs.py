@@ -49,15 +49,16 @@ def _rise(found: Sequence[float] | None) -> str:
     return f"{signed(found[0])} ({signed(found[1])} to {signed(found[2])})" if found else "no shared questions"
 
 
-def guard(vitals: Sequence[Json], watched: Json) -> str:
-    """What the guard saw, and the signs themselves by version. `vitals`: {"version", ...} each."""
+def guard(vitals: Sequence[Json], watched: Json, mode: str) -> str:
+    """What the guard (`mode`: the config's) saw, and the signs by version. `vitals`: {"version", ...} each."""
     if not vitals:
         return missing("Nothing was watched: the recipe sets no calibration prompts aside (data.calibration).")
     rows = [
         (str(one["version"]), escape(one["action"]), "<br>".join(map(escape, one["reasons"])))
         for one in watched.get("verdicts") or ()
     ]
-    text = table(("version", "verdict", "why"), rows) if rows else '<p class="note">The guard saw no such sign.</p>'
+    none = "The guard was off." if mode == "off" else "The guard saw no such sign."
+    text = table(("version", "verdict", "why"), rows) if rows else f'<p class="note">{none}</p>'
     if back := watched.get("rolled_back"):
         text += (
             f'<p class="worse">The run went back from version {back["from"]} to the content of version {back["to"]},'

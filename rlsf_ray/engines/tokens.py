@@ -61,10 +61,12 @@ def encode_reply(tokenizer: Any, model: ModelConfig, text: str, last: int, ends:
 
 def check_lengths(requests: Sequence[Request], context: int) -> None:
     """Raises InputError if a prompt and what may follow it do not fit the model's context."""
-    longest, most = max(len(r.prompt_ids) for r in requests), max(r.sampling.max_tokens for r in requests)
+    longest, which = max((len(request.prompt_ids), -number) for number, request in enumerate(requests, 1))
+    most = max(request.sampling.max_tokens for request in requests)
     if longest + most > context:
         raise InputError(
-            f"a prompt of {longest} tokens and max_tokens={most} do not fit the model's context of {context};"
+            f"a prompt of {longest} tokens (the {-which}. of {len(requests)}) and max_tokens={most} do not fit the"
+            f" model's context of {context};"
             " shorten the prompts or lower rollout.max_tokens"
         )
 

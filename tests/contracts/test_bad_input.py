@@ -71,6 +71,7 @@ COMMANDS: dict[str, tuple[Make, int, str]] = {
     ),
     "an alpha that is no number": (lambda p: ["mix", "x", "--alphas", "0,one"], 2, "numbers between commas"),
     "an infinite alpha": (lambda p: ["mix", "x", "--alphas", "0,inf"], 2, "numbers between commas"),
+    "an alpha that overflows": (lambda p: ["mix", "x", "--alphas", "0,1e39"], 2, "none beyond 100"),
     "an option of one run for two": (lambda p: ["mix", "a", "b", "--version", "1"], 2, "--version: is for one run"),
     "an option of two for one run": (lambda p: ["mix", "a", "--train"], 2, "--train: is for two models"),
     "a confidence above 1": (lambda p: ["answer", "x", "?", "--sure", "2"], 2, "Invalid value for '--sure'"),

@@ -145,7 +145,13 @@ def test_options_outside_their_range_are_refused(store: RunStore, options: dict[
 def test_questions_come_from_arguments_or_a_file(tmp_path: Path) -> None:
     file = tmp_path / "questions.txt"
     file.write_text("2 + 2?\n\n 3 + 3? \n")
-    assert read_questions(["1 + 1?"], file) == ["1 + 1?"]
+    assert read_questions(["1 + 1?"], None) == ["1 + 1?"]
+    with pytest.raises(InputError, match="as arguments and --file"):
+        read_questions(["1 + 1?"], file)
+    with pytest.raises(InputError, match="question 2 is ' ', expected"):
+        read_questions(["1 + 1?", " "], None)
+    with pytest.raises(InputError, match=r"question 1 is 'a\\ud800', expected a text in UTF-8"):
+        read_questions(["a\ud800"], None)
     assert read_questions([], file) == ["2 + 2?", "3 + 3?"]
     file.write_text("\n")
     with pytest.raises(InputError, match="no question"):

@@ -76,6 +76,13 @@ def test_differences_are_paired_over_questions_after_a_mean_over_seeds() -> None
     assert difference(base, ours, "majority")[0] == pytest.approx((1 + 0) / 2)  # a tie goes to the first sample
 
 
+def test_an_interval_is_over_questions_and_seeds() -> None:
+    """Two questions alike, seeds that differ by 1: all that varies is the seed."""
+    base, one, other = cell("t/base/0", [0], [0]), cell("t/rlsf/0", [1], [1]), cell("t/rlsf/1", [0], [0])
+    assert difference([base], [one, other], "sampled") == [0.5, 0.0, 1.0]
+    assert difference([base], [one, one], "sampled") == [1.0, 1.0, 1.0]
+
+
 def test_calibration_is_held_against_the_base_models_answer_probability() -> None:
     base, ours = cell("t/base/0", [0, 0], [1, 0]), cell("t/rlsf/0", [1, 0], [0, 1])
     for one, name, value in ((base, "answer_prob", 0.75), (ours, "calibrated", 0.5)):

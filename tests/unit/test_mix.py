@@ -36,6 +36,15 @@ def test_at_zero_it_is_the_base_model_and_at_one_the_version(store: RunStore) ->
     assert store.read_json("mix.json")["points"][1]["alpha"] == 0.5
 
 
+def test_what_an_interrupted_call_has_measured_is_kept(store: RunStore) -> None:
+    seen: list[float] = []
+    mix(store, 1, [0.0], seen.append)
+    mix(store, 1, [0.0, 0.5], seen.append)
+    assert len(seen) == len(set(seen))
+    found = mix(store, 1, [0.0, 0.5], lambda alpha: pytest.fail("measured twice"))
+    assert [point["alpha"] for point in found["points"]] == [0.0, 0.5]
+
+
 def test_without_a_probe_set_there_is_nothing_to_measure(store: RunStore) -> None:
     blind = RunStore(
         store.storage, store.config.model_copy(update={"data": store.config.data.model_copy(update={"probe": ()})})

@@ -133,3 +133,10 @@ def test_one_version_alone_can_be_shown() -> None:
 
 def test_durations_name_their_units() -> None:
     assert [duration(s) for s in (0, 9.6, 75, 3675)] == ["0 s", "10 s", "1 min 15 s", "1 h 01 min"]
+
+
+def test_generators_are_told_by_state_and_those_in_trouble_by_name() -> None:
+    fleet = {"generator-0": "healthy", "generator-1": "suspect", "generator-2": "healthy", "generator-3": "restarting"}
+    told = "generators: 2 healthy, 1 suspect (generator-1), 1 restarting (generator-3)"
+    assert told in line(STATUS | {"fleet": fleet})
+    assert "generators" not in line(STATUS)

@@ -76,7 +76,8 @@ def make(
 ) -> tuple[Rounds, dict[str, Scorer], Pool]:
     config = tiny_config(Path("model"), rounds=rounds)  # attempts: 3
     scorers = {name: Scorer(name, reply) for name, reply in replies.items()}
-    crew: Any = SimpleNamespace(scorers=scorers, generators={})
+    hands = {"ask_generator": None, "end_actor": None}  # not used here
+    crew: Any = SimpleNamespace(scorers=scorers, generators={}, **hands)
     store = RunStore.create_or_resume(str(folder), config)
     state = RunState("run", config)
     made = Rounds(store, state, Journal(store, state), crew, Watch(DEADLINE_S, clock))
