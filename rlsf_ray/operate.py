@@ -16,6 +16,7 @@ from ray.exceptions import AuthenticationError, GetTimeoutError, RayActorError, 
 from actors.job import NAMESPACE
 from rlsf_ray.access import own_token
 from rlsf_ray.errors import DeadlineError, InputError, RlsfError, ServiceError
+from rlsf_ray.placement import grown
 from rlsf_ray.records import Json
 
 OnStatus = Callable[[Json], None]
@@ -133,11 +134,8 @@ def _knock(address: str) -> None:
 
 
 def resources() -> Mapping[str, float]:
-    """What the cluster has, or can grow to where an autoscaler says so."""
-    from ray._private.state import state
-
-    now, most = ray.cluster_resources(), state.get_max_resources_from_cluster_config() or {}
-    return {name: max(float(now.get(name, 0)), float(most.get(name, 0))) for name in {*now, *most}}
+    """What the cluster has, or can grow to where its head node says so."""
+    return grown(ray.cluster_resources())
 
 
 def running(run_name: str) -> Any:

@@ -12,6 +12,8 @@ POOLS = ("generators", "scorers", "trainers")
 ONE_GPU = {"generators": 0.5, "scorers": 0.1, "trainers": 0.4}
 # A node type that offers one of these resources takes the actors of these pools, and no other node does
 ROLE_RESOURCES = {"generators": "rlsf_generator", "scorers": "rlsf_generator", "trainers": "rlsf_trainer"}
+# What the head node of a cluster that grows offers: nodes for these roles will come; so many GPUs with them
+MARKED, MOST_GPUS = "rlsf_marked", "rlsf_gpus"
 NO_GPUS = dict.fromkeys(POOLS, 0.0)
 BESIDE = 0.1  # of a generator's GPU for a scorer, where the trainers have GPUs of their own
 
@@ -45,6 +47,16 @@ def gpu_shares(config: RunConfig, num_gpus: float) -> dict[str, float]:
         f"{sizes} do not fit {num_gpus:g} GPUs by themselves: expected one for each generator and trainer, and no more"
         " scorers than generators; set cluster.<pool>.gpus for each pool"
     )
+
+
+def grown(resources: Mapping[str, float]) -> dict[str, float]:
+    """What a cluster of these resources has once all its nodes have come: Ray does not know, its head node says so."""
+    found = dict(resources)
+    if found.get(MARKED):
+        found |= {role: found.get(role, 1.0) for role in ROLE_RESOURCES.values()}
+    if most := found.get(MOST_GPUS):
+        found["GPU"] = max(most, found.get("GPU", 0.0))
+    return found
 
 
 def marks(resources: Mapping[str, float]) -> dict[str, dict[str, float]]:

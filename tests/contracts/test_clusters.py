@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 import yaml
 
-from rlsf_ray.placement import ROLE_RESOURCES
+from rlsf_ray.placement import MARKED, MOST_GPUS, ROLE_RESOURCES
 
 ROOT = Path(__file__).parents[2]
 CRDS = Path(os.environ.get("RLSF_DATA") or ROOT.parent / "shared" / "data") / "kuberay"
@@ -38,10 +38,11 @@ def test_ray_up_accepts_the_file(name: str) -> None:
 def test_each_role_has_nodes_of_its_own_and_every_node_asks_for_the_token(name: str) -> None:
     config = read(name)
     types = config["available_node_types"]
-    offered = {resource for kind in types.values() for resource in kind["resources"]} - {"CPU"}
+    offered = {resource for name, kind in types.items() if name != "head" for resource in kind["resources"]}
     assert offered == set(ROLE_RESOURCES.values())
-    assert types["head"]["resources"] == {"CPU": 0}
-    assert sum(kind.get("max_workers", 0) for kind in types.values()) <= config["max_workers"]
+    most = sum(kind.get("max_workers", 0) for kind in types.values())  # machines with one GPU each
+    assert types["head"]["resources"] == {"CPU": 0, MARKED: 1, MOST_GPUS: most}
+    assert most <= config["max_workers"]
     starts = [c for key in ("head", "worker") for c in config[f"{key}_start_ray_commands"] if "ray start" in c]
     assert len(starts) == 2
     assert all(command.startswith("RAY_AUTH_MODE=token ") for command in starts)
@@ -82,4 +83,11 @@ def test_pods_take_the_token_and_offer_the_roles(name: str) -> None:
     assert spec["authOptions"]["mode"] == "token"
     groups = {group["groupName"]: group for group in spec["workerGroupSpecs"]}
     for role in ("generator", "trainer"):
-        assert yaml.safe_load(yaml.safe_load(groups[role]["rayStartParams"]["resources"])) == {f"rlsf_{role}": 1}
+        assert offers(groups[role]) == {f"rlsf_{role}": 1}
+    most = sum(group["maxReplicas"] for group in groups.values())  # pods with one GPU each
+    assert offers(spec["headGroupSpec"]) == {MARKED: 1, MOST_GPUS: most}
+
+
+def offers(group: Any) -> Any:
+    """The resources that a pod of this group names."""
+    return yaml.safe_load(yaml.safe_load(group["rayStartParams"]["resources"]))

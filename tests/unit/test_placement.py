@@ -6,7 +6,7 @@ import pytest
 
 from rlsf_ray.config_loading import load_config
 from rlsf_ray.errors import InputError
-from rlsf_ray.placement import NO_GPUS, ONE_GPU, gpu_shares, placed
+from rlsf_ray.placement import NO_GPUS, ONE_GPU, gpu_shares, grown, marks, placed
 from rlsf_ray.plan import missing_resources, needed_resources
 
 
@@ -58,3 +58,12 @@ def test_a_vllm_that_would_take_what_ray_counts_free_is_refused(settings: list[s
 
 def test_one_trainer_may_take_a_part_of_a_gpu() -> None:
     assert load_config("rlsf", ["cluster.trainers.gpus=0.4"]).cluster.trainers.gpus == 0.4
+
+
+def test_nodes_that_have_yet_to_come_count_where_the_head_says_so() -> None:
+    assert grown({"CPU": 4.0}) == {"CPU": 4.0}
+    head = {"CPU": 0.0, "rlsf_marked": 1.0, "rlsf_gpus": 9.0}
+    coming = {"rlsf_generator": 1.0, "rlsf_trainer": 1.0, "GPU": 9.0}
+    assert grown(head) == head | coming
+    assert grown(head | {"GPU": 12.0, "rlsf_trainer": 2.0}) == head | coming | {"GPU": 12.0, "rlsf_trainer": 2.0}
+    assert marks(grown({"rlsf_marked": 1.0}))["trainers"] == {"rlsf_trainer": 0.001}

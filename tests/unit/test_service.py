@@ -3,11 +3,9 @@
 import errno
 
 import pytest
-from ray._private.state import state as ray_state
 
 from actors.job import Job
 from actors.trainer import room_in
-from rlsf_ray import operate
 from rlsf_ray.errors import InputError, StorageError
 from rlsf_ray.service import check_root
 
@@ -17,13 +15,6 @@ def test_a_run_of_the_same_name_in_another_folder_is_refused_with_both_folders()
     check_root({"root": "/home/ann/runs/demo"}, job)
     with pytest.raises(InputError, match=r"/home/bob/runs/demo; expected /home/ann/runs/demo; .*--run"):
         check_root({"root": "/home/bob/runs/demo"}, job)
-
-
-def test_what_an_autoscaler_may_add_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operate.ray, "cluster_resources", lambda: {"CPU": 4.0, "head": 1.0})
-    for most, expected in ((None, {"CPU": 4, "head": 1}), ({"CPU": 32, "GPU": 8}, {"CPU": 32, "GPU": 8, "head": 1})):
-        monkeypatch.setattr(ray_state, "get_max_resources_from_cluster_config", lambda most=most: most)
-        assert operate.resources() == expected
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
