@@ -125,10 +125,12 @@ def _collapse(rows: Json) -> list[str]:
     """Sampled accuracy of each version of the two runs, and what the guard said in them."""
     both = {name: rows[name] for name in ("collapse", "collapse_guarded") if name in rows}
     versions = sorted({int(version) for row in both.values() for version in row["by_version"]})
-    lines = [_line(["sampled accuracy", *(f"version {v}" for v in versions)]), _line(["---"] * (1 + len(versions)))]
+    head = ["sampled accuracy", *(f"version {v}" for v in versions), "last below its best"]
+    lines = [_line(head), _line(["---"] * len(head))]
     for name, row in both.items():
-        known = {int(version): f"{value:.3f}" for version, value in row["by_version"].items()}
-        lines.append(_line([name, *(known.get(version, "-") for version in versions)]))
+        known = {int(version): value for version, value in row["by_version"].items()}
+        shown = [f"{known[version]:.3f}" if version in known else "-" for version in versions]
+        lines.append(_line([name, *shown, f"{max(known.values()) - known[max(known)]:.3f}"]))
     for name, row in both.items():
         for verdict in row["said"] or ():
             reasons = "; ".join(verdict["reasons"])

@@ -131,8 +131,8 @@ def test_the_table_shows_what_the_guard_did(tmp_path: Path) -> None:
         (folder / f"{name}.json").write_text(json.dumps(one))
     write_table(folder)
     lines = (tmp_path / "evidence.md").read_text().splitlines()
-    assert "| collapse | 0.100 | 0.300 | 0.050 | - |" in lines
-    assert "| collapse_guarded | 0.100 | 0.300 | 0.050 | 0.300 |" in lines
+    assert "| collapse | 0.100 | 0.300 | 0.050 | - | 0.250 |" in lines
+    assert "| collapse_guarded | 0.100 | 0.300 | 0.050 | 0.300 | 0.000 |" in lines
     assert "- collapse, version 2, stop: length is 3" in lines
     stops = json.loads((tmp_path / "evidence.json").read_text())["tasks"]["t"]["collapse"]["verdicts"]
     assert stops == [[{"version": 2, "found": "stop", "reasons": ["length is 3, base model 40, expected at least 16"]}]]
