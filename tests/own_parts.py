@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+import os
+import signal
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from rlsf_ray.algorithms.signals import Signal, TraceStats
 from rlsf_ray.config import RunConfig
 from rlsf_ray.engines.base import Sampling
+from rlsf_ray.records import Prompt
+from rlsf_ray.rollouts.desk import Desk, Talk
 from rlsf_ray.rollouts.programs import sample
 
 
@@ -31,3 +37,16 @@ def slow(config: RunConfig) -> Sampling:
     """A rollout whose batches take two seconds."""
     time.sleep(2.0)
     return sample(config)
+
+
+async def spoilt(desk: Desk, prompt: Prompt) -> list[Talk]:
+    """A program that kills its process at one prompt, and hangs at another as long as the file named there is missing."""
+    words = prompt.messages[-1][1].split()
+    if "poison" in words:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if "hang" in words and not (marker := Path(words[words.index("hang") + 1])).exists():
+        marker.touch()
+        time.sleep(3600)
+    talks = [desk.begin(prompt, index) for index in range(desk.config.rollout.traces)]
+    await asyncio.gather(*(talk.write("attempt") for talk in talks))
+    return talks
