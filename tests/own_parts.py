@@ -40,7 +40,7 @@ def slow(config: RunConfig) -> Sampling:
 
 
 async def spoilt(desk: Desk, prompt: Prompt) -> list[Talk]:
-    """A program that kills its process at one prompt, and hangs at another as long as the file named there is missing."""
+    """Kills its process at one prompt, and hangs at another as long as the file named there is missing."""
     words = prompt.messages[-1][1].split()
     if "poison" in words:
         os.kill(os.getpid(), signal.SIGKILL)
