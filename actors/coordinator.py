@@ -22,6 +22,7 @@ from actors.watch import Watch, plain
 from rlsf_ray.errors import DrainedError, RlsfError, ServiceError
 from rlsf_ray.records import Json
 from rlsf_ray.run_store import RunStore
+from rlsf_ray.stream.effort import Effort, devices
 from rlsf_ray.stream.limits import NO_LIMITS, Limits
 from rlsf_ray.stream.run_state import RunState
 
@@ -50,6 +51,7 @@ class Coordinator:
         self._error: RlsfError | None = None
         self._state: RunState | None = None
         self._journal: Journal | None = None
+        self._effort: Effort | None = None
         self._rounds: Rounds | None = None
         self._crew: Crew | None = None
         self._watch: Watch | None = None
@@ -94,8 +96,11 @@ class Coordinator:
             self._state.peak_memory_gb = max(peak_memory_gb, self._state.peak_memory_gb or 0.0)
         status = self._state.status() if self._state else {"run": self._job.run, "state": "starting"}
         ending = self._leaving is not None or (self._work is not None and self._stop.done())
-        fleet = self._rounds.fleet() if self._rounds else {}
-        return status | {"fleet": fleet, "root": self._job.root, "ending": ending, "ended": self._ended.is_set()}
+        if self._rounds and self._state and self._effort:
+            examples = self._state.examples - self._examples_before
+            spent = {"idle": self._effort.idle(), "device_s_per_example": self._effort.per_example(examples)}
+            status |= spent | {"fleet": self._rounds.fleet(), "staleness": self._state.staleness}
+        return status | {"root": self._job.root, "ending": ending, "ended": self._ended.is_set()}
 
     async def outcome(self) -> tuple[Json | None, RlsfError | None]:
         """(summary, None) or (None, error), once the run has ended and everything is torn down."""
@@ -204,7 +209,8 @@ class Coordinator:
         saved = await asyncio.to_thread(store.read_json, "state.json")
         summary: Json | None = await asyncio.to_thread(store.read_json, "summary.json")
         self._state = RunState(self._job.run, store.config, saved)
-        self._journal = Journal(store, self._state)
+        self._effort, self._examples_before = Effort(devices(self._job.gpus)), self._state.examples
+        self._journal = Journal(store, self._state, self._effort)
         if summary is not None and self._state.state == "done":
             return summary
         self._state.state = "running"

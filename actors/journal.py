@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from rlsf_ray.records import Json
 from rlsf_ray.run_store import RunStore
+from rlsf_ray.stream.effort import Effort
 from rlsf_ray.stream.run_state import RunState
 
 SAVE_S = 5.0
@@ -15,13 +16,14 @@ SAVE_S = 5.0
 class Journal:
     """Writes beside the event loop, in the order of the calls."""
 
-    def __init__(self, store: RunStore, state: RunState) -> None:
-        self._store, self._state = store, state
+    def __init__(self, store: RunStore, state: RunState, effort: Effort) -> None:
+        self._store, self._state, self._effort = store, state, effort
         self._writer = ThreadPoolExecutor(1)  # one thread keeps the order
         self._events: list[Json] = []  # stage events that are not written yet
 
     def record(self, event: Json) -> None:
-        """Keep a stage event for the next `save`."""
+        """Count a stage event, and keep it for the next `save`."""
+        self._effort.add(event)
         self._events.append(event)
 
     async def save(self) -> None:

@@ -69,7 +69,7 @@ def line(status: Json) -> str:
         parts.append(_swaps(status))
     if status.get("verdicts"):
         parts.append(_guard(status["verdicts"][-1]))
-    parts += _disk(status)
+    parts += [*_effort(status), *_disk(status)]
     if status.get("eta_s") is not None:
         parts.append(f"ETA {duration(status['eta_s'])}")
     if status.get("message"):
@@ -101,6 +101,7 @@ def panel(status: Json) -> Panel:
         rows.append(_swaps(status))
     if status.get("verdicts"):
         rows.append(_guard(status["verdicts"][-1]))
+    rows += [" | ".join(_effort(status))] if _effort(status) else []
     rows += _disk(status)
     counts = {name: n for name, n in (status.get("accounting") or {}).items() if isinstance(n, int)}
     dim = ["   ".join(f"{name.replace('_', ' ')} {n}" for name, n in counts.items()), str(status.get("message") or "")]
@@ -121,11 +122,22 @@ def _fleet(status: Json) -> list[str]:
     return ["generators: " + ", ".join(told)] if told else []
 
 
+def _effort(status: Json) -> list[str]:
+    """Who was idle for how long in this life, and what a pair costs."""
+    told = ", ".join(f"{role} {share:.0%}" for role, share in (status.get("idle") or {}).items())
+    parts = [f"idle: {told}"] if told else []
+    if (cost := status.get("device_s_per_example")) is not None:
+        parts.append(f"{cost:.1f} device-seconds a {_examples(status)[0].split()[0].removesuffix('s')}")
+    return parts
+
+
 def _swaps(status: Json) -> str:
     """What the generators' last swaps have proved, for the newest version that any of them holds."""
     newest = max(swap["version"] for swap in status["swaps"].values())
     verdicts = Counter(swap["verdict"] for swap in status["swaps"].values() if swap["version"] == newest)
-    return f"version {newest} in generators: " + ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
+    behind = f"; staleness {status['staleness']}" if status.get("staleness") else ""
+    told = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
+    return f"version {newest} in generators: {told}{behind}"
 
 
 def _disk(status: Json) -> list[str]:

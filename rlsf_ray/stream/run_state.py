@@ -201,6 +201,17 @@ class RunState:
         share = (scored + min(1.0, self.counts["steps"] / expected)) / 2
         return self.seconds * (1.0 / share - 1.0)
 
+    @property
+    def examples(self) -> int:
+        """Pairs and credited traces so far."""
+        return int(self.counts.get("pairs", 0) + self.counts.get("credited traces", 0))
+
+    @property
+    def staleness(self) -> int:
+        """How many versions the generator that is furthest behind lacks."""
+        held = [int(swap["version"]) for swap in self.swaps.values()]
+        return self.admission.newest - min(held, default=self.admission.newest)
+
     def shares(self) -> Json:
         """{"share_parsed", "share_cut_off"} of the traces so far; None before the first."""
         traces = self.counts["traces"]

@@ -140,3 +140,11 @@ def test_generators_are_told_by_state_and_those_in_trouble_by_name() -> None:
     told = "generators: 2 healthy, 1 suspect (generator-1), 1 restarting (generator-3)"
     assert told in line(STATUS | {"fleet": fleet})
     assert "generators" not in line(STATUS)
+
+
+def test_idle_roles_the_cost_of_a_pair_and_staleness_are_told() -> None:
+    swaps = {"generator-0": {"version": 2, "verdict": "proved"}}
+    spent = {"idle": {"generator": 0.123, "trainer": 0.5}, "device_s_per_example": 3.24, "swaps": swaps, "staleness": 1}
+    told = line(STATUS | spent)
+    assert "idle: generator 12%, trainer 50% | 3.2 device-seconds a pair" in told
+    assert "version 2 in generators: 1 proved; staleness 1" in told

@@ -23,10 +23,13 @@ from actors.watch import Watch
 from rlsf_ray.errors import DeadlineError
 from rlsf_ray.records import Json, Outcome
 from rlsf_ray.run_store import RunStore
+from rlsf_ray.stream.effort import Effort
 from rlsf_ray.stream.run_state import RunState
 
 DEADLINE_S = 5.0
 Reply = Callable[[int], BaseException | None]
+
+EVENT = {"role": "scorer", "actor": "s", "stage": "score", "start": 0.0, "end": 1.0}
 
 
 class Scorer:
@@ -41,7 +44,7 @@ class Scorer:
         error = self._reply(len(self.got))
         if error is not None:
             raise error
-        return [self._name], {}
+        return [self._name], EVENT
 
 
 class Pool:
@@ -52,7 +55,7 @@ class Pool:
 
     async def call(self, *args: Any, **options: Any) -> tuple[str, Json]:
         self.written += 1
-        return f"traces {self.written}", {}
+        return f"traces {self.written}", EVENT
 
 
 def fine(call: int) -> None:
@@ -80,7 +83,7 @@ def make(
     crew: Any = SimpleNamespace(scorers=scorers, generators={}, **hands)
     store = RunStore.create_or_resume(str(folder), config)
     state = RunState("run", config)
-    made = Rounds(store, state, Journal(store, state), crew, Watch(DEADLINE_S, clock))
+    made = Rounds(store, state, Journal(store, state, Effort({})), crew, Watch(DEADLINE_S, clock))
     pool = Pool()
     made._pool = pool  # type: ignore[assignment]
     return made, scorers, pool
@@ -226,7 +229,7 @@ def test_the_next_life_of_a_run_that_was_to_go_back_trains_no_more(tmp_path: Pat
 def _next_life(made: Rounds) -> Rounds:
     saved = json.loads(json.dumps(made._state.to_json()))
     state = RunState("run", made._config, saved)
-    return Rounds(made._store, state, Journal(made._store, state), made._crew, Watch(DEADLINE_S))
+    return Rounds(made._store, state, Journal(made._store, state, Effort({})), made._crew, Watch(DEADLINE_S))
 
 
 def test_a_batch_that_kills_every_scorer_is_given_up_after_three_attempts(tmp_path: Path) -> None:
@@ -245,11 +248,11 @@ def test_lost_traces_are_written_again(tmp_path: Path) -> None:
 def test_stage_events_of_every_caller_are_written_once_and_in_order(tmp_path: Path) -> None:
     config = tiny_config(Path("model"))
     store = RunStore.create_or_resume(str(tmp_path), config)
-    journal = Journal(store, RunState("run", config))
+    journal = Journal(store, RunState("run", config), Effort({}))
 
     async def play() -> None:
         for number in range(20):
-            journal.record({"start": number})
+            journal.record(EVENT | {"start": number})
             if number % 3 == 0:
                 await asyncio.gather(journal.save(), journal.save())
         await journal.save()
