@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import ray
 
+from actors.gauges import Gauges
 from actors.job import Job, check_source
 from actors.journal import Journal
 from actors.leftovers import free_left_groups
@@ -36,7 +37,7 @@ LINGER_S = 10.0  # how long the outcome waits for a driver to read it
 LEAVE_S = 2.0  # for the answer to be on its way
 ALONE_S = 60.0  # how long a coordinator that no driver has started stays
 LOOK_S = 1.0  # how often limits are looked at and news are told
-LOOKS_LEFT, LOOKS_A_DISK = 10, 60  # every so many of them: at what was left behind, at the disk
+LOOKS_A_TELLING, LOOKS_LEFT, LOOKS_A_DISK = 5, 10, 60  # every so many: metrics, what was left behind, the disk
 
 
 class Coordinator:
@@ -227,11 +228,14 @@ class Coordinator:
         return await self._finish(self._state, self._journal, self._crew, self._watch)
 
     async def _supervise(self, state: RunState, store: RunStore) -> None:
-        """Tell what is new, and drain the run at a limit."""
+        """Tell what is new and how things stand, and drain the run at a limit."""
+        gauges = Gauges(self._job.run)
         for look in itertools.count():
             await asyncio.sleep(LOOK_S)
             if look % LOOKS_LEFT == 0:  # a coordinator before us may have been killed
                 await asyncio.to_thread(free_left_groups)
+            if look % LOOKS_A_TELLING == 0:
+                gauges.tell(await self.status())
             if look % LOOKS_A_DISK == 0:
                 state.on_disk(await asyncio.to_thread(store.storage.used))
             news, state.news = state.news, []

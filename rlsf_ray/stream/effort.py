@@ -45,5 +45,5 @@ class Effort:
 
 
 def devices(gpus: Mapping[str, float]) -> dict[str, float]:
-    """GPUs of one actor of each paid role, from those of each pool; where a run has none, each process counts as one."""
+    """GPUs of one actor of each paid role, from those of each pool; without any, each process counts as one."""
     return {role: gpus.get(f"{role}s", 0.0) if any(gpus.values()) else 1.0 for role in PAID}

@@ -296,6 +296,7 @@ class RunState:
             "prompts_done": done + waiting,  # written and scored
             "prompts_total": total,
             "traces": self.counts["traces"],
+            "tokens": self.counts["tokens"],
             "traces_per_s": (self.counts["traces"] - self._traces_before) / elapsed if elapsed > 0 else 0.0,
             **{name: self.counts[name] for name in ("pairs", "credited traces") if name in self.counts},
             "steps": self.counts["steps"],

@@ -45,6 +45,7 @@ def test_each_role_has_nodes_of_its_own_and_every_node_asks_for_the_token(name: 
     assert most <= config["max_workers"]
     starts = [c for key in ("head", "worker") for c in config[f"{key}_start_ray_commands"] if "ray start" in c]
     assert len(starts) == 2
+    assert any("python -m rlsf_ray.spot" in command for command in config["worker_start_ray_commands"])
     assert all(command.startswith("RAY_AUTH_MODE=token ") for command in starts)
     assert "--dashboard-host=127.0.0.1" in starts[0]
     assert any("chmod 600" in command and "auth_token" in command for command in config["setup_commands"])

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import urllib.request
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from metadata import Metadata
 from private_cluster import Sandbox, free_ports, unavailable
 from tiny import tiny_config
 
@@ -46,6 +49,12 @@ def test_each_role_stands_on_the_nodes_that_are_marked_for_it(tiny: Path, tmp_pa
         }
         assert sorted(role_of.values()) == ["head", "rlsf_generator", "rlsf_trainer"]
         actors = ask("/api/v0/actors?limit=10000")["data"]["result"]["result"]
+        with Metadata() as service:
+            service.aws = json.dumps({"action": "terminate", "time": f"{datetime.now(UTC) + timedelta(minutes=2):%FT%TZ}"})
+            command = ["python", "-m", "rlsf_ray.spot", "aws"]
+            code, output = sandbox.run(*command, env={"RLSF_METADATA": service.url, "RAY_ADDRESS": f"127.0.0.1:{port}"})
+    assert code == 0, output
+    assert re.search(r"this machine goes in 1[01]\d s: Ray drains node [0-9a-f]{56}", output)
     stood = {(a["name"] or a["class_name"]).removeprefix("three/"): role_of.get(a["node_id"]) for a in actors}
     assert stood["generator-0"] == stood["scorer-0"] == "rlsf_generator"
     assert stood["coordinator"] == stood["pair_buffer"] == stood["weight_store"] == stood["train_driver"] == "head"

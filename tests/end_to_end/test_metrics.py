@@ -1,0 +1,78 @@
+"""A run on a Ray that a real Prometheus scrapes: every query of the Grafana dashboard finds its numbers."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+from private_cluster import Sandbox, free_ports, unavailable
+from tiny import tiny_config
+
+from rlsf_ray.config_loading import dump_config
+
+PROMETHEUS = shutil.which("prometheus")
+DASHBOARD = Path(__file__).parents[2] / "examples" / "grafana.json"
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(bool(unavailable()), reason=unavailable()),
+    pytest.mark.skipif(PROMETHEUS is None, reason="no prometheus on the path; Debian's package `prometheus` has it"),
+]
+
+
+def test_prometheus_answers_every_query_of_the_dashboard(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(dump_config(tiny_config(tiny)))
+    ray, dashboard, agent, metrics, port = free_ports(5)
+    scrape = {"job_name": "ray", "scrape_interval": "1s", "static_configs": [{"targets": [f"127.0.0.1:{metrics}"]}]}
+    (tmp_path / "prometheus.yml").write_text(json.dumps({"scrape_configs": [scrape]}))
+    with Sandbox(tmp_path / "box") as sandbox:
+        ports = [f"--port={ray}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
+        code, output = sandbox.run(
+            *("ray", "start", "--head", "--num-cpus=4", *ports, f"--metrics-export-port={metrics}"),
+            env={"RAY_metrics_report_interval_ms": "1000"},
+        )
+        assert code == 0, output
+        sandbox.start(
+            *(
+                str(PROMETHEUS),
+                f"--config.file={tmp_path / 'prometheus.yml'}",
+                f"--storage.tsdb.path={tmp_path / 'data'}",
+            ),
+            f"--web.listen-address=127.0.0.1:{port}",
+        )
+        began = time.time()
+        command = ["rlsf", "run", str(tmp_path / "tiny.yaml"), "--root", str(tmp_path), "--run", "watched"]
+        code, output = sandbox.run(*command, "--address", f"127.0.0.1:{ray}", seconds=400)
+        assert code == 0, output
+
+        def ask(path: str, **query: Any) -> Any:
+            url = f"http://127.0.0.1:{port}/api/v1/{path}?{urllib.parse.urlencode(query)}"
+            with urllib.request.urlopen(url, timeout=30) as answer:
+                return json.load(answer)["data"]
+
+        for title, expression, legend in _queries():
+            found = ask("query_range", query=expression, start=began, end=time.time(), step=1)["result"]
+            assert found, f"{title}: nothing for {expression}"
+            for label in re.findall(r"{{(\w+)}}", legend):
+                assert all(label in series["metric"] for series in found), f"{title}: no label {label}"
+        trained = ask("query_range", query='ray_rlsf_version{run="watched"}', start=began, end=time.time(), step=1)
+    versions = {value for _, value in trained["result"][0]["values"]}
+    assert versions <= {"0", "1", "2"}
+    assert "1" in versions
+
+
+def _queries() -> list[tuple[str, str, str]]:
+    """(panel, query for our run, legend) of the dashboard."""
+    panels = json.loads(DASHBOARD.read_text())["panels"]
+    found = [
+        (p["title"], t["expr"].replace("$run", "watched"), t["legendFormat"]) for p in panels for t in p["targets"]
+    ]
+    assert len(found) >= len(panels) > 10
+    return found
