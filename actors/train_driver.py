@@ -24,7 +24,7 @@ class TrainDriver:
             train_fn,
             train_loop_config={"job": self._job},
             scaling_config=ray.train.ScalingConfig(
-                num_workers=pool.count,
+                num_workers=(pool.count, pool.most) if pool.most else pool.count,
                 use_gpu=bool(pool.gpus),
                 resources_per_worker={
                     "CPU": pool.cpus,

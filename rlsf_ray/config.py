@@ -122,10 +122,10 @@ class RunConfig(Section):
                 " do, got true; leave it out, and take a model that transformers knows"
             )
         trainers = self.cluster.trainers
-        if trainers.count > 1 and not (trainers.gpus or 0.0).is_integer():
+        if trainers.at_most > 1 and not (trainers.gpus or 0.0).is_integer():
             raise ValueError(
                 "cluster.trainers.gpus must be 0 or a whole number where there are several (NCCL needs whole GPUs),"
-                f" got {trainers.gpus} for {trainers.count}; set it to 1"
+                f" got {trainers.gpus} for {trainers.at_most}; set it to 1"
             )
         return self
 

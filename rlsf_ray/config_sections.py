@@ -200,14 +200,13 @@ class WorkerPoolConfig(PoolConfig):
     cpus: float = Field(default=1.0, ge=0.0)
 
 
-class GeneratorPoolConfig(WorkerPoolConfig):
-    """The generators, `count` of them always; up to `most` while work waits and nodes come."""
+class GrowingPoolConfig(WorkerPoolConfig):
+    """`count` of them always, up to `most` where nodes come for them."""
 
     most: PositiveInt | None = None
-    idle_s: PositiveFloat = 300.0  # those beyond `count` are given back after so long without work
 
     @model_validator(mode="after")
-    def _most_is_no_less(self) -> GeneratorPoolConfig:
+    def _most_is_no_less(self) -> GrowingPoolConfig:
         if self.at_most < self.count:
             raise ValueError(f"got count={self.count} and most={self.most}, expected most to be no less than count")
         return self
@@ -217,8 +216,14 @@ class GeneratorPoolConfig(WorkerPoolConfig):
         return self.most or self.count
 
 
-class TrainerPoolConfig(WorkerPoolConfig):
-    """The workers of the training job."""
+class GeneratorPoolConfig(GrowingPoolConfig):
+    """The generators: more than `count` while work waits."""
+
+    idle_s: PositiveFloat = 300.0  # those beyond `count` are given back after so long without work
+
+
+class TrainerPoolConfig(GrowingPoolConfig):
+    """The workers of the training job, which begins its round again where their number changes."""
 
     @model_validator(mode="after")
     def _takes_something(self) -> TrainerPoolConfig:

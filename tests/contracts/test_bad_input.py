@@ -167,6 +167,11 @@ DATA: dict[str, tuple[Make, int, str]] = {
         2,
         "no check is called 'magic'",
     ),
+    "fewer at most than always": (
+        lambda p: p.plan("cluster.generators.count=3", "cluster.generators.most=2"),
+        2,
+        "expected most to be no less than count",
+    ),
     "a family nobody knows": (
         lambda p: p.plan("data.train=[{kind: reasoning_gym, name: chain_summ, count: 4}]"),
         2,

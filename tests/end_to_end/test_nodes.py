@@ -50,7 +50,9 @@ def test_each_role_stands_on_the_nodes_that_are_marked_for_it(tiny: Path, tmp_pa
         assert sorted(role_of.values()) == ["head", "rlsf_generator", "rlsf_trainer"]
         actors = ask("/api/v0/actors?limit=10000")["data"]["result"]["result"]
         with Metadata() as service:
-            service.aws = json.dumps({"action": "terminate", "time": f"{datetime.now(UTC) + timedelta(minutes=2):%FT%TZ}"})
+            service.aws = json.dumps(
+                {"action": "terminate", "time": f"{datetime.now(UTC) + timedelta(minutes=2):%FT%TZ}"}
+            )
             command = ["python", "-m", "rlsf_ray.spot", "aws"]
             code, output = sandbox.run(*command, env={"RLSF_METADATA": service.url, "RAY_ADDRESS": f"127.0.0.1:{port}"})
     assert code == 0, output
