@@ -56,7 +56,7 @@ def calibrated(labels: Labels, alone: Weights) -> tuple[int, float, float]:
 
 
 def rounds(most: int) -> list[int]:
-    """How many traces an answer has been put to by the end of each round: twice as many each time, up to `most`."""
+    """How many traces a question has by the end of each round: twice as many each time up to 16, then `most`."""
     return [size for size in (1, 2, 4, 8, 16) if size < most] + [most]
 
 
