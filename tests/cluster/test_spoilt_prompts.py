@@ -1,6 +1,7 @@
 """A prompt that kills its generator each time, and one at which a generator hangs."""
 
 import json
+import os
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -15,8 +16,13 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(480)]
 
 
 def test_one_prompt_fails_by_name_and_a_hung_generator_comes_back(
-    launch: Callable[[RunConfig, Path], "Future[Json]"], small: Callable[..., RunConfig], tmp_path: Path
+    launch: Callable[[RunConfig, Path], "Future[Json]"],
+    small: Callable[..., RunConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    ours = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]  # own_parts.py lies there
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(ours))
     questions = [f"State the final answer: {n} + 1 =" for n in range(8)]
     questions[2] += " poison"
     questions[5] += f" hang {tmp_path / 'marker'}"
