@@ -28,7 +28,7 @@ pytestmark = [
 
 
 def test_prometheus_answers_every_query_of_the_dashboard(tiny: Path, tmp_path: Path) -> None:
-    (tmp_path / "tiny.yaml").write_text(dump_config(tiny_config(tiny)))
+    (tmp_path / "tiny.yaml").write_text(dump_config(tiny_config(tiny, rounds=6)))
     ray, dashboard, agent, metrics, port = free_ports(5)
     scrape = {"job_name": "ray", "scrape_interval": "1s", "static_configs": [{"targets": [f"127.0.0.1:{metrics}"]}]}
     (tmp_path / "prometheus.yml").write_text(json.dumps({"scrape_configs": [scrape]}))
@@ -64,8 +64,8 @@ def test_prometheus_answers_every_query_of_the_dashboard(tiny: Path, tmp_path: P
                 assert all(label in series["metric"] for series in found), f"{title}: no label {label}"
         trained = ask("query_range", query='ray_rlsf_version{run="watched"}', start=began, end=time.time(), step=1)
     versions = {value for _, value in trained["result"][0]["values"]}
-    assert versions <= {"0", "1", "2"}
-    assert "1" in versions
+    assert versions - {"0"}  # which it is depends on the moments of telling
+    assert versions <= {"0", "1", "2", "3", "4", "5", "6"}
 
 
 def _queries() -> list[tuple[str, str, str]]:
