@@ -13,8 +13,7 @@ from ray.exceptions import ActorUnavailableError, ObjectLostError, RayActorError
 
 from actors.journal import Journal
 from actors.measuring import TRAINING, Collapse, Measuring
-from actors.nodes import leaving
-from actors.pool import GeneratorPool, GivenUp, Hands
+from actors.pool import GeneratorPool, GivenUp
 from actors.spawn import MOST_SLOTS, SCORER_THREADS, Crew
 from actors.watch import Watch
 from rlsf_ray.errors import ServiceError, StorageError
@@ -38,8 +37,9 @@ class Rounds:
         cluster = self._config.cluster
         self._size = cluster.prompts_per_call
         slots = MOST_SLOTS[self._config.engine]
-        hands = Hands(crew.ask_generator, crew.end_actor, leaving)
-        self._pool = GeneratorPool(crew.generators, hands, watch, cluster.attempts, self._start, self._swapped, slots)
+        self._pool = GeneratorPool(
+            crew.generators, crew.hands(), watch, cluster.attempts, self._start, self._swapped, slots
+        )
         wanted = (slots + 1) * cluster.generators.at_most + cluster.scorers.count
         self._permits = asyncio.Semaphore(min(wanted, SCORER_THREADS))  # all may meet at one scorer
         self._queued = dict.fromkeys(crew.scorers, 0)  # batches at each scorer

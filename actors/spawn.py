@@ -13,7 +13,9 @@ from actors.evaluator import Evaluator
 from actors.generator import Generator
 from actors.job import NAMESPACE, Job
 from actors.leftovers import free_left_groups
+from actors.nodes import leaving
 from actors.pair_buffer import PairBuffer
+from actors.pool import Hands
 from actors.scorer import ScorerWorker
 from actors.train_driver import TrainDriver
 from actors.weight_store import WeightStore
@@ -87,13 +89,13 @@ class Crew:
         calls = self._calls[pool]
         return self._spawn(cls, name, pool=settings, resources=resources, max_restarts=RESTARTS, max_concurrency=calls)
 
-    def ask_generator(self, name: str) -> Any:
-        """One more generator, as soon as a node has room; Ray's autoscaler sees that it waits."""
-        return self._member(Generator, "generators", name)
-
-    def end_actor(self, handle: Any, restarts: bool) -> None:
-        """Kill one actor, which Ray starts again on another node or not."""
-        ray.kill(handle, no_restart=not restarts)
+    def hands(self) -> Hands:
+        """What the generator pool may do; Ray's autoscaler sees a generator that waits for a node."""
+        return Hands(
+            ask=lambda name: self._member(Generator, "generators", name),
+            end=lambda handle, restarts: ray.kill(handle, no_restart=not restarts),
+            leaving=leaving,
+        )
 
     def _spawn(self, cls: type, name: str, *, pool: PoolConfig, **options: Any) -> Any:
         name_and_place = {"name": f"{self._job.run}/{name}", "namespace": NAMESPACE}

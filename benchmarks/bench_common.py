@@ -19,8 +19,7 @@ import numpy as np
 import ray
 
 from actors.job import NAMESPACE, Job, source_hash
-from actors.nodes import leaving
-from actors.pool import GeneratorPool, GivenUp, Hands
+from actors.pool import GeneratorPool, GivenUp
 from actors.spawn import ENVIRONMENT, MOST_SLOTS, Crew
 from actors.watch import Watch
 from rlsf_ray.config import RunConfig
@@ -184,7 +183,7 @@ async def bench_pool(
         async with asyncio.TaskGroup() as tasks:
             pool = GeneratorPool(
                 crew.generators,
-                Hands(crew.ask_generator, crew.end_actor, leaving),
+                crew.hands(),
                 Watch(config.cluster.deadline_s),
                 1,  # each failure counts
                 tasks.create_task,

@@ -115,12 +115,12 @@ def look_at(groups: Sequence[Group], earlier: Json | None, checker: AnswerChecke
 
     The others are this version's, and the `earlier` version's answers to the same prompts where there are any.
     """
-    written: Json = {}
+    said, written = _answers(groups), dict[str, Any]()
     if not groups:
         return Unlabelled(None, None, written)
     rows, shares, labels = list[list[float]](), list[float](), list[list[int]]()
     for group in groups:
-        own, before = [t.answer_text for t in group.traces], (earlier or {}).get(group.prompt.id, [])
+        own, before = said[group.prompt.id], (earlier or {}).get(group.prompt.id, [])
         classes = label_answers([*own, *before], equality(group.prompt, checker))
         labels.append(classes[: len(own)])
         # An answer keeps the notation it had before: 1/2 in place of 0.5 is no other vote

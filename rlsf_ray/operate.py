@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -88,7 +88,7 @@ def at(address: str | None) -> Any:
 def cluster_resources(address: str) -> dict[str, float]:
     """Resources that the cluster at `address` has or can grow to, as Ray names them."""
     with connected(address):
-        return dict(resources())
+        return resources()
 
 
 @contextmanager
@@ -133,7 +133,7 @@ def _knock(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
 
 
-def resources() -> Mapping[str, float]:
+def resources() -> dict[str, float]:
     """What the cluster has, or can grow to where its head node says so."""
     return grown(ray.cluster_resources())
 

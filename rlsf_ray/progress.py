@@ -101,7 +101,8 @@ def panel(status: Json) -> Panel:
         rows.append(_swaps(status))
     if status.get("verdicts"):
         rows.append(_guard(status["verdicts"][-1]))
-    rows += [" | ".join(_effort(status))] if _effort(status) else []
+    if effort := _effort(status):
+        rows.append(" | ".join(effort))
     rows += _disk(status)
     counts = {name: n for name, n in (status.get("accounting") or {}).items() if isinstance(n, int)}
     dim = ["   ".join(f"{name.replace('_', ' ')} {n}" for name, n in counts.items()), str(status.get("message") or "")]
@@ -127,7 +128,7 @@ def _effort(status: Json) -> list[str]:
     told = ", ".join(f"{role} {share:.0%}" for role, share in (status.get("idle") or {}).items())
     parts = [f"idle: {told}"] if told else []
     if (cost := status.get("device_s_per_example")) is not None:
-        parts.append(f"{cost:.1f} device-seconds a {_examples(status)[0].split()[0].removesuffix('s')}")
+        parts.append(f"{cost:.1f} device-seconds a {_examples(status)[0].rpartition(' ')[0].removesuffix('s')}")
     return parts
 
 

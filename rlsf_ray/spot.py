@@ -27,24 +27,26 @@ logger = logging.getLogger(__name__)
 
 LOOK_S, ASK_S, DRAIN_S = 2.0, 2.0, 60.0
 GCP_NOTICE_S = 30.0
-AWS_HOST, GCP_HOST = "http://169.254.169.254", "http://metadata.google.internal"
 
 
-def aws_notice(host: str = AWS_HOST) -> float | None:
+def aws_notice(host: str) -> float | None:
     """Unix seconds at which AWS takes this machine; None: it has said nothing. IMDSv2, with a token of its own."""
     token = _get(f"{host}/latest/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "60"}, method="PUT")
     found = _get(f"{host}/latest/meta-data/spot/instance-action", {"X-aws-ec2-metadata-token": token or ""})
     return datetime.fromisoformat(json.loads(found)["time"]).timestamp() if found else None
 
 
-def gcp_notice(host: str = GCP_HOST) -> float | None:
+def gcp_notice(host: str) -> float | None:
     """The same on Google Cloud, which says only that it has begun."""
     found = _get(f"{host}/computeMetadata/v1/instance/preempted", {"Metadata-Flavor": "Google"})
     return time.time() + GCP_NOTICE_S if found == "TRUE" else None
 
 
-NOTICES: dict[str, Callable[[str], float | None]] = {"aws": aws_notice, "gcp": gcp_notice}
-HOSTS = {"aws": AWS_HOST, "gcp": GCP_HOST}
+# Each cloud's way to ask, and where
+CLOUDS: dict[str, tuple[Callable[[str], float | None], str]] = {
+    "aws": (aws_notice, "http://169.254.169.254"),
+    "gcp": (gcp_notice, "http://metadata.google.internal"),
+}
 
 
 def _get(url: str, headers: Mapping[str, str], method: str = "GET") -> str | None:
@@ -100,11 +102,11 @@ def main() -> None:
     """Entry point."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     parser = argparse.ArgumentParser(prog="python -m rlsf_ray.spot", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("cloud", choices=sorted(NOTICES))
-    cloud = parser.parse_args().cloud
-    host = os.environ.get("RLSF_METADATA", HOSTS[cloud])  # another address in tests
+    parser.add_argument("cloud", choices=sorted(CLOUDS))
+    notice, host = CLOUDS[parser.parse_args().cloud]
+    host = os.environ.get("RLSF_METADATA", host)  # another address in tests
     logger.info("watching %s", host)
-    watch(lambda: NOTICES[cloud](host), drain_this_node)
+    watch(lambda: notice(host), drain_this_node)
 
 
 if __name__ == "__main__":

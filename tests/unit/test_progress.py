@@ -148,3 +148,5 @@ def test_idle_roles_the_cost_of_a_pair_and_staleness_are_told() -> None:
     told = line(STATUS | spent)
     assert "idle: generator 12%, trainer 50% | 3.2 device-seconds a pair" in told
     assert "version 2 in generators: 1 proved; staleness 1" in told
+    learns_from_traces = {name: value for name, value in STATUS.items() if name != "pairs"} | {"credited traces": 7}
+    assert "3.2 device-seconds a credited trace" in line(learns_from_traces | spent)
