@@ -12,6 +12,7 @@ from actors.watch import Watch
 from rlsf_ray.config import RunConfig
 from rlsf_ray.errors import ServiceError
 from rlsf_ray.records import Json, Prompt
+from rlsf_ray.stream.guard import Action
 from rlsf_ray.stream.run_state import RunState
 
 TRAINING, EVALUATION = 0, 1  # lanes of the generator pool, most urgent first
@@ -41,13 +42,18 @@ class Measuring:
         self._beside: dict[int, asyncio.Task[None]] = {}  # version -> its evaluation beside the rounds
 
     async def evaluate(self, version: int, questions: int | None = None) -> None:
+        """Have `judge` look at a version. Raises Collapse if the guard finds it bad."""
+        if await self.judge(version, questions) == "stop":
+            raise Collapse
+
+    async def judge(self, version: int, questions: int | None = None) -> Action:
         """Measure a version on the first `questions` of the probe set (None: all), unless that is known.
 
-        Raises Collapse if the guard finds that version bad, GuardError if that is to end the run.
+        Returns what the guard says of it. Raises GuardError if that is to end the run.
         """
         probe = self._probe[:questions]
         if not probe and not self._calibration:
-            return
+            return "go_on"
         known, vitals = await self._watch.answer(self._evaluator.known.remote(version, len(probe)), "evaluator")
         if not known:
             if questions is None:  # else it goes on beside the next round, whose message stays
@@ -55,8 +61,7 @@ class Measuring:
             vitals = await self._measure(version, probe)
         action = self._state.judged(version, vitals)
         await self._journal.save()
-        if action == "stop":
-            raise Collapse
+        return action
 
     async def _measure(self, version: int, probe: Sequence[Prompt]) -> Json | None:
         """Have a version write for the calibration prompts and for `probe`; returns the guard's vitals."""

@@ -7,6 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import asdict, astuple
 from typing import Any
 
 from ray.exceptions import ActorUnavailableError, ObjectLostError, RayActorError
@@ -22,6 +23,7 @@ from rlsf_ray.run_store import RunStore
 from rlsf_ray.stream.ledger import FAILED, FILTERED, IN_FLIGHT, PAIRS
 from rlsf_ray.stream.run_state import RunState
 from rlsf_ray.tasks.sources import prompts_of_round
+from rlsf_ray.wording import way_back
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +68,11 @@ class Rounds:
                 if errors.split(Collapse)[1] is not None:
                     raise
         async with self._working(stop):
-            await self._roll_back()
-            await self._measuring.evaluate(self._state.admission.newest)
+            await self._end_training()
+            if self._state.rolled_back is None:
+                await self._roll_back()
+            while await self._measuring.judge(self._state.admission.newest) == "stop":
+                await self._roll_back()
 
     @asynccontextmanager
     async def _working(self, stop: asyncio.Future[None]) -> AsyncIterator[None]:
@@ -96,11 +101,10 @@ class Rounds:
             raise self._state.nothing_trained()
         await self._measuring.ended()
 
-    async def _roll_back(self) -> None:
-        """Stop training, and make the last good version's weights the run's last version."""
+    async def _end_training(self) -> None:
+        """No step begins any more. What an earlier life of the run has made is taken up."""
         self.may_train = False
-        good = self._state.last_good
-        self._say(f"going back to version {good}")
+        self._say("going back")
         if self.fit is None:  # an earlier life of the run has come so far
             await self._prepare()
         else:
@@ -108,11 +112,15 @@ class Rounds:
             done, _ = await asyncio.wait({asyncio.ensure_future(self.fit)}, timeout=self._config.cluster.deadline_s)
             if not done:
                 logger.warning("the trainer has not ended its step; it ends with the run")
-        if self._state.rolled_back is None:
-            made = await self._watch.answer(self._crew.weights.roll_back.remote(good), "weight_store")
-            self._state.roll_back(made)
-            await self._journal.save()
-        await self._pool.prepare(self._state.admission.newest)
+
+    async def _roll_back(self) -> None:
+        """Half of the step that was too much, or less, or the last good version again, becomes a new version."""
+        back = self._state.way_back()
+        self._say(f"going back to {way_back(asdict(back))}")
+        made = await self._watch.answer(self._crew.weights.roll_back.remote(*astuple(back)), "weight_store")
+        self._state.roll_back(made)
+        await self._journal.save()
+        await self._pool.prepare(made)
 
     def fleet(self) -> dict[str, str]:
         """Each generator's state by its name."""

@@ -8,7 +8,7 @@ from typing import Any
 import ray
 
 from actors.job import Job
-from rlsf_ray.adapters import CANARY_FILE, canaries_from_bytes, checksum, from_peft, scaled
+from rlsf_ray.adapters import CANARY_FILE, canaries_from_bytes, checksum, from_peft
 from rlsf_ray.errors import WeightsError
 from rlsf_ray.records import Canary, Json, WeightsVersion
 
@@ -57,12 +57,11 @@ class WeightStore:
             )
         self._store.write_reward(weights, record["round"])
 
-    def roll_back(self, good: int) -> int:
-        """Publish the content of `good` (0: the base model) as a version newer than all others; returns its number."""
-        config, known = self._store.config, self._store.versions()
-        adapter, _ = self._store.read_adapter(good or known[0])
-        adapter = adapter if good else scaled(adapter, 0.0)
-        weights = self._store.write_adapter(known[-1] + 1, adapter, config.model.name, config)
+    def roll_back(self, to: int, past: int | None, share: float) -> int:
+        """Publish what lies between two versions as one that is newer than all others; returns its number."""
+        config, newest = self._store.config, self._store.versions()[-1]
+        adapter = self._store.read_between(to, past, share)
+        weights = self._store.write_adapter(newest + 1, adapter, config.model.name, config)
         self._hold(weights, adapter, [])
         return weights.version
 

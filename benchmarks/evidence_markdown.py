@@ -8,6 +8,7 @@ from typing import Any
 
 from rlsf_ray.measures import STATISTICS
 from rlsf_ray.records import Json
+from rlsf_ray.wording import way_back
 
 METRICS = {
     "greedy_accuracy": "greedy",
@@ -136,7 +137,7 @@ def _collapse(rows: Json) -> list[str]:
             reasons = "; ".join(verdict["reasons"])
             lines += ["", f"- {name}, version {verdict['version']}, {verdict['found']}: {reasons}"]
         if back := row["rolled_back"]:
-            lines += ["", f"- {name}: version {back['version']} has the content of version {back['to']} again"]
+            lines += ["", f"- {name}: version {back['version']} is {way_back(back)}"]
     return lines
 
 

@@ -29,6 +29,7 @@ from rlsf_ray.evaluate import evaluate_version
 from rlsf_ray.records import Json
 from rlsf_ray.run_store import RunStore
 from rlsf_ray.tasks.sources import load_sets
+from rlsf_ray.wording import way_back
 
 RESULTS = Path(__file__).parent / "results" / "rlif"
 PAGE = Path(__file__).parent / "results" / "rlif.md"
@@ -182,7 +183,7 @@ def page(kept: list[Json]) -> str:
         for verdict in (one["guard"] or {}).get("verdicts") or ():
             lines.append(f"\n- version {verdict['version']}, {verdict['action']}: {'; '.join(verdict['reasons'])}")
         if back := (one["guard"] or {}).get("rolled_back"):
-            lines.append(f"\n- went back from version {back['from']} to the content of version {back['to']}")
+            lines.append(f"\n- went back from version {back['from']}: version {back['version']} is {way_back(back)}")
     return "\n".join(lines) + "\n"
 
 

@@ -36,6 +36,14 @@ def scaled(adapter: Mapping[str, np.ndarray], alpha: float) -> dict[str, np.ndar
     }
 
 
+def between(near: Mapping[str, np.ndarray], far: Mapping[str, np.ndarray], share: float) -> dict[str, np.ndarray]:
+    """The adapter so far on the straight way from `near` (share 0) to `far` (share 1), array by array.
+
+    Of two versions of one run it answers as their mixed models do (linear mode connectivity, 1912.05671).
+    """
+    return {name: (array + np.float32(share) * (far[name] - array)).astype(array.dtype) for name, array in near.items()}
+
+
 def to_peft(adapter: Mapping[str, np.ndarray], *, base_model: str, lora_alpha: float) -> dict[str, bytes]:
     """The two files that `PeftModel.from_pretrained` reads, by file name.
 

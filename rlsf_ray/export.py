@@ -142,7 +142,8 @@ def _undone_rounds(store: RunStore) -> set[int]:
     state = store.read_json("state.json") or {}
     if not (back := state.get("rolled_back")):
         return set()
-    kept = {round for round, version in state["ended"] if version is not None and version <= back["to"]}
+    newest = back["past"] if back.get("share") else back["to"]
+    kept = {round for round, version in state["ended"] if version is not None and version <= newest}
     return {round for round in store.rounds("pairs") if round not in kept and not store.config.trains_reward(round)}
 
 

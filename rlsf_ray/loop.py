@@ -12,9 +12,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
-from rlsf_ray.adapters import scaled
 from rlsf_ray.base_cache import cached_base, store_base
 from rlsf_ray.config import RunConfig
 from rlsf_ray.engines.base import Engine
@@ -99,9 +98,8 @@ def all_rounds(parts: Parts) -> None:
             one_round(parts, round, round_prompts(parts, round))
     if state.admission.newest == 0:
         raise state.nothing_trained()
-    if evaluate(parts) == "stop":
+    while evaluate(parts) == "stop":
         roll_back(parts)
-        evaluate(parts)
 
 
 def round_prompts(parts: Parts, round: int) -> list[Prompt]:
@@ -146,10 +144,9 @@ def evaluate(parts: Parts, questions: int | None = None) -> Action:
 
 
 def roll_back(parts: Parts) -> None:
-    """The last good version's weights become a new version, which is the run's last."""
-    good, version = parts.state.guard.last_good, parts.state.admission.newest + 1
-    adapter = parts.store.read_adapter(good)[0] if good else scaled(parts.learner.adapter(), 0.0)
-    parts.learner.set_adapter(adapter)
+    """Half of the step that was too much, or less, or the last good version again, becomes a new version."""
+    version = parts.state.admission.newest + 1
+    parts.learner.set_adapter(parts.store.read_between(*astuple(parts.state.way_back())))
     parts.store.storage.write(_checkpoint(version - 1), parts.learner.state_bytes())
     parts.state.roll_back(version)
     parts.save()

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from rlsf_ray.records import Json, Reply
 from rlsf_ray.stream.run_state import NEARLY_FULL
-from rlsf_ray.wording import METRICS, TRIES, duration
+from rlsf_ray.wording import METRICS, TRIES, duration, way_back
 
 
 class Progress:
@@ -178,7 +178,7 @@ def print_before_after(console: Console, summary: Json) -> None:
     for verdict in guard.get("verdicts") or ():
         console.print(_guard(verdict), highlight=False, markup=False)
     if back := guard.get("rolled_back"):
-        console.print(f"version {back['version']} has the content of version {back['to']} again", highlight=False)
+        console.print(f"version {back['version']} is {way_back(back)}", highlight=False)
     rise = (summary.get("difference") or {}).get("sampled_accuracy")
     if rise:
         mean, low, high = rise

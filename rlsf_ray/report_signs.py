@@ -9,7 +9,7 @@ from rlsf_ray import plots
 from rlsf_ray.measures import difference
 from rlsf_ray.records import Json
 from rlsf_ray.report_parts import figure, missing, number, signed, table
-from rlsf_ray.wording import CONFIDENCES
+from rlsf_ray.wording import CONFIDENCES, way_back
 
 DRAWN = ("answer_prob", "calibrated", "agreement")
 COMPARED = {
@@ -60,10 +60,7 @@ def guard(vitals: Sequence[Json], watched: Json, mode: str) -> str:
     none = "The guard was off." if mode == "off" else "The guard saw no such sign."
     text = table(("version", "verdict", "why"), rows) if rows else f'<p class="note">{none}</p>'
     if back := watched.get("rolled_back"):
-        text += (
-            f'<p class="worse">The run went back from version {back["from"]} to the content of version {back["to"]},'
-            f" which is now version {back['version']}.</p>"
-        )
+        text += f'<p class="worse">The run went back: version {back["version"]} is {way_back(back)}.</p>'
     trained = watched.get("training_vitals") or {}
     points = [{"version": v["version"], "metrics": v | trained.get(str(v["version"]), {})} for v in vitals]
     curves = {

@@ -209,6 +209,14 @@ class RunStore:
             )
         return adapter, WeightsVersion(version=version, checksum=found, path=self.path(folder))
 
+    def read_between(self, to: int, past: int | None, share: float) -> dict[str, np.ndarray]:
+        """The adapter so far on the way from version `to` (0: the base model) to `past`.
+
+        Raises `WeightsError` if one of them is unknown or no longer what was published.
+        """
+        near = self.read_adapter(to)[0] if to else adapters.scaled(self.read_adapter(self.versions()[0])[0], 0.0)
+        return near if past is None else adapters.between(near, self.read_adapter(past)[0], share)
+
     def write_reward(self, weights: Mapping[str, np.ndarray], round: int) -> None:
         """Keep the reward model as a round has left it; its record comes last."""
         self.storage.write(f"reward/round-{round:04d}.safetensors", adapters.to_bytes(weights))
@@ -249,10 +257,13 @@ class RunStore:
     def version_before(self, version: int) -> int | None:
         """The version that `version` was trained from, 0 for the base model, which itself has none before it.
 
-        A version that the guard has made by going back counts as the one whose weights it has.
+        A version that the guard has made by going back counts as the one whose weights it has, or as one that was
+        trained from there.
         """
         undone = (self.read_json("state.json") or {}).get("rolled_back")
-        if undone and undone["version"] == version:
+        if undone and version > undone["from"]:
+            if undone.get("share") or version < undone["version"]:
+                return int(undone["to"])
             version = undone["to"]
         return max((one for one in (0, *self.versions()) if one < version), default=None)
 

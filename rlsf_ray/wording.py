@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from rlsf_ray.records import Json
+
 # metric of eval/version-NNNN.json, its name, +1 where more is better and -1 where less is, digits
 METRICS = (
     ("greedy_accuracy", "Greedy accuracy", 1, 3),
@@ -60,3 +62,11 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def way_back(back: Json) -> str:
+    """Where a run went back to, as in "version 3 is ..."; `back`: "rolled_back" of its state."""
+    there = f"version {back['to']}" if back["to"] else "the base model"
+    if not back.get("share"):
+        return f"{there} again"
+    return f"{there} and {back['share']:g} of the step to version {back['past']}"

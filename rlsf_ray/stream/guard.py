@@ -121,16 +121,20 @@ class Guard:
 
     def __init__(self, seen: Sequence[Json] = ()) -> None:
         self._seen: dict[int, Vitals] = {}
+        self._since: dict[int, int] = {}
         self._verdicts: dict[int, Verdict] = {}
         for one in seen:
-            self.observe(one["version"], Vitals.from_json(one["vitals"]))
+            self.observe(one["version"], Vitals.from_json(one["vitals"]), one.get("since"))
 
-    def observe(self, version: int, vitals: Vitals) -> Verdict:
-        """The verdict on this version."""
+    def observe(self, version: int, vitals: Vitals, since: int | None = None) -> Verdict:
+        """The verdict on this version. `since`: the version it comes from, None for the one before it."""
         if version in self._verdicts:
             return self._verdicts[version]
         before = [known for known in self._seen if known < version]
-        found = self._signs(vitals, self._seen[min(before)], self._seen[max(before)]) if before else []
+        found: list[tuple[Action, str]] = []
+        if before:
+            self._since[version] = max(before) if since is None else since
+            found = self._signs(vitals, self._seen[min(before)], self._seen[self._since[version]])
         action: Action = "go_on"
         if found:
             stops = any(kind == "stop" for kind, _ in found) and vitals.prompts >= LEAST_PROMPTS
@@ -142,10 +146,13 @@ class Guard:
     @property
     def last_good(self) -> int:
         """The newest version before the first that gave a reason to stop."""
-        bad = min(
-            (version for version, verdict in self._verdicts.items() if verdict.action == "stop"), default=math.inf
-        )
-        return max((version for version in self._verdicts if version < bad), default=0)
+        bad = self.first_bad
+        return max((version for version in self._verdicts if bad is None or version < bad), default=0)
+
+    @property
+    def first_bad(self) -> int | None:
+        """The first version that gave a reason to stop."""
+        return min((version for version, verdict in self._verdicts.items() if verdict.action == "stop"), default=None)
 
     def _signs(self, now: Vitals, base: Vitals, before: Vitals) -> list[tuple[Action, str]]:
         found: list[tuple[Action, str]] = []
@@ -168,7 +175,10 @@ class Guard:
 
     def to_json(self) -> list[Json]:
         """What `Guard(seen)` takes."""
-        return [{"version": version, "vitals": asdict(vitals)} for version, vitals in self._seen.items()]
+        return [
+            {"version": version, "since": self._since.get(version), "vitals": asdict(vitals)}
+            for version, vitals in self._seen.items()
+        ]
 
 
 def flipped(before: Mapping[str, str], now: Mapping[str, str]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from time import time
 
 from rlsf_ray.config import RunConfig
@@ -16,6 +17,21 @@ from rlsf_ray.stream.ledger import PAIRS, Ledger
 logger = logging.getLogger(__name__)
 
 NEARLY_FULL = 0.9  # of a disk
+LEAST_SHARE = 0.125  # of a step that was too much: below it the step is undone
+
+
+@dataclass(frozen=True, slots=True)
+class Back:
+    """Where a run goes back to: so great a share of the way from version `to` to version `past`."""
+
+    to: int
+    past: int | None
+    share: float
+
+    @property
+    def newest(self) -> int:
+        """The newest version that has a part in it."""
+        return self.past if self.past is not None and self.share else self.to
 
 
 class RunState:
@@ -40,7 +56,7 @@ class RunState:
         self._training_vitals: dict[str, Json] = dict(saved.get("training_vitals", {}))
         self.verdicts: list[Json] = list(saved.get("verdicts", ()))  # of the guard, where it had something to say
         self.asked_back: int | None = saved.get("asked_back")  # the version that somebody wants to go back to
-        self.rolled_back: Json | None = saved.get("rolled_back")  # {"from", "to", "version"}
+        self.rolled_back: Json | None = saved.get("rolled_back")  # {"from", "past", "to", "share", "version"}
         self.swaps: dict[str, Json] = {}  # generator -> its last swap in this life
         self._disk_used: float | None = None
         self.news: list[Json] = []  # {"event", "text"} of this life that nobody has been told yet
@@ -111,9 +127,11 @@ class RunState:
         if advice and not self.verdicts:
             self.verdicts.append({"version": 0, "action": "warn", "found": "warn", "reasons": [advice]})
             logger.warning("before training: %s", advice)
-        if self._config.guard == "off" or vitals is None or self.rolled_back:
+        back = self.rolled_back
+        if self._config.guard == "off" or vitals is None or (back and not back.get("share")):
             return "go_on"
-        verdict = self.guard.observe(version, Vitals.from_json(vitals | self._training_vitals.get(str(version), {})))
+        seen = Vitals.from_json(vitals | self._training_vitals.get(str(version), {}))
+        verdict = self.guard.observe(version, seen, back["to"] if back else None)
         action = "warn" if self._config.guard == "warn" and verdict.action == "stop" else verdict.action
         if action != "go_on" and all(one["version"] != version for one in self.verdicts):
             found = {"version": version, "action": action, "found": verdict.action, "reasons": list(verdict.reasons)}
@@ -137,10 +155,15 @@ class RunState:
         wanted = self.asked_back is not None or (stops and self._config.guard == "roll_back")
         return self.rolled_back is not None or wanted
 
-    @property
-    def last_good(self) -> int:
-        """The version to go back to: the one that was asked for, else what the guard takes for good."""
-        return self.guard.last_good if self.asked_back is None else self.asked_back
+    def way_back(self) -> Back:
+        """The version to go back to: the one that was asked for; else, from the guard's last good version, half of the
+        step that was too much, at the next call a quarter, an eighth, then nothing of it.
+        """
+        past = self.guard.first_bad
+        if self.asked_back is not None or past is None:
+            return Back(to=self.asked_back or 0, past=None, share=0.0)
+        share = self.rolled_back["share"] / 2 if self.rolled_back else 0.5
+        return Back(to=self.guard.last_good, past=past, share=share if share >= LEAST_SHARE else 0.0)
 
     def ask_back(self, version: int) -> None:
         """Somebody wants the run to end on the content of `version`. Raises InputError unless it is an older one."""
@@ -154,11 +177,12 @@ class RunState:
         self.asked_back = version
 
     def roll_back(self, made: int) -> None:
-        """The last good version's content is version `made` now, the run's last. No round goes on after it."""
-        newest, good, current = self.admission.newest, self.last_good, self.admission.rounds_ended
-        abandoned = [round for round, version in self.admission.made() if version > good]
+        """What `way_back` says is version `made` now, the run's last unless the guard stops at it too."""
+        back, current = self.way_back(), self.admission.rounds_ended
+        newest = self.rolled_back["from"] if self.rolled_back else self.admission.newest
+        abandoned = [round for round, version in self.admission.made() if version > back.newest]
         self.ledger.rolled_back(min(abandoned, default=current))
-        self.rolled_back = {"from": newest, "to": good, "version": made}
+        self.rolled_back = {"from": newest, **asdict(back), "version": made}
         self._end(current, made)
         for round in range(current + 1, self._config.rounds):
             self._end(round, None)

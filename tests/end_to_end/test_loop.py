@@ -166,47 +166,52 @@ def test_self_feedback_moves_the_tiny_model_towards_its_own_vote(tiny: Path, tmp
 
 
 def test_a_run_that_collapses_ends_on_its_last_good_version(tiny: Path, tmp_path: Path) -> None:
-    """A learning rate that is far too high: version 1 already writes noise, so version 2 is the base model again."""
+    """A learning rate that is far too high: version 1 writes noise, an eighth of its step too: the base model again."""
     config = collapsing(tiny)
     summary = loop.run(config, str(tmp_path / "run"))
     store = RunStore.open(str(tmp_path / "run"))
-    assert summary["guard"]["rolled_back"] == {"from": 1, "to": 0, "version": 2}
-    (verdict,) = summary["guard"]["verdicts"]
-    assert (verdict["version"], verdict["action"]) == (1, "stop")
-    assert "base model" in verdict["reasons"][0]
-    assert store.versions() == [1, 2]
-    assert not any(array.any() for name, array in store.read_adapter(2)[0].items() if ".lora_B." in name)
-    base, last = (store.read_json(f"eval/version-{version:04d}.json") for version in (0, 2))
+    assert summary["guard"]["rolled_back"] == {"from": 1, "to": 0, "past": 1, "share": 0.0, "version": 5}
+    said = [(verdict["version"], verdict["action"]) for verdict in summary["guard"]["verdicts"]]
+    assert said == [(version, "stop") for version in (1, 2, 3, 4)]
+    assert "base model" in summary["guard"]["verdicts"][0]["reasons"][0]
+    assert store.versions() == [1, 2, 3, 4, 5]
+    assert not any(array.any() for name, array in store.read_adapter(5)[0].items() if ".lora_B." in name)
+    base, last = (store.read_json(f"eval/version-{version:04d}.json") for version in (0, 5))
     assert base["vitals"] == last["vitals"]
     counts = summary["accounting"]
     assert (counts["rolled_back"], counts["trained"], counts["admitted"]) == (8, 0, 8)
     assert loop.run(config, str(tmp_path / "run")) == summary
 
 
-def test_a_run_goes_back_to_a_version_that_was_trained(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("bad", "share"), [((2,), 0.5), ((2, 3), 0.25), ((2, 3, 4, 5), 0.0)])
+def test_a_run_goes_back_by_half_of_the_step_until_the_guard_lets_it_pass(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: tuple[int, ...], share: float
 ) -> None:
-    """Version 2 is said to write nothing but repetitions; version 1 was good."""
+    """Version 2 is said to write nothing but repetitions, as are versions part of the way from the good version 1."""
     measure = loop.evaluate_version
 
     def measured(engine: Any, sets: Any, config: RunConfig, version: int, earlier: Json | None) -> Json:
         found = measure(engine, sets, config, version, earlier)
-        return found | {"vitals": found["vitals"] | {"repetition": 0.9}} if version == 2 else found
+        return found | {"vitals": found["vitals"] | {"repetition": 0.9}} if version in bad else found
 
     monkeypatch.setattr(loop, "evaluate_version", measured)
     config = tiny_config(tiny, **WATCHED)
     summary = loop.run(config, str(tmp_path / "run"))
     store = RunStore.open(str(tmp_path / "run"))
-    assert summary["guard"]["rolled_back"] == {"from": 2, "to": 1, "version": 3}
-    first, last = (store.read_adapter(version)[0] for version in (1, 3))
-    for name, array in first.items():
-        np.testing.assert_array_equal(array, last[name])
+    last = max(bad) + 1
+    assert summary["guard"]["rolled_back"] == {"from": 2, "to": 1, "past": 2, "share": share, "version": last}
+    good, past, ended = (store.read_adapter(version)[0] for version in (1, 2, last))
+    for name, array in ended.items():
+        np.testing.assert_allclose(array, (1 - share) * good[name] + share * past[name], atol=1e-7)
     counts = summary["accounting"]
-    assert (counts["trained"], counts["rolled_back"], counts["admitted"]) == (8, 8, 16)
-    assert [one["version"] for one in summary["versions"]] == [0, 2, 3]
-    maps = [store.read_json(f"versions/{version:04d}/calibration.json") for version in (1, 2, 3)]
+    trained = 16 if share else 8  # the second round has a part in the last version, or none
+    assert (counts["trained"], counts["rolled_back"], counts["admitted"]) == (trained, 16 - trained, 16)
+    assert {pair["round"] for pair in pair_messages(store)} == ({0, 1} if share else {0})
+    assert [one["version"] for one in summary["versions"]] == [0, *range(2, last + 1)]
+    maps = [store.read_json(f"versions/{version:04d}/calibration.json") for version in (1, 2, last)]
     assert None not in maps
-    assert maps[0] == maps[2] != maps[1], "counted against the same version before it"
+    assert (maps[0] == maps[2]) is (share == 0), "with the content of version 1, against the same version before it"
+    assert loop.run(config, str(tmp_path / "run")) == summary
 
 
 def test_a_version_measured_again_has_the_same_map(tiny: Path, tmp_path: Path) -> None:

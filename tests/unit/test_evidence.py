@@ -136,7 +136,7 @@ def test_the_table_shows_what_the_guard_did(tmp_path: Path) -> None:
     assert "- collapse, version 2, stop: length is 3" in lines
     stops = json.loads((tmp_path / "evidence.json").read_text())["tasks"]["t"]["collapse"]["verdicts"]
     assert stops == [[{"version": 2, "found": "stop", "reasons": ["length is 3, base model 40, expected at least 16"]}]]
-    assert "- collapse_guarded: version 3 has the content of version 1 again" in lines
+    assert "- collapse_guarded: version 3 is version 1 again" in lines
 
 
 def test_the_table_compares_with_the_base_its_best_temperature_and_random_pairs(tmp_path: Path) -> None:

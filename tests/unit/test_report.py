@@ -126,7 +126,7 @@ def test_a_run_stands_beside_others(tmp_path):
 def test_the_guard_says_what_it_saw_and_where_the_run_went_back_to(page):
     text = page.text["guard"]
     assert "1stoplength is 99, base model 40, expected at most 64" in text
-    assert "went back from version 1 to the content of version 0, which is now version 2" in text
+    assert "The run went back: version 2 is the base model again" in text
 
 
 def test_the_way_from_the_base_model_to_the_adapter_is_drawn(page):

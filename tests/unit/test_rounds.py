@@ -198,30 +198,34 @@ def test_the_next_life_of_a_run_that_was_to_go_back_trains_no_more(tmp_path: Pat
         made._state.roll_back(2)
     again, done = _next_life(made), list[Any]()
 
+    def newest() -> int:
+        return again._state.admission.newest
+
     async def call(name: str, result: Any, *args: Any) -> Any:
         done.append((name, *args))
         return result
 
-    async def evaluate(version: int) -> None:
-        done.append(("measured", version))
+    async def judge(version: int) -> str:
+        done.append(("judged", version))
+        return "stop" if version == 2 else "go_on"
 
     async def prepare() -> None:
         done.append("prepared")
-        again._measuring = SimpleNamespace(evaluate=evaluate)  # type: ignore[assignment]
+        again._measuring = SimpleNamespace(judge=judge)  # type: ignore[assignment]
         again._pool = SimpleNamespace(prepare=lambda version: call("loaded", None, version))  # type: ignore[assignment]
 
     again._prepare = prepare  # type: ignore[method-assign]
     again._crew = SimpleNamespace(  # type: ignore[assignment]
-        weights=SimpleNamespace(roll_back=SimpleNamespace(remote=lambda good: call("rolled back to", 2, good)))
+        weights=SimpleNamespace(roll_back=SimpleNamespace(remote=lambda *back: call("made", newest() + 1, *back)))
     )
 
     async def play() -> None:
         await again.run(asyncio.get_running_loop().create_future())
 
     asyncio.run(play())
-    went = [("rolled back to", 0)] if crashed_after == "verdict" else []
-    assert done == ["prepared", *went, ("loaded", 2), ("measured", 2)]
-    assert again._state.rolled_back == {"from": 1, "to": 0, "version": 2}
+    went = [("made", 0, 1, 0.5), ("loaded", 2)] if crashed_after == "verdict" else []
+    assert done == ["prepared", *went, ("judged", 2), ("made", 0, 1, 0.25), ("loaded", 3), ("judged", 3)]
+    assert again._state.rolled_back == {"from": 1, "to": 0, "past": 1, "share": 0.25, "version": 3}
     assert not again.may_train
 
 

@@ -1,7 +1,7 @@
 """A run's bookkeeping: commits must match the scorers' word, and state.json brings it all back."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -175,12 +175,35 @@ def test_a_roll_back_ends_every_round_and_gives_every_prompt_an_end() -> None:
     state = three_rounds()
     assert state.judged(2, BAD) == "stop"
     assert state.ends_early
-    state.roll_back(7)  # a number that no version on disk has
-    assert state.rolled_back == {"from": 2, "to": 1, "version": 7}
-    assert (state.admission.newest, state.admission.rounds_ended) == (7, 4)
-    totals = state.ledger.totals()
-    assert (totals["trained"], totals["rolled_back"], totals["filtered"], totals["in_flight"]) == (1, 2, 3, 0)
-    assert state.judged(7, BAD) == "go_on", "where it went back to is not judged again"
+    state = _resumed(state)
+    for version, share, trained in ((7, 0.5, 2), (8, 0.25, 2), (9, 0.125, 2), (10, 0.0, 1)):  # 7: a gap is no matter
+        state.roll_back(version)
+        state = _resumed(state)
+        assert state.rolled_back == {"from": 2, "to": 1, "past": 2, "share": share, "version": version}
+        assert state.admission.newest == version
+        assert state.admission.rounds_ended >= 4
+        totals = state.ledger.totals()
+        assert (totals["trained"], totals["rolled_back"]) == (trained, 3 - trained), (
+            "a round with a part in it is trained"
+        )
+        assert (totals["filtered"], totals["in_flight"]) == (3, 0)
+        assert state.judged(version, BAD) == ("stop" if share else "go_on"), "a good version is not judged again"
+
+
+def test_a_version_part_of_the_way_is_compared_with_the_good_one() -> None:
+    """Half of its votes are others than those of the version that was stopped, all are those of the good one."""
+    state = three_rounds()
+    votes = {str(i): "1" for i in range(20)}
+    for version in (0, 1):
+        state.guard._seen[version] = replace(HEALTHY, votes=votes)
+    assert state.judged(2, asdict(HEALTHY) | {"votes": votes | {str(i): "2" for i in range(10)}}) == "stop"
+    state.roll_back(3)
+    assert state.judged(3, asdict(HEALTHY) | {"votes": votes}) == "go_on"
+    assert [one["since"] for one in _resumed(state).guard.to_json()] == [None, 0, 1, 1]
+
+
+def _resumed(state: RunState) -> RunState:
+    return RunState("run", tiny_config(Path("model"), rounds=4), json.loads(json.dumps(state.to_json())))
 
 
 def test_a_resumed_run_knows_what_the_guard_has_said() -> None:
@@ -258,7 +281,7 @@ def test_a_run_can_be_asked_to_go_back_once_and_to_an_older_version_only(small: 
         state.ask_back(0)
     again = RunState("run", tiny_config(Path("model"), rounds=4), json.loads(json.dumps(state.to_json())))
     assert again.ends_early, "a run that dies meanwhile goes back in its next life"
-    assert again.last_good == 1
+    assert asdict(again.way_back()) == {"to": 1, "past": None, "share": 0.0}
 
 
 def test_what_an_operator_should_hear_is_kept_until_told(small: RunConfig) -> None:
