@@ -17,7 +17,8 @@ from actors.measuring import TRAINING, Collapse, Measuring
 from actors.pool import GeneratorPool, GivenUp
 from actors.spawn import MOST_SLOTS, SCORER_THREADS, Crew
 from actors.watch import Watch
-from rlsf_ray.errors import ServiceError, StorageError
+from rlsf_ray.errors import InputError, ServiceError, StorageError
+from rlsf_ray.feeds import Feed, read_feeds, take_feed
 from rlsf_ray.records import Json, Outcome, Prompt
 from rlsf_ray.run_store import RunStore
 from rlsf_ray.stream.ledger import FAILED, FILTERED, IN_FLIGHT, PAIRS
@@ -47,6 +48,7 @@ class Rounds:
         self._queued = dict.fromkeys(crew.scorers, 0)  # batches at each scorer
         self._commits: asyncio.Queue[tuple[Json | None, list[Any]]] = asyncio.Queue()
         self._trainer_at: int | None = None  # the round that the trainer goes on with
+        self._feeding = asyncio.Lock()  # no round takes its prompts while some come in
         self.fit: Any = None
         self.may_train = True
 
@@ -136,6 +138,19 @@ class Rounds:
         self.hold(False)
         self._start(_collapse())
 
+    async def feed(self, name: str, data: bytes) -> Feed:
+        """More prompts, from the next round on that has none yet. Raises InputError if no such round is left, or for a
+        bad file.
+        """
+        async with self._feeding:
+            rounds, ledger = self._config.rounds, self._state.ledger
+            first = next((round for round in range(rounds) if not ledger.size(round)), None)
+            if first is None:
+                raise InputError(f"all {rounds} rounds of this run have their prompts; feed the next run with {name}")
+            feed = await asyncio.to_thread(take_feed, self._store, self._known, self._feeds, name, data, first)
+            self._feeds.append(feed)
+        return feed
+
     def committed(self, record: Json | None, boxed: list[Any]) -> None:
         """A checkpoint is saved, or (with `record` None) the trainer begins without one."""
         self._commits.put_nowait((record, boxed))
@@ -146,7 +161,7 @@ class Rounds:
         answer, crew, admission = self._watch.answer, self._crew, self._state.admission
         ended = admission.rounds_ended
         await answer(crew.weights.prepare.remote(), "weight_store")  # generators ask it for weights
-        _, recovered, (self._train, probe, calibration) = await asyncio.gather(
+        _, recovered, (train, probe, calibration) = await asyncio.gather(
             self._pool.prepare(admission.newest),
             answer(crew.buffer.prepare.remote(ended, self._without(ended)), "pair_buffer"),
             answer(crew.evaluator.prepare.remote(), "evaluator"),
@@ -156,6 +171,8 @@ class Rounds:
         )
         # Not beside the generators: vLLM takes what others load on its GPU while it starts for its own
         await asyncio.gather(*(answer(scorer.prepare.remote(), name) for name, scorer in crew.scorers.items()))
+        self._train, self._known = train, [*train, *probe, *calibration]
+        self._feeds = await asyncio.to_thread(read_feeds, self._store, self._known)
         self._state.prompts_per_round = len(self._prompts(0))
         for round, found in recovered.items():
             self._recover(round, found)
@@ -178,7 +195,8 @@ class Rounds:
         return self._tasks.create_task(work)
 
     def _prompts(self, round: int) -> list[Prompt]:
-        return prompts_of_round(self._train, round, self._config.prompts_per_round, self._config.seed)
+        feeds = [(feed.first_round, feed.prompts) for feed in self._feeds]
+        return prompts_of_round(self._train, round, self._config.prompts_per_round, self._config.seed, feeds)
 
     def _recover(self, round: int, found: Sequence[Outcome]) -> None:
         """Book what the run directory says about a round in progress; a batch counts whole or not at all."""
@@ -228,8 +246,10 @@ class Rounds:
 
         The earliest unfinished batch always holds a permit, so what the trainer waits for is always being made.
         """
-        prompts, ledger = self._prompts(round), self._state.ledger
-        ledger.admit(round, len(prompts))
+        ledger = self._state.ledger
+        async with self._feeding:
+            prompts = self._prompts(round)
+            ledger.admit(round, len(prompts))
         await self._journal.save()
         waiting, batches = set(ledger.sequences(round, IN_FLIGHT)), []
         for part, first in enumerate(range(0, len(prompts), self._size)):

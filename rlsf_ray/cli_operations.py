@@ -76,6 +76,20 @@ def rollback(
 
 
 @operations.command()
+def feed(
+    run: RunName,
+    file: Annotated[Path, typer.Argument(help="New prompts: .jsonl or .parquet, as data files of the run.")],
+    address: Address = None,
+) -> None:
+    """Give a running run more prompts; the next round that has none yet begins with them."""
+    from rlsf_ray import operate
+
+    found = operate.feed(run, file, address)
+    known = f", {found['known']} it knew" if found["known"] else ""
+    print(f"{run} takes {found['prompts']} prompts from round {found['first_round'] + 1} on{known}")
+
+
+@operations.command()
 def stop(
     run: RunName,
     address: Address = None,

@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -16,6 +17,7 @@ from ray.exceptions import AuthenticationError, GetTimeoutError, RayActorError, 
 from actors.job import NAMESPACE
 from rlsf_ray.access import own_token
 from rlsf_ray.errors import DeadlineError, InputError, RlsfError, ServiceError
+from rlsf_ray.feeds import LARGEST
 from rlsf_ray.placement import grown
 from rlsf_ray.records import Json
 
@@ -72,6 +74,23 @@ def roll_back(run_name: str, version: int, address: str | None = None) -> None:
     Raises InputError for a version that it cannot go back to.
     """
     _tell(run_name, address, "roll_back", version)
+
+
+def feed(run_name: str, file: Path, address: str | None = None) -> Json:
+    """Give a running run the prompts of a file: {"prompts", "known": left out, "first_round": that takes them}.
+
+    The file has the columns of the run's own data file, or `question`. Raises InputError for a bad file.
+    """
+    try:
+        size, data = file.stat().st_size, b""
+        if size <= LARGEST:
+            data = file.read_bytes()
+    except OSError as error:
+        raise InputError(f"{file} cannot be read ({error}); check the path and your access to it") from error
+    if size > LARGEST:
+        raise InputError(f"{file} has {size:,} bytes, expected at most {LARGEST:,}; feed it in parts")
+    found: Json = _tell(run_name, address, "feed", file.name, data)
+    return found
 
 
 def _tell(run_name: str, address: str | None, method: str, *args: Any) -> Any:

@@ -114,13 +114,26 @@ def _set_aside(config: RunConfig, taken: set[str]) -> list[Question]:
     return kept
 
 
-def prompts_of_round(train: Sequence[Prompt], round: int, prompts_per_round: int, seed: int) -> list[Prompt]:
+def prompts_of_round(
+    train: Sequence[Prompt],
+    round: int,
+    prompts_per_round: int,
+    seed: int,
+    feeds: Sequence[tuple[int, Sequence[Prompt]]] = (),
+) -> list[Prompt]:
     """The prompts of round 0, 1, ...: the next window of the endlessly repeated training set, in a shuffled order.
 
     No prompt stands twice in a round, so a round holds min(prompts_per_round, len(train)) prompts.
+    `feeds`: (round, prompts) in the order of the rounds; from that round on these belong to the training set, and
+    their turn comes before that of the others.
     """
-    size = min(prompts_per_round, len(train))
-    window = [train[(round * size + i) % len(train)] for i in range(size)]
+    since, size = 0, min(prompts_per_round, len(train))
+    for at, fed in feeds:
+        if at <= round:
+            done = (at - since) * size % len(train)
+            train = [*fed, *train[done:], *train[:done]]
+            since, size = at, min(prompts_per_round, len(train))
+    window = [train[((round - since) * size + i) % len(train)] for i in range(size)]
     random.Random(spread_seed(f"round {round}", seed)).shuffle(window)
     return window
 
@@ -154,10 +167,14 @@ def _read(source: SourceConfig, *, seed: int, labelled: bool) -> Iterator[Questi
     seed = spread_seed(_identity(source), seed)
     if source.kind == "reasoning_gym":
         return gym_questions(source, seed=seed, labelled=labelled)
-    read = bfcl_questions if source.kind == "bfcl" else row_questions
-    questions = read(source, labelled=labelled)
+    questions = rows_of(source, labelled=labelled)
     random.Random(seed).shuffle(questions)
     return iter(questions)
+
+
+def rows_of(source: SourceConfig, *, labelled: bool) -> list[Question]:
+    """All questions of a source with rows, in its own order. Raises InputError: see `rows.row_questions`."""
+    return (bfcl_questions if source.kind == "bfcl" else row_questions)(source, labelled=labelled)
 
 
 def _identity(source: SourceConfig) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -42,7 +43,14 @@ def _standstill(run: str) -> list[object]:
     raise AssertionError(f"{run} does not come to a standstill: {found}")
 
 
-def test_a_run_waits_goes_on_and_goes_back(launch: Launch, small: Callable[..., RunConfig], tmp_path: Path) -> None:
+def _questions(file: Path) -> Path:
+    file.write_text("".join(json.dumps({"question": f"Say {word}"}) + "\n" for word in ("yes", "no")))
+    return file
+
+
+def test_a_run_waits_goes_on_is_fed_and_goes_back(
+    launch: Launch, small: Callable[..., RunConfig], tmp_path: Path
+) -> None:
     life = launch(small(rounds=6, data={"probe": []}), tmp_path / "held")
     wait_for(lambda: "held/coordinator" in alive("held") and operate.status("held").get("version", 0) >= 1, life=life)
     operate.pause("held")
@@ -53,8 +61,11 @@ def test_a_run_waits_goes_on_and_goes_back(launch: Launch, small: Callable[..., 
         time.sleep(3.0)
         assert _progress("held") == before
         assert operate.status("held")["state"] == "paused"
+        fed = operate.feed("held", _questions(tmp_path / "new.jsonl"))
+        with pytest.raises(InputError, match="knows all of its 2 prompts"):
+            operate.feed("held", tmp_path / "new.jsonl")
         operate.resume("held")
-        wait_for(lambda: operate.status("held")["version"] >= 2, life=life)
+        wait_for(lambda: operate.status("held")["version"] > fed["first_round"], life=life)
         with pytest.raises(InputError, match="cannot go back to version 77"):
             operate.roll_back("held", 77)
         operate.roll_back("held", 1)
@@ -66,6 +77,9 @@ def test_a_run_waits_goes_on_and_goes_back(launch: Launch, small: Callable[..., 
     went = summary["guard"]["rolled_back"]
     assert went["to"] == 1
     store = RunStore.open(str(tmp_path / "held"))
+    assert (fed["prompts"], fed["known"]) == (2, 0)
+    written = {row["prompt_id"] for row in store.read_table("traces", fed["first_round"]).to_pylist()}
+    assert {"feed-0001-1", "feed-0001-2"} < written
     assert store.read_adapter(went["version"])[1].checksum == store.read_adapter(1)[1].checksum
     counts = summary["accounting"]
     assert counts["in_flight"] == 0

@@ -53,6 +53,13 @@ COMMANDS: dict[str, tuple[Make, int, str]] = {
         2,
         "no Ray answers at 127.0.0.1:1",
     ),
+    "a feed that is not there": (lambda p: ["feed", "x", "nothing.jsonl"], 2, "nothing.jsonl cannot be read"),
+    "a folder for a feed": (lambda p: ["feed", "x", str(p.folder)], 2, "cannot be read"),
+    "a feed for nobody": (
+        lambda p: ["feed", "x", str(p.file("new.jsonl", GOOD)), "--address", "127.0.0.1:1"],
+        2,
+        "no Ray answers at 127.0.0.1:1",
+    ),
     "hours below 0": (lambda p: ["run", str(p.recipe), "--max-hours", "-1"], 2, "Invalid value for '--max-hours'"),
     "no tokens": (lambda p: ["run", str(p.recipe), "--max-tokens", "0"], 2, "Invalid value for '--max-tokens'"),
     "a version below 0 to go back to": (lambda p: ["rollback", "x", "--", "-1"], 2, "Invalid value for "),

@@ -167,8 +167,21 @@ def test_rounds_walk_through_the_set_and_repeat_no_prompt() -> None:
     assert {p.id for p in second} == {p.id for p in train[4:8]}
     assert {p.id for p in third} == {p.id for p in (*train[8:], *train[:2])}
     assert prompts_of_round(train, 2, 4, seed=0) == third
-    everything = prompts_of_round(train, 1, 64, seed=0)
+    everything = prompts_of_round(train, 1, 64, seed=0)  # all ten
     assert sorted(p.id for p in everything) == sorted(p.id for p in train)
+
+
+def test_prompts_that_are_fed_come_first_then_all_go_round() -> None:
+    train = load_sets(run_config([gym("products", 10, **PRODUCTS)])).train
+    fed, later = train[:5], train[5:6]
+    rounds = [{p.id for p in prompts_of_round(train[6:], r, 2, seed=0, feeds=[(1, fed), (5, later)])} for r in range(7)]
+    a, b, c, d = (p.id for p in train[6:])
+    v, w, x, y, z = (p.id for p in fed)
+    assert rounds[:5] == [{a, b}, {v, w}, {x, y}, {z, c}, {d, a}]
+    assert rounds[5:] == [{later[0].id, b}, {v, w}], "the order goes on where it was"
+    everything = prompts_of_round(train[6:], 1, 64, seed=0, feeds=[(1, fed)])
+    assert {p.id for p in everything} == {a, b, c, d, v, w, x, y, z}
+    assert len(everything) == 9
 
 
 @pytest.mark.parametrize(
