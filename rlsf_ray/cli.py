@@ -12,7 +12,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -60,6 +60,13 @@ app = typer.Typer(
 app.add_typer(operations)
 
 
+class Tracker(StrEnum):
+    """Where a run's curves can go besides TensorBoard's files."""
+
+    mlflow = "mlflow"
+    wandb = "wandb"
+
+
 class What(StrEnum):
     """What `rlsf export` can take out of a run."""
 
@@ -78,9 +85,10 @@ def run(
     seed: Seed = None,
     max_hours: MaxHours = None,
     max_tokens: MaxTokens = None,
+    track: Annotated[Tracker | None, typer.Option(help="Send the curves there too.")] = None,
 ) -> None:
     """Run a recipe; the same command again resumes it."""
-    _run(load(recipe, set_, seed), name, root, address, Limits(hours=max_hours, tokens=max_tokens))
+    _run(load(recipe, set_, seed), name, root, address, Limits(hours=max_hours, tokens=max_tokens), track)
 
 
 @app.command()
@@ -290,10 +298,18 @@ def exit_on_sigterm() -> None:
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
-def _run(config: RunConfig, name: str | None, root: str, address: str | None, limits: Limits = NO_LIMITS) -> None:
+def _run(
+    config: RunConfig,
+    name: str | None,
+    root: str,
+    address: str | None,
+    limits: Limits = NO_LIMITS,
+    track: str | None = None,
+) -> None:
     from rlsf_ray.logs import setup_logging
     from rlsf_ray.plan import check_input
     from rlsf_ray.progress import Progress, print_before_after
+    from rlsf_ray.tracking import Tracking
 
     check_input(config)
     from rlsf_ray import service  # heavy, and not needed to refuse bad input
@@ -301,14 +317,22 @@ def _run(config: RunConfig, name: str | None, root: str, address: str | None, li
     run_name = config.default_name if name is None else name
     setup_logging("driver", run_name)
     console = make_console()
-    with Progress(console) as progress:
-        folder = f"{absolute(root)}/{run_name}"
+    folder = f"{absolute(root)}/{run_name}"
+    with ExitStack() as stack:
+        tracking = stack.enter_context(closing(Tracking(track, folder, run_name))) if track else None
+        progress = stack.enter_context(Progress(console))
+
+        def tell(status: Json) -> None:
+            progress(status)
+            if tracking:
+                tracking(status)
+
         summary = service.run(
             config,
             root=folder,
             run_name=run_name,
             address=address,
-            on_status=progress,
+            on_status=tell,
             limits=limits,
             webhook=os.environ.pop("RLSF_WEBHOOK", None),  # no process of a Ray of ours needs it
         )
