@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, astuple
 from typing import Any
 
-from ray.exceptions import ActorUnavailableError, ObjectLostError, RayActorError
+from ray.exceptions import ObjectLostError
 
 from actors.journal import Journal
 from actors.measuring import TRAINING, Collapse, Measuring
 from actors.pool import GeneratorPool, GivenUp
+from actors.scorers import ScorerPool
 from actors.spawn import MOST_SLOTS, SCORER_THREADS, Crew
 from actors.watch import Watch
 from rlsf_ray.errors import InputError, ServiceError, StorageError
@@ -40,12 +40,11 @@ class Rounds:
         cluster = self._config.cluster
         self._size = cluster.prompts_per_call
         slots = MOST_SLOTS[self._config.engine]
-        self._pool = GeneratorPool(
-            crew.generators, crew.hands(), watch, cluster.attempts, self._start, self._swapped, slots
-        )
-        wanted = (slots + 1) * cluster.generators.at_most + cluster.scorers.count
+        hands = crew.hands("generators")
+        self._pool = GeneratorPool(crew.generators, hands, watch, cluster.attempts, self._start, self._swapped, slots)
+        self._scorers = ScorerPool(crew.scorers, crew.hands("scorers"), watch, cluster.attempts, self._start)
+        wanted = (slots + 1) * cluster.generators.at_most + cluster.scorers.at_most
         self._permits = asyncio.Semaphore(min(wanted, SCORER_THREADS))  # all may meet at one scorer
-        self._queued = dict.fromkeys(crew.scorers, 0)  # batches at each scorer
         self._commits: asyncio.Queue[tuple[Json | None, list[Any]]] = asyncio.Queue()
         self._trainer_at: int | None = None  # the round that the trainer goes on with
         self._feeding = asyncio.Lock()  # no round takes its prompts while some come in
@@ -80,9 +79,10 @@ class Rounds:
     async def _working(self, stop: asyncio.Future[None]) -> AsyncIterator[None]:
         """Time in which tasks may run beside; one that fails ends them all."""
         async with asyncio.TaskGroup() as self._tasks:
-            generators = self._config.cluster.generators
+            generators, scorers = self._config.cluster.generators, self._config.cluster.scorers
             keeping = self._pool.keep(generators.at_most, generators.idle_s)
-            tasks = (_forward(stop), self._journal.keep_saving(), self._take_commits(), keeping)
+            scoring = self._scorers.keep(scorers.at_most, scorers.idle_s)
+            tasks = (_forward(stop), self._journal.keep_saving(), self._take_commits(), keeping, scoring)
             beside = [self._start(work) for work in tasks]
             yield
             for task in beside:
@@ -170,7 +170,7 @@ class Rounds:
             self._state, self._journal, crew.evaluator, self._pool, self._watch, self._config, probe, calibration
         )
         # Not beside the generators: vLLM takes what others load on its GPU while it starts for its own
-        await asyncio.gather(*(answer(scorer.prepare.remote(), name) for name, scorer in crew.scorers.items()))
+        await self._scorers.prepare()
         self._train, self._known = train, [*train, *probe, *calibration]
         self._feeds = await asyncio.to_thread(read_feeds, self._store, self._known)
         self._state.prompts_per_round = len(self._prompts(0))
@@ -284,36 +284,12 @@ class Rounds:
             self._journal.record(event)
             self._watch.moved()
             try:
-                return await self._score(groups, round, part)
+                outcomes, event = await self._scorers.score(groups, round, part)
+                self._journal.record(event)
+                return outcomes
             except ObjectLostError as error:
                 logger.warning("round %d: the traces from prompt %d on are lost: %s", round, first, error)
         raise GivenUp("TracesLost")
-
-    async def _score(self, groups: Any, round: int, part: int) -> list[Outcome]:
-        """The batch's outcomes from the least busy of the scorers that failed it least.
-
-        A scorer that restarts builds itself again at its next call; waiting for that is no attempt.
-        """
-        deaths, failures = 0, Counter[str]()
-        while deaths < self._config.cluster.attempts:
-            name = min(self._queued, key=lambda scorer: (failures[scorer], self._queued[scorer]))
-            self._queued[name] += 1
-            try:
-                call = self._crew.scorers[name].process.remote([groups], round, part)
-                outcomes, event = await self._watch.answer_while_moving(call, name)
-                self._journal.record(event)
-                return list(outcomes)
-            except RayActorError as error:
-                logger.warning("%s broke while scoring: %s", name, error)
-                dead = not isinstance(error, ActorUnavailableError)
-                if dead or not failures:
-                    self._watch.moved()  # how long it may be away counts from here
-                failures[name] += 1
-                deaths += dead
-            finally:
-                self._queued[name] -= 1
-            await self._watch.pause(name)
-        raise GivenUp("ScorerDied")
 
     async def _close(self, round: int, batches: Sequence[asyncio.Task[None]], size: int) -> None:
         """Every batch of the round has ended: the buffer learns its size. Without pairs the round is over."""
@@ -323,9 +299,17 @@ class Rounds:
         if not self._state.ledger.sequences(round, PAIRS):
             await self._watch.until(lambda: self._state.admission.rounds_ended == round, "the trainer")
             self._state.had_no_pairs(round)
-            await self._journal.save()
-            await self._watch.answer(self._crew.buffer.end_rounds.remote(round + 1), "pair_buffer")
+            await self._over(round)
         self._watch.moved()
+
+    async def _over(self, round: int) -> None:
+        """Keep that a round has ended, and no more of earlier ones than there is room for."""
+        await self._journal.save()
+        await self._watch.answer(self._crew.buffer.end_rounds.remote(round + 1), "pair_buffer")
+        if most_gb := self._config.cluster.tables_gb:
+            ended = self._state.admission.rounds_ended
+            for old in await asyncio.to_thread(self._store.drop_rounds, most_gb, ended):
+                logger.info("the traces and pairs of round %d are removed: beyond cluster.tables_gb", old + 1)
 
     # --- commits ------------------------------------------------------------------------------------------------
 
@@ -352,8 +336,7 @@ class Rounds:
         if self._state.rolled_back is not None:  # meanwhile
             return
         self._state.committed(round, version, record["sequences"], record["vitals"], dict(record["left_out"]))
-        await self._journal.save()
-        await self._watch.answer(self._crew.buffer.end_rounds.remote(round + 1), "pair_buffer")
+        await self._over(round)
         logger.info("round %d is over: %s", round + 1, "the reward model" if version is None else f"version {version}")
         if version is not None:
             self._pool.publish(version)

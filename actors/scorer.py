@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -26,6 +28,11 @@ class ScorerWorker:
         self._job, self._name = job, name
         self._computing = threading.Lock()
         self._scorer: Any = None
+        self._backlog, self._counting = 0, threading.Lock()
+
+    def backlog(self) -> int:
+        """Batches here that are not computed yet."""
+        return self._backlog
 
     def prepare(self) -> None:
         """Build the scorer if there is none (first start, or a restart)."""
@@ -51,6 +58,24 @@ class ScorerWorker:
         """
         from rlsf_ray.engines.scorer import outcome
 
+        with self._waiting():
+            scored, training, done = self._compute(boxed, round, part)
+        skipped = [one.group.sequence for one in scored if one.reason is not None]
+        ray.get(self._buffer.put.remote(round, part, training, skipped))
+        return [outcome(one) for one in scored], done
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        with self._counting:
+            self._backlog += 1
+        try:
+            yield
+        finally:
+            with self._counting:
+                self._backlog -= 1
+
+    def _compute(self, boxed: list[Any], round: int, part: int) -> tuple[list[ScoredGroup], list[TrainingGroup], Json]:
+        """(scored groups, those with something to learn, the stage event); stores the traces."""
         self.prepare()
         groups: list[Group] = ray.get(boxed[0], timeout=self._store.config.cluster.deadline_s)
         self._fetch(round, {group.version for group in groups})
@@ -63,9 +88,7 @@ class ScorerWorker:
                 self._store.append_metrics(f"judges-{self._name}", [{"round": round, "part": part, **found}])
             done = event("scorer", self._name, "score", round, start, num_tokens(groups))
             give_memory_back()
-        skipped = [one.group.sequence for one in scored if one.reason is not None]
-        ray.get(self._buffer.put.remote(round, part, training, skipped))
-        return [outcome(one) for one in scored], done
+        return scored, training, done
 
     def _fetch(self, round: int, versions: set[int]) -> None:
         """Hold the adapters of these versions, where the signal is to be read with them; and the reward model."""

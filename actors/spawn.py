@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -89,10 +89,11 @@ class Crew:
         calls = self._calls[pool]
         return self._spawn(cls, name, pool=settings, resources=resources, max_restarts=RESTARTS, max_concurrency=calls)
 
-    def hands(self) -> Hands:
-        """What the generator pool may do; Ray's autoscaler sees a generator that waits for a node."""
+    def hands(self, pool: Literal["generators", "scorers"]) -> Hands:
+        """What a pool may do; Ray's autoscaler sees an actor that waits for a node, if it takes something."""
+        cls = Generator if pool == "generators" else ScorerWorker
         return Hands(
-            ask=lambda name: self._member(Generator, "generators", name),
+            ask=lambda name: self._member(cls, pool, name),
             end=lambda handle, restarts: ray.kill(handle, no_restart=not restarts),
             leaving=leaving,
         )

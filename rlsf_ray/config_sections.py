@@ -194,13 +194,7 @@ class PoolConfig(Section):
     threads: int = Field(default=0, ge=0)  # torch threads of each actor; 0: all cores of its node
 
 
-class WorkerPoolConfig(PoolConfig):
-    """A pool whose actors each hold a logical CPU, unless told otherwise."""
-
-    cpus: float = Field(default=1.0, ge=0.0)
-
-
-class GrowingPoolConfig(WorkerPoolConfig):
+class GrowingPoolConfig(PoolConfig):
     """`count` of them always, up to `most` where nodes come for them."""
 
     most: PositiveInt | None = None
@@ -216,14 +210,22 @@ class GrowingPoolConfig(WorkerPoolConfig):
         return self.most or self.count
 
 
-class GeneratorPoolConfig(GrowingPoolConfig):
-    """The generators: more than `count` while work waits."""
+class ElasticPoolConfig(GrowingPoolConfig):
+    """More than `count` while work waits."""
 
     idle_s: PositiveFloat = 300.0  # those beyond `count` are given back after so long without work
 
 
+class GeneratorPoolConfig(ElasticPoolConfig):
+    """The generators; each holds a logical CPU, unless told otherwise."""
+
+    cpus: float = Field(default=1.0, ge=0.0)
+
+
 class TrainerPoolConfig(GrowingPoolConfig):
     """The workers of the training job, which begins its round again where their number changes."""
+
+    cpus: float = Field(default=1.0, ge=0.0)
 
     @model_validator(mode="after")
     def _takes_something(self) -> TrainerPoolConfig:
@@ -236,11 +238,12 @@ class ClusterConfig(Section):
     """Sizes and resources of the distributed run."""
 
     generators: GeneratorPoolConfig = GeneratorPoolConfig()
-    scorers: PoolConfig = PoolConfig()
+    scorers: ElasticPoolConfig = ElasticPoolConfig()
     trainers: TrainerPoolConfig = TrainerPoolConfig()
     max_staleness: int = Field(default=0, ge=0)
     prompts_per_call: PositiveInt = 16  # one generation batch holds this many prompts x traces
     buffer_groups: PositiveInt = 64  # scorers wait while the buffer holds this many
+    tables_gb: PositiveFloat | None = None  # of traces and pairs that are kept: beyond it the oldest rounds' go
     deadline_s: PositiveFloat = 600.0  # the longest any single wait may take
     attempts: PositiveInt = 3  # tries for one generation batch before it fails by name
 

@@ -16,7 +16,7 @@ from rlsf_ray.errors import InputError
 from rlsf_ray.records import Prompt
 from rlsf_ray.run_store import RunStore
 from rlsf_ray.tasks.questions import key_of_messages, to_prompt
-from rlsf_ray.tasks.sources import rows_of
+from rlsf_ray.tasks.sources import PromptSets, rows_of
 
 LARGEST = 64 * 2**20  # bytes of a file: it passes through the coordinator
 _COLUMNED = ("file", "gsm8k", "commonsenseqa", "bfcl")
@@ -38,6 +38,11 @@ def read_feeds(store: RunStore, known: Sequence[Prompt]) -> list[Feed]:
         data = store.storage.read(f"feeds/{found['file']}") or b""
         feeds.append(_feed(store.config, found["file"], found["file"], data, found["first_round"], seen))
     return feeds
+
+
+def all_known(sets: PromptSets) -> list[Prompt]:
+    """Every prompt of a run's own sets."""
+    return [*sets.train, *(item.prompt for item in sets.probe), *sets.calibration]
 
 
 def take_feed(

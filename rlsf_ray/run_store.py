@@ -135,6 +135,26 @@ class RunStore:
         files = [f"{kind}/{folder}/{name}" for folder in folders for name in self.names(f"{kind}/{folder}")]
         return tables.concat(kind, [self._read_part(name) for name in files if name.endswith(".parquet")])
 
+    def drop_rounds(self, most_gb: float, ended: int) -> list[int]:
+        """Remove the tables of the oldest rounds until they take at most so much; returns these rounds.
+
+        Of the `ended` rounds that are over the newest stays, and all that come after it.
+        """
+        folders = {
+            round: [f"{kind}/round-{round:04d}" for kind in ("traces", "groups", "pairs")]
+            for round in self.rounds("traces")
+        }
+        sizes = {round: sum(map(self.storage.size, names)) for round, names in folders.items()}
+        dropped, total = list[int](), sum(sizes.values())
+        for round in sorted(sizes):
+            if total <= most_gb * 1e9 or round >= ended - 1:
+                break
+            for name in folders[round]:
+                self.storage.remove(name)
+            total -= sizes[round]
+            dropped.append(round)
+        return dropped
+
     def rounds(self, kind: str) -> list[int]:
         """The rounds that a table has parts of, in order."""
         return [int(name.removeprefix("round-")) for name in self.names(kind) if name.startswith("round-")]

@@ -146,6 +146,20 @@ class Storage:
         names = {entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries}
         return sorted(name for name in names if not name.startswith("."))
 
+    def size(self, folder: str) -> int:
+        """Bytes of all files below a folder; 0 where there is none."""
+        with self._guard("list", folder):
+            self._fs.invalidate_cache()
+            try:
+                return int(self._fs.du(self.key(folder)))
+            except FileNotFoundError:
+                return 0
+
+    def remove(self, folder: str) -> None:
+        """Take away a folder and all below it, if it is there."""
+        with self._guard("remove", folder), suppress(FileNotFoundError):
+            self._fs.rm(self.key(folder), recursive=True)
+
     @contextmanager
     def _guard(self, verb: str, name: str) -> Iterator[None]:
         try:

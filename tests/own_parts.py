@@ -22,6 +22,12 @@ def token_count(traces: Sequence[TraceStats]) -> list[float]:
     return [float(len(trace.logprob)) for trace in traces]
 
 
+def patient(traces: Sequence[TraceStats]) -> list[float]:
+    """Takes two seconds for each group."""
+    time.sleep(2.0)
+    return token_count(traces)
+
+
 def endless(traces: Sequence[TraceStats]) -> list[float]:
     return [math.inf for _ in traces]
 

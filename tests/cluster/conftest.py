@@ -15,7 +15,7 @@ from rlsf_ray import service
 from rlsf_ray.config import RunConfig
 from rlsf_ray.records import Json
 
-CPUS = 8  # logical: several runs stand side by side
+CPUS = 12  # logical: several runs stand side by side
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
-"""Three runs at once on one Ray: strict, overlapping, and with two training workers."""
+"""Runs at once on one Ray: strict, overlapping, with two training workers, with too few scorers, and a collapse."""
 
+import os
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -13,10 +14,14 @@ from tiny import WATCHED, collapsing
 from rlsf_ray import loop, operate, service
 from rlsf_ray.config import RunConfig
 from rlsf_ray.errors import ServiceError
+from rlsf_ray.logs import Tail
 from rlsf_ray.records import Json
 from rlsf_ray.run_store import RunStore
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(480)]
+
+
+ORDINARY = ("strict", "overlap", "two_workers")
 
 
 class Ended(NamedTuple):
@@ -47,8 +52,17 @@ def runs(
         "collapse": _ahead(tiny),
         "two_workers": small(cluster={"trainers": {"count": 1, "most": 2}}, **WATCHED),  # there is room for both
     }
-    futures = {name: launch(config, folder / name) for name, config in configs.items()}
-    summaries = {name: future.result() for name, future in futures.items()}
+    crowd = {"prompts_per_call": 1, "scorers": {"most": 2, "idle_s": 2.0}}
+    crowded = {"rounds": 1, "prompts_per_round": 16, "data": {"probe": []}, "signal": "own_parts:patient"}
+    configs["crowded"] = small(cluster=crowd, **crowded)
+    with pytest.MonkeyPatch.context() as patch:
+        ours = [
+            str(Path(__file__).parents[1]),
+            *filter(None, [os.environ.get("PYTHONPATH")]),
+        ]  # own_parts.py lies there
+        patch.setenv("PYTHONPATH", os.pathsep.join(ours))
+        futures = {name: launch(config, folder / name) for name, config in configs.items()}
+        summaries = {name: future.result() for name, future in futures.items()}
     return {name: Ended(RunStore.open(str(folder / name)), summary) for name, summary in summaries.items()}
 
 
@@ -125,7 +139,20 @@ def test_a_full_buffer_holds_the_scorers_back_and_the_run_still_ends(runs: dict[
     assert store.versions() == [1, 2, 3]
 
 
-@pytest.mark.parametrize("name", ["strict", "overlap", "two_workers"])
+def test_a_second_scorer_comes_while_batches_wait_and_goes_when_idle(runs: dict[str, Ended]) -> None:
+    store = runs["crowded"].store
+    scored = [row["actor"] for row in store.read_metrics("stages") if row["stage"] == "score"]
+    assert len(scored) == 16
+    assert set(scored) == {"scorer-0", "scorer-1"}
+    told = [row["message"] for row in Tail(store.root, "coordinator")() if "scorer-1" in row["message"]]
+    assert [line.split(":")[0] for line in told] == [
+        "batches wait at every scorer",
+        "scorer-1 is there",
+        "scorer-1 is given back",
+    ]
+
+
+@pytest.mark.parametrize("name", ORDINARY)
 def test_every_prompt_is_accounted_for_once(runs: dict[str, Ended], name: str) -> None:
     summary, store = runs[name].summary, runs[name].store
     count = summary["accounting"]
@@ -136,7 +163,7 @@ def test_every_prompt_is_accounted_for_once(runs: dict[str, Ended], name: str) -
 
 
 def test_runs_on_one_cluster_do_not_meet(runs: dict[str, Ended]) -> None:
-    seen = {name: ended.store.read_metrics("stages") for name, ended in runs.items() if name != "collapse"}
+    seen = {name: ended.store.read_metrics("stages") for name, ended in runs.items() if name in ORDINARY}
     batches = {name: sum(row["stage"] == "generate" for row in rows) for name, rows in seen.items()}
     assert batches == {"strict": 2 * 2, "overlap": 3 * 4, "two_workers": 2 * 2}  # rounds x prompts / prompts_per_call
 

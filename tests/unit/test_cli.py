@@ -15,6 +15,8 @@ from tiny import WATCHED, tiny_config
 
 from rlsf_ray.cli import main
 from rlsf_ray.config_loading import dump_config
+from rlsf_ray.feeds import take_feed
+from rlsf_ray.run_store import RunStore
 
 MAKING = ("answer", "demo", "eval", "export", "failures", "mix", "plan", "recipes", "report", "run")
 OPERATING = ("doctor", "logs", "pause", "resume", "rollback", "status", "stop", "watch")
@@ -184,6 +186,19 @@ def test_export_pairs_is_what_datasets_and_trl_read(runs: Path, tmp_path: Path, 
     assert rows[0]["chosen"][0]["role"] == rows[0]["rejected"][0]["role"] == "assistant"
     assert rows[0]["chosen"] != rows[0]["rejected"]
     assert not {"answer", "gold"} & set(rows.column_names)
+
+
+def test_export_knows_the_prompts_that_were_fed(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "done", tmp_path / "fed")
+    store = RunStore.open(str(tmp_path / "fed"))
+    take_feed(store, [], [], "new.jsonl", b'{"question": "Who?"}', 1)
+    rows = store.read_table("pairs", 1).to_pylist()
+    store.write_table("pairs", 1, 0, [row | {"prompt_id": "feed-0001-1"} for row in rows])
+    to = tmp_path / "pairs.jsonl"
+    assert exit_code("export", "fed", "--root", str(tmp_path), "--what", "pairs", "--to", str(to)) == 0
+    found = [json.loads(line) for line in to.read_text().splitlines()]
+    asked = {row["prompt"][0]["content"] for row in found if row["prompt_id"] == "feed-0001-1"}
+    assert asked == {"Who?"}
 
 
 def test_export_leaves_out_pairs_that_the_guard_has_undone(runs: Path, tmp_path: Path) -> None:

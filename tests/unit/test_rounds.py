@@ -79,7 +79,7 @@ def make(
 ) -> tuple[Rounds, dict[str, Scorer], Pool]:
     config = tiny_config(Path("model"), rounds=rounds)  # attempts: 3
     scorers = {name: Scorer(name, reply) for name, reply in replies.items()}
-    crew: Any = SimpleNamespace(scorers=scorers, generators={}, hands=lambda: None)
+    crew: Any = SimpleNamespace(scorers=scorers, generators={}, hands=lambda pool: None)
     store = RunStore.create_or_resume(str(folder), config)
     state = RunState("run", config)
     made = Rounds(store, state, Journal(store, state, Effort({})), crew, Watch(DEADLINE_S, clock))

@@ -326,6 +326,19 @@ def test_the_version_before_skips_numbers_and_follows_the_weights(store, caplog)
     assert store.earlier_answers(4) == {"q": ["4", None]}
 
 
+def test_the_oldest_rounds_give_their_room_back(store):
+    for round in range(4):
+        for kind in ("traces", "groups", "pairs"):
+            store.storage.write(f"{kind}/round-{round:04d}/part-00000.parquet", b"x" * 100)
+    assert store.drop_rounds(1e-6, ended=3) == [0]  # 1,000 bytes are room for three rounds
+    assert store.rounds("traces") == store.rounds("groups") == store.rounds("pairs") == [1, 2, 3]
+    assert store.drop_rounds(1e-9, ended=1) == [], "rounds that go on stay"
+    assert store.drop_rounds(1e-9, ended=4) == [1, 2], "and the newest that is over"
+    assert store.drop_rounds(1e-9, ended=4) == []
+    assert store.storage.size("nowhere") == 0
+    store.storage.remove("nowhere")
+
+
 def test_unknown_kinds_and_columns_are_refused(store):
     with pytest.raises(ValueError, match="unknown table 'scores'"):
         store.write_table("scores", 0, 0, [])

@@ -1,0 +1,145 @@
+"""The scorer pool: a batch to the least busy scorer; more of them while batches wait at each, fewer when idle."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from typing import Any
+
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError
+
+from actors.pool import LOOK_S, GivenUp, Hands
+from actors.watch import Watch
+from rlsf_ray.errors import DeadlineError
+from rlsf_ray.records import Json, Outcome
+
+logger = logging.getLogger(__name__)
+
+CROWDED = 2  # batches at every scorer that are not computed yet: one more is wanted
+ANSWER_S = 5.0
+LOOKS = 5  # in a row at which they were so many
+
+
+class ScorerPool:
+    """Scorers by name; `handles` is the crew's own dict, which holds those that come. `start_task` runs beside us."""
+
+    def __init__(
+        self,
+        handles: dict[str, Any],
+        hands: Hands,
+        watch: Watch,
+        attempts: int,
+        start_task: Callable[[Coroutine[Any, Any, Any]], Any],
+    ) -> None:
+        self._handles, self._hands, self._watch, self._attempts = handles, hands, watch, attempts
+        self._start_task = start_task
+        self._first = frozenset(handles)  # always there; others come and go
+        self._queued = dict.fromkeys(handles, 0)  # batches at each one that takes work
+        self._idle_since = dict.fromkeys(handles, time.monotonic())
+        self._left: set[str] = set()  # ended because their nodes go
+
+    async def prepare(self) -> None:
+        """Build every scorer."""
+        calls = (self._watch.answer(scorer.prepare.remote(), name) for name, scorer in self._handles.items())
+        await asyncio.gather(*calls)
+
+    async def score(self, groups: Any, round: int, part: int) -> tuple[list[Outcome], Json]:
+        """(the batch's outcomes, its stage event) from the least busy of the scorers that failed it least.
+
+        A scorer that restarts builds itself again at its next call; waiting for that is no attempt. Raises GivenUp
+        after `attempts` deaths.
+        """
+        deaths, failures = 0, Counter[str]()
+        while deaths < self._attempts:
+            name = min(self._queued, key=lambda scorer: (failures[scorer], self._queued[scorer]))
+            self._queued[name] += 1
+            try:
+                call = self._handles[name].process.remote([groups], round, part)
+                outcomes, event = await self._watch.answer_while_moving(call, name)
+                return list(outcomes), event
+            except RayActorError as error:
+                logger.warning("%s broke while scoring: %s", name, error)
+                dead = not isinstance(error, ActorUnavailableError)
+                if dead or not failures:
+                    self._watch.moved()  # how long it may be away counts from here
+                failures[name] += 1
+                deaths += dead
+                if isinstance(error, ActorDiedError):
+                    self._give_back(name)
+            finally:
+                if name in self._queued:
+                    self._queued[name] -= 1
+                    self._idle_since[name] = time.monotonic()
+            await self._watch.pause(name)
+        raise GivenUp("ScorerDied")
+
+    async def keep(self, most: int, idle_s: float) -> None:
+        """As long as the pool works: at most `most` scorers, those beyond the first given back once idle."""
+        number, crowded = itertools.count(len(self._first)), 0
+        while True:
+            await asyncio.sleep(LOOK_S)
+            await self._leave()
+            for name in self._spare(idle_s):
+                logger.info("%s is given back: no work for %g s", name, idle_s)
+                self._give_back(name)
+            if len(self._handles) >= most or self._queued.keys() != self._handles.keys():  # or one is starting
+                continue
+            crowded = crowded + 1 if await self._crowded() else 0
+            if crowded == LOOKS:
+                crowded, name = 0, f"scorer-{next(number)}"
+                logger.info("batches wait at every scorer: %s is asked for", name)
+                self._handles[name] = self._hands.ask(name)
+                self._start_task(self._take_in(name))
+
+    async def _leave(self) -> None:
+        """A scorer whose node is about to go starts again elsewhere, or is given back; its batches go to others."""
+        leaving = set(await asyncio.to_thread(self._hands.leaving, self._handles))
+        for name in leaving - self._left:
+            logger.warning("%s leaves its node, which is about to go", name)
+            if name in self._first:
+                self._hands.end(self._handles[name], True)
+            else:
+                self._give_back(name)
+        self._left = leaving & self._first
+
+    def _spare(self, idle_s: float) -> list[str]:
+        long_ago = time.monotonic() - idle_s
+        extra = self._queued.keys() - self._first
+        return [name for name in extra if not self._queued[name] and self._idle_since[name] < long_ago]
+
+    async def _crowded(self) -> bool:
+        """Do batches wait to be computed at every scorer? Those that wait for room in the buffer do not count."""
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                backlogs = await asyncio.gather(*(self._handles[name].backlog.remote() for name in self._queued))
+        except (RayActorError, TimeoutError):  # one that restarts, perhaps
+            return False
+        return min(backlogs) >= CROWDED
+
+    async def _take_in(self, name: str) -> None:
+        """Let a new scorer take work once it is built. It may wait for a node as long as it likes."""
+        scorer = self._handles[name]  # which may be given back meanwhile
+        try:
+            await scorer.__ray_ready__.remote()
+            await self._watch.answer(scorer.prepare.remote(), name)
+        except (RayActorError, DeadlineError) as error:
+            logger.warning("%s could not start: %s", name, error)
+            self._give_back(name)
+            return
+        if name in self._handles:
+            self._queued[name], self._idle_since[name] = 0, time.monotonic()
+            logger.info("%s is there", name)
+
+    def _give_back(self, name: str) -> None:
+        """Let go of a scorer beyond the first."""
+        if name in self._first or name not in self._handles:
+            return
+        self._queued.pop(name, None)
+        self._idle_since.pop(name, None)
+        with suppress(ValueError):
+            self._hands.end(self._handles.pop(name), False)
