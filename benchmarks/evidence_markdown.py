@@ -126,18 +126,21 @@ def _collapse(rows: Json) -> list[str]:
     """Sampled accuracy of each version of the two runs, and what the guard said in them."""
     both = {name: rows[name] for name in ("collapse", "collapse_guarded") if name in rows}
     versions = sorted({int(version) for row in both.values() for version in row["by_version"]})
-    head = ["sampled accuracy", *(f"version {v}" for v in versions), "last below its best"]
+    head = ["sampled accuracy", *(f"version {v}" for v in versions), "last below the best that was trained"]
     lines = [_line(head), _line(["---"] * len(head))]
     for name, row in both.items():
         known = {int(version): value for version, value in row["by_version"].items()}
         shown = [f"{known[version]:.3f}" if version in known else "-" for version in versions]
-        lines.append(_line([name, *shown, f"{max(known.values()) - known[max(known)]:.3f}"]))
+        newest = (row["rolled_back"] or {}).get("from", max(known))  # later ones the guard has made
+        trained = max(value for version, value in known.items() if version <= newest)
+        lines.append(_line([name, *shown, f"{trained - known[max(known)]:.3f}"]))
     for name, row in both.items():
         for verdict in row["said"] or ():
             reasons = "; ".join(verdict["reasons"])
             lines += ["", f"- {name}, version {verdict['version']}, {verdict['found']}: {reasons}"]
         if back := row["rolled_back"]:
-            lines += ["", f"- {name}: version {back['version']} is {way_back(back)}"]
+            tried = "; versions after {from} are the guard's tries".format(**back) if back.get("share") else ""
+            lines += ["", f"- {name}: version {back['version']} is {way_back(back)}{tried}"]
     return lines
 
 

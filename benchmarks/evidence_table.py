@@ -235,7 +235,7 @@ def _verdicts(cell: Json) -> list[Json]:
     """What the guard as it is now says of the versions that the cell's run made, where it has something to say."""
     guard, found = Guard(), []
     for one in cell.get("guard_saw") or ():
-        verdict = guard.observe(one["version"], Vitals.from_json(one["vitals"]))
+        verdict = guard.observe(one["version"], Vitals.from_json(one["vitals"]), one.get("since"))
         if verdict.action != "go_on":
             found.append({"version": one["version"], "found": verdict.action, "reasons": list(verdict.reasons)})
     return found

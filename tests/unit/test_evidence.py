@@ -118,12 +118,12 @@ def test_a_collapsed_cell_does_not_break_the_table(tmp_path: Path) -> None:
 
 def test_the_table_shows_what_the_guard_did(tmp_path: Path) -> None:
     saw = [{"version": v, "vitals": asdict(replace(HEALTHY, length=of))} for v, of in ((0, 40.0), (1, 38.0), (2, 3.0))]
-    went_back = {"from": 2, "to": 1, "version": 3}
+    went_back = {"from": 2, "to": 1, "past": 2, "share": 0.25, "version": 4}
     folder = tmp_path / "evidence"
     folder.mkdir()
     for name, back, versions in (
         ("collapse", None, {"0": 0.1, "1": 0.3, "2": 0.05}),
-        ("collapse_guarded", went_back, {"0": 0.1, "1": 0.3, "2": 0.05, "3": 0.3}),
+        ("collapse_guarded", went_back, {"0": 0.1, "1": 0.3, "2": 0.05, "3": 0.4, "4": 0.35}),
     ):
         one = cell(f"t/{name}/0", [1, 0], [0, 0]) | {"sampled_by_version": versions, "guard_saw": saw}
         said = [{"version": 2, "found": "stop", "action": "warn", "reasons": ["length is 3"]}]
@@ -131,12 +131,13 @@ def test_the_table_shows_what_the_guard_did(tmp_path: Path) -> None:
         (folder / f"{name}.json").write_text(json.dumps(one))
     write_table(folder)
     lines = (tmp_path / "evidence.md").read_text().splitlines()
-    assert "| collapse | 0.100 | 0.300 | 0.050 | - | 0.250 |" in lines
-    assert "| collapse_guarded | 0.100 | 0.300 | 0.050 | 0.300 | 0.000 |" in lines
+    assert "| collapse | 0.100 | 0.300 | 0.050 | - | - | 0.250 |" in lines
+    assert "| collapse_guarded | 0.100 | 0.300 | 0.050 | 0.400 | 0.350 | -0.050 |" in lines
     assert "- collapse, version 2, stop: length is 3" in lines
     stops = json.loads((tmp_path / "evidence.json").read_text())["tasks"]["t"]["collapse"]["verdicts"]
     assert stops == [[{"version": 2, "found": "stop", "reasons": ["length is 3, base model 40, expected at least 16"]}]]
-    assert "- collapse_guarded: version 3 is version 1 again" in lines
+    tried = "version 4 is version 1 and 0.25 of the step to version 2; versions after 2 are the guard's tries"
+    assert f"- collapse_guarded: {tried}" in lines
 
 
 def test_the_table_compares_with_the_base_its_best_temperature_and_random_pairs(tmp_path: Path) -> None:
