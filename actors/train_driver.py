@@ -1,8 +1,16 @@
-"""Holds the one `TorchTrainer.fit()` of a run."""
+"""Trains the rounds of a run, in as few calls of `TorchTrainer.fit()` as its workers' failures allow."""
 
 from __future__ import annotations
 
+import logging
+from typing import Any
+
 from actors.job import Job
+from rlsf_ray.run_store import RunStore
+
+logger = logging.getLogger(__name__)
+
+FAILURES = 3  # of the workers, after which a round that has not ended is given up; of spot nodes Ray allows any number
 
 
 class TrainDriver:
@@ -12,15 +20,32 @@ class TrainDriver:
         self._job, self._name = job, name
 
     def fit(self) -> None:
-        """Train every round that is left. Returns when the last is committed, or the buffer was closed."""
+        """Train every round that is left. Returns when the last is committed, or the buffer was closed.
+
+        Raises `ray.train.TrainingFailedError` where workers failed too often without ending a round.
+        """
+        import ray.train
+
+        store = self._job.enter(self._name)
+        while True:
+            before = rounds_ended(store)
+            try:
+                self._trainer(store).fit()
+                return
+            except ray.train.TrainingFailedError as error:
+                if (ended := rounds_ended(store)) == before:
+                    raise
+                logger.warning("training goes on after round %d: its workers failed too often: %s", ended, error)
+
+    def _trainer(self, store: RunStore) -> Any:
+        """A new training job from the run's last checkpoint on."""
         import ray.train
         from ray.train.torch import TorchTrainer
 
         from actors.training_job import Commit, train_fn
 
-        store = self._job.enter(self._name)
         pool = store.config.cluster.trainers
-        TorchTrainer(
+        return TorchTrainer(
             train_fn,
             train_loop_config={"job": self._job},
             scaling_config=ray.train.ScalingConfig(
@@ -36,8 +61,13 @@ class TrainDriver:
                 name=self._job.run,  # the same run finds its checkpoints again
                 storage_path=store.storage.key("checkpoints"),
                 storage_filesystem=store.storage.arrow(),
-                failure_config=ray.train.FailureConfig(max_failures=3),
+                failure_config=ray.train.FailureConfig(max_failures=FAILURES),
                 checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
                 callbacks=[Commit(self._job)],
             ),
-        ).fit()
+        )
+
+
+def rounds_ended(store: RunStore) -> int:
+    """As the coordinator has noted them."""
+    return len((store.read_json("state.json") or {}).get("ended", ()))

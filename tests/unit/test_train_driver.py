@@ -1,0 +1,35 @@
+"""Workers may fail a few times in each round, not in the whole run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.train import TrainingFailedError
+from tiny import tiny_config
+
+from actors.train_driver import TrainDriver
+from rlsf_ray.run_store import RunStore
+
+
+@pytest.mark.parametrize("ends", [[1, 2, 3], [1, 1]])
+def test_training_goes_on_as_long_as_rounds_end(tmp_path: Path, monkeypatch: Any, ends: list[int]) -> None:
+    """`ends`: the rounds that are over when each call fails; the last of three returns."""
+    store = RunStore.create_or_resume(str(tmp_path), tiny_config(tmp_path))
+    driver, calls = TrainDriver(SimpleNamespace(enter=lambda name: store), "train_driver"), list[int]()  # type: ignore[arg-type]
+
+    def fit() -> None:
+        calls.append(ends[len(calls)])
+        store.write_json("state.json", {"ended": [[round, round + 1] for round in range(calls[-1])]})
+        if len(calls) < 3:
+            raise TrainingFailedError("a worker died")
+
+    monkeypatch.setattr(driver, "_trainer", lambda store: SimpleNamespace(fit=fit))
+    if ends == [1, 2, 3]:
+        driver.fit()
+    else:
+        with pytest.raises(TrainingFailedError, match="a worker died"):
+            driver.fit()
+    assert calls == ends
