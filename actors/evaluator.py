@@ -10,6 +10,8 @@ import ray
 from actors.job import Job, event
 from rlsf_ray.base_cache import cached_base, store_base
 from rlsf_ray.evaluate import judge_groups, look_at, run_summary, summarise
+from rlsf_ray.feeds import Feed, keep_feed, new_feed, read_feeds
+from rlsf_ray.plan import check_prompts
 from rlsf_ray.records import Group, Json, Prompt
 from rlsf_ray.tasks.equality import AnswerChecker
 from rlsf_ray.tasks.sources import load_sets
@@ -23,12 +25,20 @@ class Evaluator:
         self._rows: dict[int, dict[int, list[Json]]] = {}  # version -> first sequence -> rows
         self._groups: dict[int, dict[int, list[Group]]] = {}  # the same, of calibration prompts
 
-    def prepare(self) -> tuple[list[Prompt], list[Prompt], list[Prompt]]:
-        """(training prompts, probe prompts, calibration prompts)."""
+    def prepare(self) -> tuple[list[Prompt], list[Prompt], list[Prompt], list[Feed]]:
+        """(training prompts, probe prompts, calibration prompts, what the run was fed)."""
         self._store = self._job.enter(self._name)
         self._sets = load_sets(self._store.config)
         self._checker = AnswerChecker()
-        return self._sets.train, [item.prompt for item in self._sets.probe], self._sets.calibration
+        feeds = read_feeds(self._store, self._sets)
+        return self._sets.train, [item.prompt for item in self._sets.probe], self._sets.calibration, feeds
+
+    def feed(self, name: str, data: bytes, first_round: int) -> Feed:
+        """Keep the prompts of a file for `first_round` on. Raises InputError if the run could not train on them."""
+        feed = new_feed(self._store, self._sets, name, data, first_round)
+        check_prompts(self._store.config, feed.prompts)
+        keep_feed(self._store, self._sets, name, data, first_round)
+        return feed
 
     def known(self, version: int, questions: int) -> tuple[bool, Json | None]:
         """(was this version measured on so many questions already?, the vitals it had then).

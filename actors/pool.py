@@ -63,6 +63,7 @@ class GeneratorPool:
         self._attempts, self.start_task, self._swapped = attempts, start_task, swapped
         self._fleet = Fleet(handles, most_slots=most_slots)
         self._first = frozenset(handles)  # always there; others come and go
+        self._numbers = itertools.count(len(handles))
         self._granted: dict[Ticket, asyncio.Future[Replica]] = {}
         self._preparing: set[str] = set()
         self._worked: set[str] = set()  # generators that have been ready once
@@ -91,7 +92,6 @@ class GeneratorPool:
 
     async def keep(self, most: int, idle_s: float) -> None:
         """As long as the pool works: at most `most` generators, those beyond the first given back once idle."""
-        number = itertools.count(len(self._first))
         while True:
             await asyncio.sleep(LOOK_S)
             for name, reason in self._fleet.suspects().items():
@@ -105,7 +105,7 @@ class GeneratorPool:
                 logger.info("%s is given back: no work for %g s", name, idle_s)
                 self._give_back(name)
             for _ in range(self._fleet.missing(most)):
-                name = f"generator-{next(number)}"
+                name = f"generator-{next(self._numbers)}"
                 logger.info("work waits: %s is asked for", name)
                 self._handles[name] = self._hands.ask(name)
                 self._fleet.add(name)

@@ -14,11 +14,11 @@ from ray.exceptions import ObjectLostError
 from actors.journal import Journal
 from actors.measuring import TRAINING, Collapse, Measuring
 from actors.pool import GeneratorPool, GivenUp
-from actors.scorers import ScorerPool
+from actors.scorers import CROWDED, ScorerPool
 from actors.spawn import MOST_SLOTS, SCORER_THREADS, Crew
 from actors.watch import Watch
 from rlsf_ray.errors import InputError, ServiceError, StorageError
-from rlsf_ray.feeds import Feed, read_feeds, take_feed
+from rlsf_ray.feeds import Feed
 from rlsf_ray.records import Json, Outcome, Prompt
 from rlsf_ray.run_store import RunStore
 from rlsf_ray.stream.ledger import FAILED, FILTERED, IN_FLIGHT, PAIRS
@@ -43,10 +43,11 @@ class Rounds:
         hands = crew.hands("generators")
         self._pool = GeneratorPool(crew.generators, hands, watch, cluster.attempts, self._start, self._swapped, slots)
         self._scorers = ScorerPool(crew.scorers, crew.hands("scorers"), watch, cluster.attempts, self._start)
-        wanted = (slots + 1) * cluster.generators.at_most + cluster.scorers.at_most
-        self._permits = asyncio.Semaphore(min(wanted, SCORER_THREADS))  # all may meet at one scorer
+        wanted = (slots + 1) * cluster.generators.at_most + CROWDED * cluster.scorers.at_most
+        self._permits = asyncio.Semaphore(min(wanted, SCORER_THREADS - 1))  # all may meet at one scorer, which answers
         self._commits: asyncio.Queue[tuple[Json | None, list[Any]]] = asyncio.Queue()
         self._trainer_at: int | None = None  # the round that the trainer goes on with
+        self._feeds: list[Feed] | None = None  # None: not read yet
         self._feeding = asyncio.Lock()  # no round takes its prompts while some come in
         self.fit: Any = None
         self.may_train = True
@@ -116,7 +117,7 @@ class Rounds:
                 logger.warning("the trainer has not ended its step; it ends with the run")
 
     async def _roll_back(self) -> None:
-        """Half of the step that was too much, or less, or the last good version again, becomes a new version."""
+        """The last good version and a part of the step that was too much, or none of it, becomes a new version."""
         back = self._state.way_back()
         self._say(f"going back to {way_back(asdict(back))}")
         made = await self._watch.answer(self._crew.weights.roll_back.remote(*astuple(back)), "weight_store")
@@ -139,16 +140,22 @@ class Rounds:
         self._start(_collapse())
 
     async def feed(self, name: str, data: bytes) -> Feed:
-        """More prompts, from the next round on that has none yet. Raises InputError if no such round is left, or for a
-        bad file.
+        """More prompts, from the next round on that has none yet.
+
+        Raises InputError if no such round is left, or for a bad file, ServiceError before the first round.
         """
         async with self._feeding:
             rounds, ledger = self._config.rounds, self._state.ledger
+            if self._state.ends_early:
+                raise InputError(f"this run goes back to an earlier version and ends; feed the next run with {name}")
+            if self._feeds is None:
+                raise ServiceError(f"this run begins just now; feed it {name} again in a moment")
             first = next((round for round in range(rounds) if not ledger.size(round)), None)
             if first is None:
                 raise InputError(f"all {rounds} rounds of this run have their prompts; feed the next run with {name}")
-            feed = await asyncio.to_thread(take_feed, self._store, self._known, self._feeds, name, data, first)
+            feed: Feed = await self._watch.answer(self._crew.evaluator.feed.remote(name, data, first), "evaluator")
             self._feeds.append(feed)
+            self._state.prompts_per_round = len(self._prompts(first))
         return feed
 
     def committed(self, record: Json | None, boxed: list[Any]) -> None:
@@ -161,7 +168,7 @@ class Rounds:
         answer, crew, admission = self._watch.answer, self._crew, self._state.admission
         ended = admission.rounds_ended
         await answer(crew.weights.prepare.remote(), "weight_store")  # generators ask it for weights
-        _, recovered, (train, probe, calibration) = await asyncio.gather(
+        _, recovered, (self._train, probe, calibration, self._feeds) = await asyncio.gather(
             self._pool.prepare(admission.newest),
             answer(crew.buffer.prepare.remote(ended, self._without(ended)), "pair_buffer"),
             answer(crew.evaluator.prepare.remote(), "evaluator"),
@@ -171,8 +178,6 @@ class Rounds:
         )
         # Not beside the generators: vLLM takes what others load on its GPU while it starts for its own
         await self._scorers.prepare()
-        self._train, self._known = train, [*train, *probe, *calibration]
-        self._feeds = await asyncio.to_thread(read_feeds, self._store, self._known)
         self._state.prompts_per_round = len(self._prompts(0))
         for round, found in recovered.items():
             self._recover(round, found)
@@ -195,7 +200,7 @@ class Rounds:
         return self._tasks.create_task(work)
 
     def _prompts(self, round: int) -> list[Prompt]:
-        feeds = [(feed.first_round, feed.prompts) for feed in self._feeds]
+        feeds = [(feed.first_round, feed.prompts) for feed in self._feeds or ()]
         return prompts_of_round(self._train, round, self._config.prompts_per_round, self._config.seed, feeds)
 
     def _recover(self, round: int, found: Sequence[Outcome]) -> None:
@@ -303,13 +308,21 @@ class Rounds:
         self._watch.moved()
 
     async def _over(self, round: int) -> None:
-        """Keep that a round has ended, and no more of earlier ones than there is room for."""
+        """Keep that a round has ended."""
         await self._journal.save()
         await self._watch.answer(self._crew.buffer.end_rounds.remote(round + 1), "pair_buffer")
         if most_gb := self._config.cluster.tables_gb:
-            ended = self._state.admission.rounds_ended
-            for old in await asyncio.to_thread(self._store.drop_rounds, most_gb, ended):
-                logger.info("the traces and pairs of round %d are removed: beyond cluster.tables_gb", old + 1)
+            self._start(self._drop_rounds(most_gb))
+
+    async def _drop_rounds(self, most_gb: float) -> None:
+        """Make room beside the rounds that go on; what stays this time goes next time."""
+        try:
+            dropped = await asyncio.to_thread(self._store.drop_rounds, most_gb, self._state.admission.rounds_ended)
+        except StorageError as error:
+            logger.warning("no old round could be removed: %s", error)
+            return
+        for round in dropped:
+            logger.info("the traces and pairs of round %d are removed: beyond cluster.tables_gb", round + 1)
 
     # --- commits ------------------------------------------------------------------------------------------------
 

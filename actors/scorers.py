@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any
 
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError
 
 from actors.pool import LOOK_S, GivenUp, Hands
 from actors.watch import Watch
@@ -41,12 +41,19 @@ class ScorerPool:
         self._first = frozenset(handles)  # always there; others come and go
         self._queued = dict.fromkeys(handles, 0)  # batches at each one that takes work
         self._idle_since = dict.fromkeys(handles, time.monotonic())
+        self._numbers = itertools.count(len(handles))
         self._left: set[str] = set()  # ended because their nodes go
 
     async def prepare(self) -> None:
-        """Build every scorer."""
-        calls = (self._watch.answer(scorer.prepare.remote(), name) for name, scorer in self._handles.items())
-        await asyncio.gather(*calls)
+        """Build every scorer. One that dies meanwhile builds itself again at its first batch."""
+
+        async def build(name: str, scorer: Any) -> None:
+            try:
+                await self._watch.answer(scorer.prepare.remote(), name)
+            except RayActorError as error:
+                logger.warning("%s broke while it was built: %s", name, error)
+
+        await asyncio.gather(*(build(name, scorer) for name, scorer in self._handles.items()))
 
     async def score(self, groups: Any, round: int, part: int) -> tuple[list[Outcome], Json]:
         """(the batch's outcomes, its stage event) from the least busy of the scorers that failed it least.
@@ -80,18 +87,22 @@ class ScorerPool:
 
     async def keep(self, most: int, idle_s: float) -> None:
         """As long as the pool works: at most `most` scorers, those beyond the first given back once idle."""
-        number, crowded = itertools.count(len(self._first)), 0
+        crowded = 0
         while True:
             await asyncio.sleep(LOOK_S)
             await self._leave()
             for name in self._spare(idle_s):
                 logger.info("%s is given back: no work for %g s", name, idle_s)
                 self._give_back(name)
-            if len(self._handles) >= most or self._queued.keys() != self._handles.keys():  # or one is starting
+            if most == len(self._first):
                 continue
             crowded = crowded + 1 if await self._crowded() else 0
-            if crowded == LOOKS:
-                crowded, name = 0, f"scorer-{next(number)}"
+            starting = self._handles.keys() - self._queued.keys()
+            for name in starting if not crowded else ():
+                logger.info("%s is not needed any more", name)
+                self._give_back(name)
+            if crowded >= LOOKS and not starting and len(self._handles) < most:
+                crowded, name = 0, f"scorer-{next(self._numbers)}"
                 logger.info("batches wait at every scorer: %s is asked for", name)
                 self._handles[name] = self._hands.ask(name)
                 self._start_task(self._take_in(name))
@@ -127,9 +138,10 @@ class ScorerPool:
         try:
             await scorer.__ray_ready__.remote()
             await self._watch.answer(scorer.prepare.remote(), name)
-        except (RayActorError, DeadlineError) as error:
-            logger.warning("%s could not start: %s", name, error)
-            self._give_back(name)
+        except (RayError, DeadlineError) as error:  # such as no memory left on its GPU: the others go on
+            if name in self._handles:
+                logger.warning("%s could not start: %s", name, error)
+                self._give_back(name)
             return
         if name in self._handles:
             self._queued[name], self._idle_since[name] = 0, time.monotonic()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import Any
 
 from actors.job import Job
 from rlsf_ray.run_store import RunStore
 
+LAG_S = 5.0  # the coordinator notes a checkpoint after Ray Train has it
 logger = logging.getLogger(__name__)
 
 FAILURES = 3  # of the workers, after which a round that has not ended is given up; of spot nodes Ray allows any number
@@ -33,8 +35,11 @@ class TrainDriver:
                 self._trainer(store).fit()
                 return
             except ray.train.TrainingFailedError as error:
+                time.sleep(LAG_S)
                 if (ended := rounds_ended(store)) == before:
                     raise
+                if ended >= store.config.rounds:  # it went back meanwhile: nothing is left to train
+                    return
                 logger.warning("training goes on after round %d: its workers failed too often: %s", ended, error)
 
     def _trainer(self, store: RunStore) -> Any:

@@ -60,7 +60,7 @@ app = typer.Typer(
 app.add_typer(operations)
 
 
-class Tracker(StrEnum):
+class Track(StrEnum):
     """Where a run's curves can go besides TensorBoard's files."""
 
     mlflow = "mlflow"
@@ -85,7 +85,7 @@ def run(
     seed: Seed = None,
     max_hours: MaxHours = None,
     max_tokens: MaxTokens = None,
-    track: Annotated[Tracker | None, typer.Option(help="Send the curves there too.")] = None,
+    track: Annotated[Track | None, typer.Option(help="Send the curves there too.")] = None,
 ) -> None:
     """Run a recipe; the same command again resumes it."""
     _run(load(recipe, set_, seed), name, root, address, Limits(hours=max_hours, tokens=max_tokens), track)
@@ -319,7 +319,7 @@ def _run(
     console = make_console()
     folder = f"{absolute(root)}/{run_name}"
     with ExitStack() as stack:
-        tracking = stack.enter_context(closing(Tracking(track, folder, run_name))) if track else None
+        tracking = stack.enter_context(Tracking(track, folder, run_name)) if track else None
         progress = stack.enter_context(Progress(console))
 
         def tell(status: Json) -> None:

@@ -87,11 +87,11 @@ def export_pairs(store: RunStore, to: Path) -> Path:
 
 def pair_messages(store: RunStore) -> list[Json]:
     """One row for each pair of the run, in the order of rounds; none of a round that the guard has undone."""
-    from rlsf_ray.feeds import all_known, read_feeds
+    from rlsf_ray.feeds import read_feeds
     from rlsf_ray.tasks.sources import load_sets
 
     sets = load_sets(store.config)
-    prompts = [*sets.train, *(prompt for feed in read_feeds(store, all_known(sets)) for prompt in feed.prompts)]
+    prompts = [*sets.train, *(prompt for feed in read_feeds(store, sets) for prompt in feed.prompts)]
     messages = {
         prompt.id: [{"role": role, "content": content} for role, content in prompt.messages] for prompt in prompts
     }

@@ -16,10 +16,11 @@ from rlsf_ray.errors import InputError
 from rlsf_ray.records import Prompt
 from rlsf_ray.run_store import RunStore
 from rlsf_ray.tasks.questions import key_of_messages, to_prompt
-from rlsf_ray.tasks.sources import PromptSets, rows_of
+from rlsf_ray.tasks.rows import row_questions
+from rlsf_ray.tasks.sources import PromptSets
 
 LARGEST = 64 * 2**20  # bytes of a file: it passes through the coordinator
-_COLUMNED = ("file", "gsm8k", "commonsenseqa", "bfcl")
+WITH_COLUMNS = ("file", "gsm8k", "commonsenseqa")  # kinds of sources whose columns a feed can have
 
 
 class Feed(NamedTuple):
@@ -30,9 +31,9 @@ class Feed(NamedTuple):
     known: int  # left out: of the training, probe or calibration prompts, of an earlier feed, or twice in the file
 
 
-def read_feeds(store: RunStore, known: Sequence[Prompt]) -> list[Feed]:
-    """What earlier lives of the run were fed, oldest first; `known`: every prompt of its own sets."""
-    feeds, seen = list[Feed](), _keys(known)
+def read_feeds(store: RunStore, sets: PromptSets) -> list[Feed]:
+    """What the run was fed so far, oldest first; `sets`: its own prompts."""
+    feeds, seen = list[Feed](), _keys([*sets.train, *(item.prompt for item in sets.probe), *sets.calibration])
     for record in sorted(name for name in store.names("feeds") if name.endswith(".json")):
         found = store.read_json(f"feeds/{record}")
         data = store.storage.read(f"feeds/{found['file']}") or b""
@@ -40,39 +41,49 @@ def read_feeds(store: RunStore, known: Sequence[Prompt]) -> list[Feed]:
     return feeds
 
 
-def all_known(sets: PromptSets) -> list[Prompt]:
-    """Every prompt of a run's own sets."""
-    return [*sets.train, *(item.prompt for item in sets.probe), *sets.calibration]
+def new_feed(store: RunStore, sets: PromptSets, name: str, data: bytes, first_round: int) -> Feed:
+    """The prompts of the file `name` that are new to the run, for `first_round` on; nothing is kept yet.
 
-
-def take_feed(
-    store: RunStore, known: Sequence[Prompt], feeds: Sequence[Feed], name: str, data: bytes, first_round: int
-) -> Feed:
-    """Keep the file `name` with its prompts for `first_round` on.
-
-    Raises InputError for a file that no source of prompts could be, and where the run knows every prompt of it.
+    Raises InputError for a file that no source of prompts could be, one of whose prompts lacks the check that the run's
+    own have, and where the run knows every prompt of it.
     """
-    seen = _keys([*known, *(prompt for feed in feeds for prompt in feed.prompts)])
-    number = f"{len(feeds) + 1:04d}"
-    file = number + PurePosixPath(name).suffix.lower()
-    feed = _feed(store.config, name, file, data, first_round, seen)
+    feeds = read_feeds(store, sets)
+    seen = _keys([*sets.train, *(item.prompt for item in sets.probe), *sets.calibration])
+    for feed in feeds:
+        seen |= _keys(feed.prompts)
+    feed = _feed(store.config, name, _file(feeds, name), data, first_round, seen)
     if not feed.prompts:
         raise InputError(f"{name}: the run knows all of its {feed.known} prompts; expected at least one new one")
-    store.storage.write(f"feeds/{file}", data)
-    store.write_json(f"feeds/{number}.json", {"file": file, "first_round": first_round})
+    unchecked = [prompt.id for prompt in feed.prompts if prompt.check is None]
+    if unchecked and sets.train and all(prompt.check for prompt in sets.train):
+        raise InputError(
+            f"{name}: {len(unchecked)} prompts have no check, such as {unchecked[0]}, and all that the run was begun"
+            " with have one; expected the columns of the run's own data file"
+        )
     return feed
+
+
+def keep_feed(store: RunStore, sets: PromptSets, name: str, data: bytes, first_round: int) -> None:
+    """Put a file that `new_feed` has read into the run directory."""
+    file = _file(read_feeds(store, sets), name)
+    store.storage.write(f"feeds/{file}", data)
+    store.write_json(f"feeds/{PurePosixPath(file).stem}.json", {"file": file, "first_round": first_round})
+
+
+def _file(feeds: Sequence[Feed], name: str) -> str:
+    return f"{len(feeds) + 1:04d}" + PurePosixPath(name).suffix.lower()
 
 
 def _feed(config: RunConfig, name: str, file: str, data: bytes, first_round: int, seen: set[str]) -> Feed:
     """The prompts of a file whose keys are not in `seen`; theirs are added to it. Errors speak of `name`."""
     feed = Feed(first_round, [], 0)
     plain = SourceConfig(kind="file", path=file)
-    like = next((source for source in config.data.train if source.kind in _COLUMNED), plain)
+    like = next((source for source in config.data.train if source.kind in WITH_COLUMNS), plain)
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / f"feed-{file}")
         Path(path).write_bytes(data)
         try:
-            questions = rows_of(like.model_copy(update={"path": path, "count": None, "id": None}), labelled=False)
+            questions = row_questions(like.model_copy(update={"path": path, "count": None, "id": None}), labelled=False)
         except InputError as error:
             raise InputError(str(error).replace(path, name)) from error
     for question in questions:

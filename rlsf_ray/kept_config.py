@@ -8,7 +8,9 @@ from importlib import metadata
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
+from rlsf_ray.config import RunConfig
 from rlsf_ray.errors import InputError
 from rlsf_ray.records import Json
 from rlsf_ray.storage import Storage, damaged
@@ -28,6 +30,14 @@ def read_config(storage: Storage) -> Json | None:
     if not isinstance(values, dict):
         raise damaged(storage.path("config.yaml"), f"expected keys, got {type(values).__name__}")
     return values
+
+
+def with_defaults(values: Json) -> Json:
+    """A kept config with the keys that it did not know yet; as it is where this version cannot read it."""
+    try:
+        return RunConfig.model_validate(values).model_dump(mode="json")
+    except ValidationError:
+        return values
 
 
 def check_schema(storage: Storage) -> None:

@@ -144,7 +144,7 @@ def evaluate(parts: Parts, questions: int | None = None) -> Action:
 
 
 def roll_back(parts: Parts) -> None:
-    """Half of the step that was too much, or less, or the last good version again, becomes a new version."""
+    """The last good version and a part of the step that was too much, or none of it, becomes a new version."""
     version = parts.state.admission.newest + 1
     parts.learner.set_adapter(parts.store.read_between(*astuple(parts.state.way_back())))
     parts.store.storage.write(_checkpoint(version - 1), parts.learner.state_bytes())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -18,6 +18,7 @@ from rlsf_ray.engines.models import most_tokens
 from rlsf_ray.errors import InputError
 from rlsf_ray.model_check import ModelFacts, check_lengths, check_model, elicit_length, prompt_lengths
 from rlsf_ray.placement import gpu_shares, placed
+from rlsf_ray.records import Prompt
 from rlsf_ray.stream.guard import LEAST_PROMPTS
 from rlsf_ray.tasks.sources import load_sets
 
@@ -45,15 +46,8 @@ def check_input(config: RunConfig) -> Plan:
     for key, name in _functions(config).items():
         _check_function(key, name)
     _check_engine(config)
-    model = check_model(config.model)
-    if model:
-        model = replace(model, context=most_tokens(model.context, config.engine_args))
     train, probe, calibration = load_sets(config)
-    prompts = [*train, *calibration, *(item.prompt for item in probe)]
-    lengths = prompt_lengths(model, prompts) if model else None
-    if model and lengths:
-        elicit = elicit_length(model) if config.data.answer == "elicit" else 0
-        check_lengths(model, prompts, lengths, config.rollout, elicit)
+    model, lengths = check_prompts(config, [*train, *calibration, *(item.prompt for item in probe)])
     per_round = min(config.prompts_per_round, len(train))  # no prompt stands twice in a round
     num_prompts = config.rounds * per_round
     return Plan(
@@ -67,6 +61,21 @@ def check_input(config: RunConfig) -> Plan:
         traces=num_prompts * config.rollout.traces,
         steps=_most_steps(config, per_round),
     )
+
+
+def check_prompts(config: RunConfig, prompts: Sequence[Prompt]) -> tuple[ModelFacts | None, list[int] | None]:
+    """(what the model's folder says, the tokens of each prompt); None of what is not known before the model is here.
+
+    Raises InputError for a fault of the folder, and for prompts that leave no room for a trace.
+    """
+    model = check_model(config.model)
+    if model:
+        model = replace(model, context=most_tokens(model.context, config.engine_args))
+    lengths = prompt_lengths(model, prompts) if model else None
+    if model and lengths:
+        elicit = elicit_length(model) if config.data.answer == "elicit" else 0
+        check_lengths(model, prompts, lengths, config.rollout, elicit)
+    return model, lengths
 
 
 def pools(config: RunConfig) -> dict[str, PoolConfig]:

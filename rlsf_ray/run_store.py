@@ -25,7 +25,7 @@ from rlsf_ray.adapters import checksum
 from rlsf_ray.config import RunConfig
 from rlsf_ray.encoding import to_events, to_json
 from rlsf_ray.errors import InputError, WeightsError
-from rlsf_ray.kept_config import SCHEMA, check_schema, differences, packages, read_config
+from rlsf_ray.kept_config import SCHEMA, check_schema, differences, packages, read_config, with_defaults
 from rlsf_ray.records import Json, WeightsVersion
 from rlsf_ray.storage import Storage, damaged
 from rlsf_ray.tables import group_to_row, pair_rows, row_to_group, rows_to_outcome, trace_rows
@@ -59,7 +59,7 @@ class RunStore:
         storage = Storage(root)
         check_schema(storage)
         ours = config.model_dump(mode="json")
-        theirs = read_config(storage) or cls._begin(storage, ours)
+        theirs = with_defaults(read_config(storage) or cls._begin(storage, ours))
         if theirs != ours:
             raise InputError(
                 f"{storage.root} holds a run with other settings:\n{differences(theirs, ours)}\n"
@@ -140,10 +140,8 @@ class RunStore:
 
         Of the `ended` rounds that are over the newest stays, and all that come after it.
         """
-        folders = {
-            round: [f"{kind}/round-{round:04d}" for kind in ("traces", "groups", "pairs")]
-            for round in self.rounds("traces")
-        }
+        kinds = ("pairs", "groups", "traces")  # in this order: where it is cut off, the round is still found
+        folders = {round: [f"{kind}/round-{round:04d}" for kind in kinds] for round in self.rounds("traces")}
         sizes = {round: sum(map(self.storage.size, names)) for round, names in folders.items()}
         dropped, total = list[int](), sum(sizes.values())
         for round in sorted(sizes):

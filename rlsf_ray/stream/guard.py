@@ -1,4 +1,4 @@
-"""The guard: label-free signs of each version -> go on, warn, or stop and go back to the last good version.
+"""The guard: label-free signs of each version -> go on, warn, or stop.
 
 A pure state machine. It never sees a gold answer: it compares how a version writes on the calibration prompts, which
 are the same for every version, with how the base model and the versions before it wrote on them.

@@ -17,7 +17,7 @@ from rlsf_ray.stream.ledger import PAIRS, Ledger
 logger = logging.getLogger(__name__)
 
 NEARLY_FULL = 0.9  # of a disk
-LEAST_SHARE = 0.125  # of a step that was too much: below it the step is undone
+PART = 0.125  # of the step that the guard stopped at, as where to go back to: benchmarks/results/log.md says why
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,14 +156,13 @@ class RunState:
         return self.rolled_back is not None or wanted
 
     def way_back(self) -> Back:
-        """The version to go back to: the one that was asked for; else, from the guard's last good version, half of the
-        step that was too much, at the next call a quarter, an eighth, then nothing of it.
+        """The version to go back to: the one that was asked for; else the guard's last good one and a part of the step
+        that was too much, or, where the guard has stopped at that too, nothing of it.
         """
         past = self.guard.first_bad
         if self.asked_back is not None or past is None:
             return Back(to=self.asked_back or 0, past=None, share=0.0)
-        share = self.rolled_back["share"] / 2 if self.rolled_back else 0.5
-        return Back(to=self.guard.last_good, past=past, share=share if share >= LEAST_SHARE else 0.0)
+        return Back(to=self.guard.last_good, past=past, share=0.0 if self.rolled_back else PART)
 
     def ask_back(self, version: int) -> None:
         """Somebody wants the run to end on the content of `version`. Raises InputError unless it is an older one."""

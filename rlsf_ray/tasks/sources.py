@@ -167,14 +167,10 @@ def _read(source: SourceConfig, *, seed: int, labelled: bool) -> Iterator[Questi
     seed = spread_seed(_identity(source), seed)
     if source.kind == "reasoning_gym":
         return gym_questions(source, seed=seed, labelled=labelled)
-    questions = rows_of(source, labelled=labelled)
+    read = bfcl_questions if source.kind == "bfcl" else row_questions
+    questions = read(source, labelled=labelled)
     random.Random(seed).shuffle(questions)
     return iter(questions)
-
-
-def rows_of(source: SourceConfig, *, labelled: bool) -> list[Question]:
-    """All questions of a source with rows, in its own order. Raises InputError: see `rows.row_questions`."""
-    return (bfcl_questions if source.kind == "bfcl" else row_questions)(source, labelled=labelled)
 
 
 def _identity(source: SourceConfig) -> str:

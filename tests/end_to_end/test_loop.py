@@ -166,25 +166,25 @@ def test_self_feedback_moves_the_tiny_model_towards_its_own_vote(tiny: Path, tmp
 
 
 def test_a_run_that_collapses_ends_on_its_last_good_version(tiny: Path, tmp_path: Path) -> None:
-    """A learning rate that is far too high: version 1 writes noise, an eighth of its step too: the base model again."""
+    """A learning rate far too high: version 1 writes noise, an eighth of the way there too: the base model again."""
     config = collapsing(tiny)
     summary = loop.run(config, str(tmp_path / "run"))
     store = RunStore.open(str(tmp_path / "run"))
-    assert summary["guard"]["rolled_back"] == {"from": 1, "to": 0, "past": 1, "share": 0.0, "version": 5}
+    assert summary["guard"]["rolled_back"] == {"from": 1, "to": 0, "past": 1, "share": 0.0, "version": 3}
     said = [(verdict["version"], verdict["action"]) for verdict in summary["guard"]["verdicts"]]
-    assert said == [(version, "stop") for version in (1, 2, 3, 4)]
+    assert said == [(1, "stop"), (2, "stop")]
     assert "base model" in summary["guard"]["verdicts"][0]["reasons"][0]
-    assert store.versions() == [1, 2, 3, 4, 5]
-    assert not any(array.any() for name, array in store.read_adapter(5)[0].items() if ".lora_B." in name)
-    base, last = (store.read_json(f"eval/version-{version:04d}.json") for version in (0, 5))
+    assert store.versions() == [1, 2, 3]
+    assert not any(array.any() for name, array in store.read_adapter(3)[0].items() if ".lora_B." in name)
+    base, last = (store.read_json(f"eval/version-{version:04d}.json") for version in (0, 3))
     assert base["vitals"] == last["vitals"]
     counts = summary["accounting"]
     assert (counts["rolled_back"], counts["trained"], counts["admitted"]) == (8, 0, 8)
     assert loop.run(config, str(tmp_path / "run")) == summary
 
 
-@pytest.mark.parametrize(("bad", "share"), [((2,), 0.5), ((2, 3), 0.25), ((2, 3, 4, 5), 0.0)])
-def test_a_run_goes_back_by_half_of_the_step_until_the_guard_lets_it_pass(
+@pytest.mark.parametrize(("bad", "share"), [((2,), 0.125), ((2, 3), 0.0)])
+def test_a_run_goes_back_to_a_part_of_the_step_if_the_guard_lets_that_pass(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: tuple[int, ...], share: float
 ) -> None:
     """Version 2 is said to write nothing but repetitions, as are versions part of the way from the good version 1."""

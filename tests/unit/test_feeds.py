@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,9 +14,12 @@ import pytest
 from tiny import tiny_config
 
 from rlsf_ray.errors import InputError
-from rlsf_ray.feeds import read_feeds, take_feed
+from rlsf_ray.feeds import Feed, keep_feed, new_feed, read_feeds
+from rlsf_ray.records import Check
 from rlsf_ray.run_store import RunStore
-from rlsf_ray.tasks.sources import load_sets
+from rlsf_ray.tasks.sources import PromptSets, load_sets
+
+EMPTY = PromptSets([], [], [])
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -24,14 +28,20 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> RunStore:
     return RunStore.create_or_resume(root, tiny_config(tmp_path, data={"suffix": "Now!"}))
 
 
+def take(store: RunStore, sets: PromptSets, name: str, data: bytes, first_round: int) -> Feed:
+    feed = new_feed(store, sets, name, data, first_round)
+    keep_feed(store, sets, name, data, first_round)
+    return feed
+
+
 def lines(*questions: str) -> bytes:
     return "".join(json.dumps({"question": question}) + "\n" for question in questions).encode()
 
 
 def test_a_feed_has_what_the_run_does_not_know_and_is_read_again(store: RunStore) -> None:
-    train = load_sets(store.config).train
-    question = train[0].messages[0][1].removesuffix("Now!").strip()
-    first = take_feed(store, train, [], "More of it.JSONL", lines("How many?", question, "how  MANY?", "Where?"), 2)
+    sets = load_sets(store.config)
+    question = sets.train[0].messages[0][1].removesuffix("Now!").strip()
+    first = take(store, sets, "More of it.JSONL", lines("How many?", question, "how  MANY?", "Where?"), 2)
     assert [prompt.messages for prompt in first.prompts] == [
         (("user", "How many? Now!"),),
         (("user", "Where? Now!"),),
@@ -39,19 +49,19 @@ def test_a_feed_has_what_the_run_does_not_know_and_is_read_again(store: RunStore
     assert (first.first_round, first.known) == (2, 2), "one stands in the training set, one twice in the file"
     table = io.BytesIO()
     pq.write_table(pa.table({"question": ["Why?", "Where?"]}), table)
-    second = take_feed(store, train, [first], "more.parquet", table.getvalue(), 3)
+    second = take(store, sets, "more.parquet", table.getvalue(), 3)
     assert [prompt.id for prompt in (*first.prompts, *second.prompts)] == ["feed-0001-1", "feed-0001-4", "feed-0002-1"]
-    assert read_feeds(store, train) == [first, second]
+    assert read_feeds(store, sets) == [first, second]
 
 
 def test_a_feed_has_the_columns_of_the_run_s_own_file(tmp_path: Path) -> None:
     (tmp_path / "own.jsonl").write_text(json.dumps({"q": "What?", "answer": "never read", "n": "a"}))
     own = {"kind": "file", "path": str(tmp_path / "own.jsonl"), "question": "q", "id": "n"}
     store = RunStore.create_or_resume(str(tmp_path / "run"), tiny_config(tmp_path, data={"train": [own], "probe": []}))
-    feed = take_feed(store, load_sets(store.config).train, [], "new.jsonl", b'{"q": "Who?"}\n{"q": "what?"}', 0)
+    feed = take(store, load_sets(store.config), "new.jsonl", b'{"q": "Who?"}\n{"q": "what?"}', 0)
     assert ([prompt.id for prompt in feed.prompts], feed.known) == (["feed-0001-1"], 1)
     with pytest.raises(InputError, match="no column 'q', found 'question'"):
-        take_feed(store, [], [], "new.jsonl", lines("Who?"), 0)
+        take(store, EMPTY, "new.jsonl", lines("Who?"), 0)
 
 
 @pytest.mark.parametrize(
@@ -68,18 +78,27 @@ def test_a_feed_has_the_columns_of_the_run_s_own_file(tmp_path: Path) -> None:
 )
 def test_a_bad_file_is_refused_and_leaves_nothing(store: RunStore, name: str, data: bytes, message: str) -> None:
     with pytest.raises(InputError, match=f"data file {name}.*({message})"):
-        take_feed(store, [], [], name, data, 0)
+        take(store, EMPTY, name, data, 0)
     assert store.names("feeds") == []
 
 
 def test_a_file_without_news_is_refused(store: RunStore) -> None:
-    feed = take_feed(store, [], [], "new.jsonl", lines("Who?"), 0)
+    feed = take(store, EMPTY, "new.jsonl", lines("Who?"), 0)
     with pytest.raises(InputError, match=r"again.jsonl: the run knows all of its 1 prompts; expected at least one new"):
-        take_feed(store, [], [feed], "again.jsonl", lines("who?"), 1)
-    assert read_feeds(store, []) == [feed]
+        take(store, EMPTY, "again.jsonl", lines("who?"), 1)
+    assert read_feeds(store, EMPTY) == [feed]
 
 
 def test_a_file_without_its_record_was_cut_off_and_is_no_feed(store: RunStore) -> None:
     store.storage.write("feeds/0001.jsonl", lines("Who?"))
-    assert read_feeds(store, []) == []
-    assert take_feed(store, [], [], "new.jsonl", lines("Where?"), 0).prompts[0].messages[0][1] == "Where? Now!"
+    assert read_feeds(store, EMPTY) == []
+    assert take(store, EMPTY, "new.jsonl", lines("Where?"), 0).prompts[0].messages[0][1] == "Where? Now!"
+
+
+def test_prompts_without_the_check_that_the_run_s_own_have_are_refused(store: RunStore) -> None:
+    sets = load_sets(store.config)
+    checked = [replace(prompt, check=Check(kind="exact", data={"answer": "4"})) for prompt in sets.train]
+    with pytest.raises(InputError, match=r"new.jsonl: 1 prompts have no check, such as feed-0001-1, and all that"):
+        take(store, sets._replace(train=checked), "new.jsonl", lines("Who?"), 0)
+    assert store.names("feeds") == []
+    assert take(store, sets._replace(train=[*checked, sets.train[0]]), "new.jsonl", lines("Who?"), 0).prompts

@@ -112,6 +112,16 @@ def test_creating_twice_resumes_and_open_gives_the_config_back(root):
     assert again.read_json("packages.json")["packages"]["numpy"] == np.__version__
 
 
+def test_a_run_of_an_older_program_goes_on_with_the_keys_that_it_did_not_know(root):
+    store = RunStore.create_or_resume(root, make_config())
+    kept = yaml.safe_load(store.storage.read("config.yaml"))
+    del kept["cluster"]["scorers"]["most"], kept["cluster"]["tables_gb"]
+    store.storage.write("config.yaml", yaml.safe_dump(kept).encode())
+    assert RunStore.create_or_resume(root, make_config()).config == make_config()
+    with pytest.raises(InputError, match=r"cluster.tables_gb: got 3.0, expected None"):
+        RunStore.create_or_resume(root, make_config(cluster={"tables_gb": 3}))
+
+
 def test_another_config_is_refused_naming_every_key_with_got_expected_and_cure(root):
     RunStore.create_or_resume(root, make_config())
     source = {"kind": "reasoning_gym", "name": "products", "count": 5}

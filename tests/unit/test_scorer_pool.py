@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError, RayActorError
+from ray.exceptions import ActorDiedError, RayTaskError
 
 from actors import scorers as module
 from actors import watch
@@ -41,7 +41,7 @@ class Scorer:
     async def _prepare(self) -> None:
         await asyncio.sleep(0.02)
         if not self._starts:
-            raise RayActorError
+            raise RayTaskError("prepare", "no memory left on its GPU", MemoryError())
 
 
 class Hired:

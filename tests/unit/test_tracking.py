@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import struct
+import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import wandb
 from tiny import tiny_config
 from wandb.proto import wandb_internal_pb2
 
-from rlsf_ray.errors import InputError
+from rlsf_ray import tracking as tracking_module
+from rlsf_ray.errors import DrainedError, GuardError, InputError
 from rlsf_ray.run_store import RunStore
 from rlsf_ray.tracking import Tracking
 
@@ -40,17 +42,17 @@ def add(store: RunStore, step: int, version: int) -> None:
     row = {"time": 1e9 + step, "step": step, "loss": 0.5 / step, "round": 0, "logprob_gap": None}
     store.append_metrics("train", [row])
     metrics = {"sampled_accuracy": 0.1 * version, "cot_max_accuracy": None}
-    store.write_json(f"eval/version-{version:04d}.json", {"version": version, "metrics": metrics})
+    store.write_json(f"eval/version-{version:04d}.json", {"version": version, "num_questions": 6, "metrics": metrics})
 
 
 def test_mlflow_has_each_point_once_over_two_lives(tmp_path: Path, uri: str) -> None:
-    with closing(Tracking("mlflow", str(tmp_path / "run"), "mine")) as tracking:
+    with Tracking("mlflow", str(tmp_path / "run"), "mine") as tracking:
         tracking(STATUS)  # the run directory is not there yet
         store = run_directory(tmp_path / "run")
         tracking(STATUS)
         tracking(STATUS)
     add(store, 2, 1)
-    with closing(Tracking("mlflow", str(tmp_path / "run"), "mine")) as tracking:
+    with Tracking("mlflow", str(tmp_path / "run"), "mine") as tracking:
         tracking(STATUS)
     client = mlflow.MlflowClient()
     (run,) = client.search_runs([client.get_experiment_by_name("rlsf-ray").experiment_id])
@@ -64,34 +66,64 @@ def test_mlflow_has_each_point_once_over_two_lives(tmp_path: Path, uri: str) -> 
 
 
 def test_a_tracker_that_fails_loses_nothing(tmp_path: Path, uri: str, caplog: Any, monkeypatch: Any) -> None:
+    """Nor does it end the run; what came before the failure is not sent again."""
     store = run_directory(tmp_path / "run")
-    tracking = Tracking("mlflow", str(tmp_path / "run"), "mine")
-    sends = tracking._tracker.send
+    monkeypatch.setattr(tracking_module, "EVERY_S", 0.05)
+    tracking, batches = Tracking("mlflow", str(tmp_path / "run"), "mine"), list[list[int]]()
+    sends = tracking._sink.send
 
-    def broken(points: Any) -> None:
-        raise mlflow.exceptions.MlflowException("no network")
+    def failing(points: Any) -> None:
+        batches.append([point.at for point in points])
+        if len(batches) == 2:
+            raise OSError("no network")
+        sends(points)
 
-    monkeypatch.setattr(tracking._tracker, "send", broken)
-    with caplog.at_level(logging.WARNING):
+    monkeypatch.setattr(tracking._sink, "send", failing)
+    with caplog.at_level(logging.WARNING), tracking:
         tracking(STATUS)
+        while len(batches) < 3:
+            time.sleep(0.01)
+        add(store, 2, 1)
     assert "mlflow takes nothing for now: no network" in caplog.text
-    add(store, 2, 1)
-    monkeypatch.setattr(tracking._tracker, "send", sends)
-    tracking.close()
-    assert store.read_json("tracking/mlflow.json")["rows"] == 2
+    assert batches == [[1], [0], [0], [2], [1]], "a step, a version that failed and came again, both of the next"
+
+
+def test_a_version_that_is_measured_on_more_questions_is_sent_again(tmp_path: Path, uri: str) -> None:
+    store = run_directory(tmp_path / "run")
+    for questions, right in ((6, 0.0), (60, 0.5)):
+        metrics = {"sampled_accuracy": right}
+        store.write_json("eval/version-0000.json", {"version": 0, "num_questions": questions, "metrics": metrics})
+        with Tracking("mlflow", str(tmp_path / "run"), "mine") as tracking:
+            tracking(STATUS)
+    client = mlflow.MlflowClient()
+    (run,) = client.search_runs([client.get_experiment_by_name("rlsf-ray").experiment_id])
+    assert [m.value for m in client.get_metric_history(run.info.run_id, "eval/sampled_accuracy")] == [0.0, 0.5]
+
+
+def test_a_run_that_is_refused_sends_nothing_and_one_that_fails_says_so(tmp_path: Path, uri: str) -> None:
+    store = run_directory(tmp_path / "run")
+    with pytest.raises(InputError), Tracking("mlflow", str(tmp_path / "run"), "mine"):
+        raise InputError("holds a run with other settings")
+    assert store.names("tracking") == []
+    for error, outcome in ((DrainedError("later"), "KILLED"), (GuardError("worse"), "FAILED")):
+        with suppress(type(error)), Tracking("mlflow", str(tmp_path / "run"), "mine") as tracking:
+            tracking(STATUS)
+            raise error
+        assert mlflow.MlflowClient().get_run(store.read_json("tracking/mlflow.json")["id"]).info.status == outcome
 
 
 def test_weights_and_biases_have_them_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     store = run_directory(tmp_path / "run")
-    with closing(Tracking("wandb", str(tmp_path / "run"), "mine")) as tracking:
+    with Tracking("wandb", str(tmp_path / "run"), "mine") as tracking:
         tracking(STATUS)
         add(store, 2, 1)
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     rows, configs = _records(file)
-    assert {"train/at": 2, "train/loss": 0.25, "train/round": 0.0}.items() <= rows[2].items()
-    assert [row["eval/sampled_accuracy"] for row in rows if "eval/at" in row] == [0.0, 0.1]
+    steps = [(row["train/at"], row["train/loss"], row["train/round"]) for row in rows if "train/at" in row]
+    assert steps == [(1, 0.5, 0.0), (2, 0.25, 0.0)]
+    assert [(row["eval/at"], row["eval/sampled_accuracy"]) for row in rows if "eval/at" in row] == [(0, 0.0), (1, 0.1)]
     assert len(rows) == 4
     assert json.loads(configs["loss"])["beta"] == store.config.loss.beta
 
@@ -105,8 +137,8 @@ def _records(file: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
         if record.WhichOneof("record_type") == "history":
             items = record.history.item
             rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
-        if record.WhichOneof("record_type") == "run":
-            configs |= {item.key: item.value_json for item in record.run.config.update}
+        if record.WhichOneof("record_type") == "config":
+            configs |= {item.key: item.value_json for item in record.config.update}
     return rows, configs
 
 

@@ -10,6 +10,7 @@ import pytest
 from ray.train import TrainingFailedError
 from tiny import tiny_config
 
+from actors import train_driver
 from actors.train_driver import TrainDriver
 from rlsf_ray.run_store import RunStore
 
@@ -17,7 +18,7 @@ from rlsf_ray.run_store import RunStore
 @pytest.mark.parametrize("ends", [[1, 2, 3], [1, 1]])
 def test_training_goes_on_as_long_as_rounds_end(tmp_path: Path, monkeypatch: Any, ends: list[int]) -> None:
     """`ends`: the rounds that are over when each call fails; the last of three returns."""
-    store = RunStore.create_or_resume(str(tmp_path), tiny_config(tmp_path))
+    store = RunStore.create_or_resume(str(tmp_path), tiny_config(tmp_path, rounds=4))
     driver, calls = TrainDriver(SimpleNamespace(enter=lambda name: store), "train_driver"), list[int]()  # type: ignore[arg-type]
 
     def fit() -> None:
@@ -26,6 +27,7 @@ def test_training_goes_on_as_long_as_rounds_end(tmp_path: Path, monkeypatch: Any
         if len(calls) < 3:
             raise TrainingFailedError("a worker died")
 
+    monkeypatch.setattr(train_driver, "LAG_S", 0.0)
     monkeypatch.setattr(driver, "_trainer", lambda store: SimpleNamespace(fit=fit))
     if ends == [1, 2, 3]:
         driver.fit()
