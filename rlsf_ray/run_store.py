@@ -275,13 +275,11 @@ class RunStore:
     def version_before(self, version: int) -> int | None:
         """The version that `version` was trained from, 0 for the base model, which itself has none before it.
 
-        A version that the guard has made by going back counts as the one whose weights it has, or as one that was
-        trained from there.
+        A version that the guard has made by going back counts as the one to which it went back: moved a little from
+        there it would find its own answers again.
         """
         undone = (self.read_json("state.json") or {}).get("rolled_back")
         if undone and version > undone["from"]:
-            if undone.get("share") or version < undone["version"]:
-                return int(undone["to"])
             version = undone["to"]
         return max((one for one in (0, *self.versions()) if one < version), default=None)
 

@@ -211,6 +211,7 @@ def test_a_run_goes_back_to_a_part_of_the_step_if_the_guard_lets_that_pass(
     maps = [store.read_json(f"versions/{version:04d}/calibration.json") for version in (1, 2, last)]
     assert None not in maps
     assert (maps[0] == maps[2]) is (share == 0), "with the content of version 1, against the same version before it"
+    assert store.version_before(last) == store.version_before(1) == 0
     assert loop.run(config, str(tmp_path / "run")) == summary
 
 

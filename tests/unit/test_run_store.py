@@ -326,7 +326,7 @@ def test_the_version_before_skips_numbers_and_follows_the_weights(store, caplog)
         assert [store.version_before(version) for version in (1, 3, 4, 5)] == [0, 1, 3, 1]
     store.write_json("versions/0006/version.json", {})
     store.write_json("state.json", {"rolled_back": {"from": 4, "to": 3, "past": 4, "share": 0.25, "version": 6}})
-    assert [store.version_before(version) for version in (4, 5, 6)] == [3, 3, 3]
+    assert [store.version_before(version) for version in (3, 4, 5, 6)] == [1, 3, 1, 1]
     store.write_json("state.json", {"rolled_back": {"from": 4, "to": 0, "version": 5}})
     assert store.version_before(5) is None
     assert (store.earlier_answers(5), caplog.records) == (None, [])
