@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -15,6 +16,8 @@ from rlsf_ray.errors import InputError
 from rlsf_ray.records import Json
 from rlsf_ray.run_store import CALIBRATION_FILE, RunStore
 from rlsf_ray.stream.ledger import FILTERED, Ledger
+
+logger = logging.getLogger(__name__)
 
 
 def export_adapter(store: RunStore, version: int, to: Path, alpha: float = 1.0) -> Path:
@@ -96,6 +99,8 @@ def pair_messages(store: RunStore) -> list[Json]:
         prompt.id: [{"role": role, "content": content} for role, content in prompt.messages] for prompt in prompts
     }
     undone, left_out = _undone_rounds(store), _left_out(store)
+    if (kept := store.rounds("traces")) and kept[0] > 0:
+        logger.warning("rounds 1 to %d are not there any more (cluster.tables_gb)", kept[0])
     traces = store.read_table("traces").select(["trace_id", "text", "turns"]).to_pylist()
     written = {trace["trace_id"]: _messages(trace) for trace in traces}
     return [
