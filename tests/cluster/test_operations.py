@@ -61,6 +61,9 @@ def test_a_run_waits_goes_on_is_fed_and_goes_back(
         time.sleep(3.0)
         assert _progress("held") == before
         assert operate.status("held")["state"] == "paused"
+        (tmp_path / "long.jsonl").write_text(json.dumps({"question": "so " * 3000}))
+        with pytest.raises(InputError, match="1 prompts do not fit the model's context"):
+            operate.feed("held", tmp_path / "long.jsonl")
         fed = operate.feed("held", _questions(tmp_path / "new.jsonl"))
         with pytest.raises(InputError, match="knows all of its 2 prompts"):
             operate.feed("held", tmp_path / "new.jsonl")
