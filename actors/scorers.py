@@ -87,7 +87,7 @@ class ScorerPool:
 
     async def keep(self, most: int, idle_s: float) -> None:
         """As long as the pool works: at most `most` scorers, those beyond the first given back once idle."""
-        crowded = 0
+        crowded, calm_since = 0, time.monotonic()
         while True:
             await asyncio.sleep(LOOK_S)
             await self._leave()
@@ -96,9 +96,12 @@ class ScorerPool:
                 self._give_back(name)
             if most == len(self._first):
                 continue
-            crowded = crowded + 1 if await self._crowded() else 0
+            if await self._crowded():
+                crowded, calm_since = crowded + 1, time.monotonic()
+            else:
+                crowded = 0
             starting = self._handles.keys() - self._queued.keys()
-            for name in starting if not crowded else ():
+            for name in starting if time.monotonic() - calm_since > idle_s else ():
                 logger.info("%s is not needed any more", name)
                 self._give_back(name)
             if crowded >= LOOKS and not starting and len(self._handles) < most:

@@ -118,6 +118,23 @@ def test_one_that_cannot_start_is_let_go_and_another_is_asked_for() -> None:
     assert hands.ended[0] == (second, False)
 
 
+def test_one_that_finds_no_place_is_let_go_once_nothing_waits() -> None:
+    first, second, gone = Scorer(0.05), Scorer(), asyncio.Event()
+    second.__ray_ready__ = SimpleNamespace(remote=gone.wait)
+
+    async def play() -> list[int]:
+        hands = Hired(second)
+        playing = asyncio.ensure_future(work({"scorer-0": first}, hands, 2, 6, until=1))
+        async with asyncio.timeout(5.0):
+            while not hands.ended:
+                await asyncio.sleep(0.01)
+        assert hands.ended == [(second, False)]
+        gone.set()
+        return await playing
+
+    assert asyncio.run(play()) == list(range(6))
+
+
 def test_a_batch_of_one_that_died_for_good_goes_to_another() -> None:
     first, second = Scorer(0.05), Scorer(dies=True)
     hands = Hired(second, Scorer(dies=True), Scorer(dies=True))
