@@ -53,8 +53,11 @@ def runs(
         "two_workers": small(cluster={"trainers": {"count": 1, "most": 2}}, **WATCHED),  # there is room for both
     }
     crowd = {"prompts_per_call": 1, "scorers": {"most": 2, "idle_s": 2.0}}
-    crowded = {"rounds": 1, "prompts_per_round": 16, "data": {"probe": []}, "signal": "own_parts:patient"}
-    configs["crowded"] = small(cluster=crowd, **crowded)
+    sums = {
+        "probe": [],
+        "train": WATCHED["data"]["train"],
+    }  # the second scorer may need a minute to start beside the rest
+    configs["crowded"] = small(cluster=crowd, data=sums, rounds=1, prompts_per_round=45, signal="own_parts:patient")
     with pytest.MonkeyPatch.context() as patch:
         ours = [
             str(Path(__file__).parents[1]),
@@ -142,7 +145,7 @@ def test_a_full_buffer_holds_the_scorers_back_and_the_run_still_ends(runs: dict[
 def test_a_second_scorer_comes_while_batches_wait_and_goes_when_idle(runs: dict[str, Ended]) -> None:
     store = runs["crowded"].store
     scored = [row["actor"] for row in store.read_metrics("stages") if row["stage"] == "score"]
-    assert len(scored) == 16
+    assert len(scored) == 45
     assert set(scored) == {"scorer-0", "scorer-1"}
     told = [row["message"] for row in Tail(store.root, "coordinator")() if "scorer-1" in row["message"]]
     assert [line.split(":")[0] for line in told] == [
