@@ -53,10 +53,7 @@ def runs(
         "two_workers": small(cluster={"trainers": {"count": 1, "most": 2}}, **WATCHED),  # there is room for both
     }
     crowd = {"prompts_per_call": 1, "scorers": {"most": 2, "idle_s": 2.0}}
-    sums = {
-        "probe": [],
-        "train": WATCHED["data"]["train"],
-    }  # the second scorer may need a minute to start beside the rest
+    sums = {"probe": [], "train": WATCHED["data"]["train"]}  # many: the second scorer may need a minute to start
     configs["crowded"] = small(cluster=crowd, data=sums, rounds=1, prompts_per_round=45, signal="own_parts:patient")
     with pytest.MonkeyPatch.context() as patch:
         ours = [
