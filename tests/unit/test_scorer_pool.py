@@ -88,7 +88,7 @@ def test_a_scorer_comes_while_batches_wait_and_goes_when_idle() -> None:
     async def play() -> list[int]:
         async with asyncio.TaskGroup() as tasks:
             pool = ScorerPool(handles, hands, Watch(5.0), 3, tasks.create_task)
-            keeping = tasks.create_task(pool.keep(2, 0.1))
+            keeping = tasks.create_task(pool.keep(2, 1.0))
             waves = [[pool.score("groups", 0, 4 * wave + i) for i in range(4)] for wave in range(4)]
             found = [one for wave in waves for one in await asyncio.gather(*wave)]
             async with asyncio.timeout(5.0):
