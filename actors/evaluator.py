@@ -37,7 +37,7 @@ class Evaluator:
         """Keep the prompts of a file for `first_round` on. Raises InputError if the run could not train on them."""
         feed = new_feed(self._store, self._sets, name, data, first_round)
         check_prompts(self._store.config, feed.prompts)
-        keep_feed(self._store, self._sets, name, data, first_round)
+        keep_feed(self._store, name, data, first_round)
         return feed
 
     def known(self, version: int, questions: int) -> tuple[bool, Json | None]:

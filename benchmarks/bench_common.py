@@ -183,7 +183,7 @@ async def bench_pool(
         async with asyncio.TaskGroup() as tasks:
             pool = GeneratorPool(
                 crew.generators,
-                crew.hands(),
+                crew.hands("generators"),
                 Watch(config.cluster.deadline_s),
                 1,  # each failure counts
                 tasks.create_task,

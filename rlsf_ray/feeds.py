@@ -33,8 +33,13 @@ class Feed(NamedTuple):
 
 def read_feeds(store: RunStore, sets: PromptSets) -> list[Feed]:
     """What the run was fed so far, oldest first; `sets`: its own prompts."""
-    feeds, seen = list[Feed](), _keys([*sets.train, *(item.prompt for item in sets.probe), *sets.calibration])
-    for record in sorted(name for name in store.names("feeds") if name.endswith(".json")):
+    return _read_feeds(store, _own_keys(sets))
+
+
+def _read_feeds(store: RunStore, seen: set[str]) -> list[Feed]:
+    """See `read_feeds`. The keys of what was fed are added to `seen`."""
+    feeds = list[Feed]()
+    for record in _records(store):
         found = store.read_json(f"feeds/{record}")
         data = store.storage.read(f"feeds/{found['file']}") or b""
         feeds.append(_feed(store.config, found["file"], found["file"], data, found["first_round"], seen))
@@ -47,11 +52,9 @@ def new_feed(store: RunStore, sets: PromptSets, name: str, data: bytes, first_ro
     Raises InputError for a file that no source of prompts could be, one of whose prompts lacks the check that the run's
     own have, and where the run knows every prompt of it.
     """
-    feeds = read_feeds(store, sets)
-    seen = _keys([*sets.train, *(item.prompt for item in sets.probe), *sets.calibration])
-    for feed in feeds:
-        seen |= _keys(feed.prompts)
-    feed = _feed(store.config, name, _file(feeds, name), data, first_round, seen)
+    seen = _own_keys(sets)
+    _read_feeds(store, seen)
+    feed = _feed(store.config, name, _next_file(store, name), data, first_round, seen)
     if not feed.prompts:
         raise InputError(f"{name}: the run knows all of its {feed.known} prompts; expected at least one new one")
     unchecked = [prompt.id for prompt in feed.prompts if prompt.check is None]
@@ -63,15 +66,23 @@ def new_feed(store: RunStore, sets: PromptSets, name: str, data: bytes, first_ro
     return feed
 
 
-def keep_feed(store: RunStore, sets: PromptSets, name: str, data: bytes, first_round: int) -> None:
+def keep_feed(store: RunStore, name: str, data: bytes, first_round: int) -> None:
     """Put a file that `new_feed` has read into the run directory."""
-    file = _file(read_feeds(store, sets), name)
+    file = _next_file(store, name)
     store.storage.write(f"feeds/{file}", data)
     store.write_json(f"feeds/{PurePosixPath(file).stem}.json", {"file": file, "first_round": first_round})
 
 
-def _file(feeds: Sequence[Feed], name: str) -> str:
-    return f"{len(feeds) + 1:04d}" + PurePosixPath(name).suffix.lower()
+def _records(store: RunStore) -> list[str]:
+    return [name for name in store.names("feeds") if name.endswith(".json")]
+
+
+def _next_file(store: RunStore, name: str) -> str:
+    return f"{len(_records(store)) + 1:04d}" + PurePosixPath(name).suffix.lower()
+
+
+def _own_keys(sets: PromptSets) -> set[str]:
+    return _keys([*sets.train, *(item.prompt for item in sets.probe), *sets.calibration])
 
 
 def _feed(config: RunConfig, name: str, file: str, data: bytes, first_round: int, seen: set[str]) -> Feed:

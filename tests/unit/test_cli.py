@@ -17,7 +17,6 @@ from rlsf_ray.cli import main
 from rlsf_ray.config_loading import dump_config
 from rlsf_ray.feeds import keep_feed
 from rlsf_ray.run_store import RunStore
-from rlsf_ray.tasks.sources import load_sets
 
 MAKING = ("answer", "demo", "eval", "export", "failures", "mix", "plan", "recipes", "report", "run")
 OPERATING = ("doctor", "logs", "pause", "resume", "rollback", "status", "stop", "watch")
@@ -192,7 +191,7 @@ def test_export_pairs_is_what_datasets_and_trl_read(runs: Path, tmp_path: Path, 
 def test_export_knows_the_prompts_that_were_fed(runs: Path, tmp_path: Path) -> None:
     shutil.copytree(runs / "done", tmp_path / "fed")
     store = RunStore.open(str(tmp_path / "fed"))
-    keep_feed(store, load_sets(store.config), "new.jsonl", b'{"question": "Who?"}', 1)
+    keep_feed(store, "new.jsonl", b'{"question": "Who?"}', 1)
     rows = store.read_table("pairs", 1).to_pylist()
     store.write_table("pairs", 1, 0, [row | {"prompt_id": "feed-0001-1"} for row in rows])
     to = tmp_path / "pairs.jsonl"

@@ -30,7 +30,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> RunStore:
 
 def take(store: RunStore, sets: PromptSets, name: str, data: bytes, first_round: int) -> Feed:
     feed = new_feed(store, sets, name, data, first_round)
-    keep_feed(store, sets, name, data, first_round)
+    keep_feed(store, name, data, first_round)
     return feed
 
 
