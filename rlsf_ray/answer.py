@@ -22,22 +22,31 @@ from rlsf_ray.records import Prompt, Reply, Trace
 from rlsf_ray.rollouts.programs import write_answers
 from rlsf_ray.run_store import CALIBRATION_FILE, RunStore
 from rlsf_ray.tasks.equality import AnswerChecker
-from rlsf_ray.tasks.questions import Question, as_user, canonical_key, question_id, to_prompt
+from rlsf_ray.tasks.questions import Messages, Question, as_user, key_of_messages, question_id, to_prompt
+from rlsf_ray.tasks.rows import read_messages
+
+Asked = str | Messages  # a question, or a whole chat that ends with one
 
 
-def read_questions(given: Sequence[str], file: Path | None) -> list[str]:
+def read_questions(given: Sequence[str], file: Path | None) -> list[Asked]:
     """Questions from the arguments, or from a file, else from standard input; a line each.
 
-    A file that ends in .jsonl has a JSON text a line, for questions of several lines. Raises InputError if there are
-    none, if one is empty or no Unicode text, or if the file cannot be read.
+    A file that ends in .jsonl has a JSON text a line, for questions of several lines, or a list of messages, for those
+    with a system message. Raises InputError if there are none, if one is empty or no Unicode text, or if the file
+    cannot be read.
     """
     if given and file:
         raise InputError("got questions as arguments and --file; leave one of the two out")
-    questions = list(given) or _read_lines(file)
-    for number, question in enumerate(questions, 1):
+    questions: list[Asked] = list(given) or _read_lines(file)
+    for number, question in enumerate(map(_words, questions), 1):
         if not question.strip() or _broken(question):
             raise InputError(f"question {number} is {question[:80]!r}, expected a text in UTF-8 that is not empty")
     return questions
+
+
+def _words(asked: Asked) -> str:
+    """What the user says last."""
+    return asked if isinstance(asked, str) else asked[-1][1]
 
 
 def _broken(text: str) -> bool:
@@ -49,7 +58,7 @@ def _broken(text: str) -> bool:
     return False
 
 
-def _read_lines(file: Path | None) -> list[str]:
+def _read_lines(file: Path | None) -> list[Asked]:
     try:
         text = file.read_text(encoding="utf-8") if file else sys.stdin.read()
     except (OSError, UnicodeDecodeError) as error:
@@ -57,23 +66,26 @@ def _read_lines(file: Path | None) -> list[str]:
             f"{f'--file: {file}' if file else 'standard input'} cannot be read ({error}); expected text in UTF-8, a"
             " question a line"
         ) from error
-    questions = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    questions: list[Asked] = [line for _, line in lines]
     if file and file.suffix == ".jsonl":
-        questions = [_json_text(line, f"{file}:{number}") for number, line in enumerate(questions, 1)]
+        questions = [_from_json(line, f"{file}:{number}") for number, line in lines]
     if not questions:
         raise InputError("no question: got an empty input; give questions as arguments, in --file, or line by line")
     return questions
 
 
-def _json_text(line: str, at: str) -> str:
+def _from_json(line: str, at: str) -> Asked:
     try:
         found = json.loads(line)
     except json.JSONDecodeError as error:
         raise InputError(
-            f'{at}: not JSON ({error}); expected a question as a JSON text, such as "What is 2 + 2?"'
+            f'{at}: not JSON ({error}); expected a question as a JSON text, such as "What is 2 + 2?", or messages'
         ) from error
+    if isinstance(found, list):
+        return read_messages(found, f"{at}: the question")
     if not isinstance(found, str) or not found.strip():
-        raise InputError(f"{at}: got {line[:80]}, expected a question as a JSON text")
+        raise InputError(f"{at}: got {line[:80]}, expected a question as a JSON text or a list of messages")
     return found
 
 
@@ -93,11 +105,12 @@ class Answerer:
         self._engine.close()
 
     def __call__(
-        self, questions: Sequence[str], *, sure: float = voting.SURE, least: float = 0.0, most: int = 8
+        self, questions: Sequence[Asked], *, sure: float = voting.SURE, least: float = 0.0, most: int = 8
     ) -> list[Reply]:
-        """One reply a question. A question is settled at confidence `sure`, when no further trace could change the
-        vote, or after `most` traces; below `least` the reply abstains. `sure` and `least` lie in [0, 1].
-        Raises InputError for other values.
+        """One reply a question: a text, or a chat that ends in it (ask a run that knows a system message with that).
+
+        A question is settled at confidence `sure`, when no further trace could change the vote, or after `most` traces;
+        below `least` the reply abstains. `sure` and `least` lie in [0, 1]. Raises InputError for other values.
         """
         if not (0.0 <= sure <= 1.0 and 0.0 <= least <= 1.0 and most >= 1):
             raise InputError(f"sure and least lie between 0 and 1, most is 1 or more; got {sure}, {least}, {most}")
@@ -117,7 +130,7 @@ class Answerer:
                     votes[i] = _vote(written[i], self._map, checker)
         return [
             Reply(
-                question=question,
+                question=_words(question),
                 answer=answer if share >= least else None,
                 confidence=share,
                 traces=len(traces),
@@ -126,9 +139,10 @@ class Answerer:
             for question, (answer, share, _), traces in zip(questions, votes, written, strict=True)
         ]
 
-    def _prompt(self, question: str) -> Prompt:
-        data, key = self._config.data, canonical_key(question)
-        asked = Question(id=question_id("asked", key), messages=as_user(question), task="asked", key=key, gold=None)
+    def _prompt(self, question: Asked) -> Prompt:
+        messages = as_user(question) if isinstance(question, str) else question
+        data, key = self._config.data, key_of_messages(messages)
+        asked = Question(id=question_id("asked", key), messages=messages, task="asked", key=key, gold=None)
         choices = all(source.kind == "commonsenseqa" for source in data.train)  # its questions ask for a letter
         return to_prompt(asked, suffix=data.suffix, answer_format="choice" if choices else data.answer)
 

@@ -186,7 +186,9 @@ def mix(
 def answer(
     run: Run,
     questions: Annotated[list[str] | None, typer.Argument(help="Questions; without any, a line of input each.")] = None,
-    file: Annotated[Path | None, typer.Option(help="A question a line; .jsonl: a JSON text a line.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="A question a line; .jsonl: a JSON text or a list of messages.")
+    ] = None,
     sure: Annotated[float, typer.Option(min=0, max=1, help="Confidence that needs no further trace.")] = 0.8,
     least: Annotated[float, typer.Option(min=0, max=1, help="Abstain below this confidence.")] = 0.0,
     most: Annotated[int, typer.Option(min=1, help="Traces a question may take.")] = 8,

@@ -91,7 +91,7 @@ def _from_rows(source: SourceConfig, rows: Rows, where: str, stem: str, labelled
 
 def _plain_row(source: SourceConfig, row: Json, at: str, item_id: str, task: str, labelled: bool) -> Question:
     if source.messages:
-        messages = _messages(row[source.messages], at, source.messages)
+        messages = read_messages(row[source.messages], f"{at}: column {source.messages!r}")
     else:
         messages = as_user(cell_text(row[source.question], at, source.question))
     gold = cell_text(row[str(source.answer)], at, str(source.answer)) if labelled else None
@@ -154,7 +154,8 @@ _ROW_READERS = {
 }
 
 
-def _messages(value: Any, at: str, column: str) -> Messages:
+def read_messages(value: Any, what: str) -> Messages:
+    """A chat as JSON holds it. Raises InputError, which begins with `what` it is, for anything else."""
     if isinstance(value, list) and all(
         isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
         for turn in value
@@ -163,6 +164,6 @@ def _messages(value: Any, at: str, column: str) -> Messages:
         if messages and messages[-1][0] == "user":
             return messages
     raise InputError(
-        f"{at}: column {column!r} is {json.dumps(value, default=str)[:200]}, expected a list of"
+        f"{what} is {json.dumps(value, default=str)[:200]}, expected a list of"
         ' {"role": ..., "content": ...} that ends with a user message; correct the row'
     )

@@ -24,9 +24,10 @@ class Scripted:
     """Gives the answers of `script` one after the other: (answer, probability)."""
 
     def __init__(self, *script: tuple[str, float]) -> None:
-        self.script, self.calls = list(script), list[int]()
+        self.script, self.calls, self.prompts = list(script), list[int](), list[Prompt]()
 
     def encode(self, prompt: Prompt) -> IntArray:
+        self.prompts.append(prompt)
         return np.array([1], dtype=np.int32)
 
     def generate(self, requests: list[Request], version: int) -> list[list[Completion]]:
@@ -103,10 +104,24 @@ def test_questions_of_several_lines_come_from_json_lines(tmp_path: Path) -> None
     file = tmp_path / "questions.jsonl"
     file.write_text('"Which?\\n(A) 1"\n\n"2 + 2?"\n')
     assert read_questions([], file) == ["Which?\n(A) 1", "2 + 2?"]
-    for text, message in (("{", "not JSON"), ('{"question": "x"}', "expected a question as a JSON text")):
+    for text, message in (
+        ("\n{", r"jsonl:2: not JSON"),
+        ('{"question": "x"}', "expected a question as a JSON text"),
+        ('[{"role": "system", "content": "Be brief."}]', "ends with a user message"),
+    ):
         file.write_text(text)
         with pytest.raises(InputError, match=message):
             read_questions([], file)
+
+
+def test_a_chat_keeps_its_system_message(store: RunStore, tmp_path: Path) -> None:
+    file, engine = tmp_path / "chats.jsonl", Scripted(("4", 0.9))
+    file.write_text('[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}]')
+    (reply,) = Answerer(store, 1, engine)(read_questions([], file))
+    assert (reply.question, reply.answer) == ("2 + 2?", "4")
+    (prompt,) = engine.prompts
+    assert prompt.messages[0] == ("system", "Be brief.")
+    assert prompt.messages[1][1].startswith("2 + 2?")
 
 
 def test_traces_end_at_the_most(store: RunStore) -> None:
