@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from rlsf_ray.config import RunConfig
 from rlsf_ray.errors import InputError
@@ -15,6 +15,7 @@ ROLE_RESOURCES = {"generators": "rlsf_generator", "scorers": "rlsf_generator", "
 # What the head node of a cluster that grows offers: nodes for these roles will come; so many GPUs with them
 MARKED, MOST_GPUS = "rlsf_marked", "rlsf_gpus"
 NO_GPUS = dict.fromkeys(POOLS, 0.0)
+Marks = dict[str, dict[str, float]]
 BESIDE = 0.1  # of a generator's GPU for a scorer, where the trainers have GPUs of their own
 
 
@@ -59,9 +60,28 @@ def grown(resources: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
-def marks(resources: Mapping[str, float]) -> dict[str, dict[str, float]]:
+def marks(resources: Mapping[str, float]) -> Marks:
     """{pool: what its actors ask for so that they come to the nodes meant for them}; nothing where there are none."""
     return {pool: {name: 0.001} if resources.get(name) else {} for pool, name in ROLE_RESOURCES.items()}
+
+
+def check_growing_trainers(config: RunConfig, nodes: Iterable[Mapping[str, float]], by: Marks) -> None:
+    """Raises InputError if trainers are to grow on one of these nodes, by their resources, that also takes generators.
+
+    Ray Train's elastic policy (2.60) counts all that a node has, whoever holds it: it starts as many workers as would
+    fit if the run's other actors were gone, waits a minute for room, and does so again without end.
+    """
+    trainers = config.cluster.trainers
+    takes = lambda node, pool: all(node.get(name) for name in by[pool])  # noqa: E731
+    if trainers.at_most > trainers.count and any(
+        takes(node, "trainers") and takes(node, "generators") for node in nodes
+    ):
+        raise InputError(
+            f"got cluster.trainers.most={trainers.most} where training workers share nodes with generators, expected"
+            " nodes of their own: Ray Train takes what others hold there for free, and waits for room without end;"
+            f" start nodes for trainers with the resource {ROLE_RESOURCES['trainers']} and others with"
+            f" {ROLE_RESOURCES['generators']} (docs/clusters.md), or leave cluster.trainers.most out"
+        )
 
 
 def placed(config: RunConfig, shares: Mapping[str, float]) -> RunConfig:

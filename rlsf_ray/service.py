@@ -20,7 +20,7 @@ from rlsf_ray.config import NAME_CHARACTERS, RunConfig
 from rlsf_ray.errors import DeadlineError, DrainedError, InputError
 from rlsf_ray.memory import PeakMemory
 from rlsf_ray.operate import ANSWER_S, POLL_S, OnStatus, ask, connected, resources
-from rlsf_ray.placement import gpu_shares, marks, placed
+from rlsf_ray.placement import check_growing_trainers, gpu_shares, marks, placed
 from rlsf_ray.plan import missing_resources
 from rlsf_ray.records import Json
 from rlsf_ray.run_store import RunStore
@@ -56,6 +56,7 @@ def run(
     with connected(address) as embedded, _Signals() as signals:  # Ray sets a handler of its own when it connects
         found = resources()
         shares = _check_size(config, found)  # before the config is written: the cure may be another config
+        check_growing_trainers(config, (n["Resources"] for n in ray.nodes() if n["Alive"]), marks(found))
         store = RunStore.create_or_resume(root, config)
         _check_shared(store)
         job = Job(run=run_name, root=store.root, source=source_hash(), gpus=shares, marks=marks(found))

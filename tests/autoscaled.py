@@ -25,7 +25,7 @@ ENVIRONMENT = {
 
 
 class Autoscaled:
-    """A head with two CPUs, and up to `most` nodes for generators, which go after six idle seconds."""
+    """A head with two CPUs, up to `most` nodes for generators and one for a trainer; all go after six idle seconds."""
 
     def __init__(self, sandbox: Sandbox, most: int) -> None:
         self.sandbox = sandbox
@@ -53,7 +53,14 @@ class Autoscaled:
 
     def generators(self) -> Counter[str]:
         """{node: generators that live there}."""
-        actors = [actor for actor in self._ask("actors") if actor["class_name"] == "Generator"]
+        return self._living("Generator")
+
+    def trainers(self) -> Counter[str]:
+        """{node: training workers that live there}."""
+        return self._living("RayTrainWorker")
+
+    def _living(self, cls: str) -> Counter[str]:
+        actors = [actor for actor in self._ask("actors") if actor["class_name"] == cls]
         return Counter(actor["node_id"] for actor in actors if actor["state"] == "ALIVE")
 
     def until(self, ready: Callable[[], Any], seconds: float, what: str) -> Any:
@@ -92,16 +99,17 @@ def _config(most: int, address: str) -> dict[str, Any]:
         "gcs_address": address,
     }
     generator = {"resources": {"CPU": 1, "rlsf_generator": 1}, "node_config": {}, "min_workers": 0, "max_workers": most}
+    trainer = {"resources": {"CPU": 2, "rlsf_trainer": 1}, "node_config": {}, "min_workers": 0, "max_workers": 1}
     head = {"resources": {"CPU": 2, "rlsf_marked": 1, "rlsf_trainer": 1}, "node_config": {}, "max_workers": 0}
     return {
         "cluster_name": "tests",
-        "max_workers": most,
+        "max_workers": most + 1,
         "idle_timeout_minutes": 0.1,
         "upscaling_speed": 10.0,
         "provider": provider,
         "auth": {},
         "head_node_type": "ray.head.default",
-        "available_node_types": {"generator": generator, "ray.head.default": head},
+        "available_node_types": {"generator": generator, "trainer": trainer, "ray.head.default": head},
         "setup_commands": [],
         "head_setup_commands": [],
         "worker_setup_commands": [],

@@ -6,7 +6,7 @@ import pytest
 
 from rlsf_ray.config_loading import load_config
 from rlsf_ray.errors import InputError
-from rlsf_ray.placement import NO_GPUS, ONE_GPU, gpu_shares, grown, marks, placed
+from rlsf_ray.placement import NO_GPUS, ONE_GPU, check_growing_trainers, gpu_shares, grown, marks, placed
 from rlsf_ray.plan import missing_resources, needed_resources
 
 
@@ -67,3 +67,28 @@ def test_nodes_that_have_yet_to_come_count_where_the_head_says_so() -> None:
     assert grown(head) == head | coming
     assert grown(head | {"GPU": 12.0, "rlsf_trainer": 2.0}) == head | coming | {"GPU": 12.0, "rlsf_trainer": 2.0}
     assert marks(grown({"rlsf_marked": 1.0}))["trainers"] == {"rlsf_trainer": 0.001}
+
+
+GENERATOR, TRAINER, PLAIN = {"CPU": 4.0, "rlsf_generator": 1.0}, {"CPU": 4.0, "rlsf_trainer": 1.0}, {"CPU": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "fine"),
+    [
+        ([GENERATOR, TRAINER, PLAIN], True),
+        ([PLAIN], False),
+        ([TRAINER, PLAIN], False),  # generators go to any node, that of the trainers too
+        ([GENERATOR, PLAIN], False),
+        ([GENERATOR, TRAINER, GENERATOR | TRAINER], False),
+        ([{"CPU": 0.0, "rlsf_marked": 1.0}], True),  # the nodes that will come are marked
+    ],
+)
+def test_trainers_grow_only_on_nodes_of_their_own(nodes: list[dict[str, float]], fine: bool) -> None:
+    by = marks(grown({name: 1.0 for node in nodes for name in node}))
+    check_growing_trainers(load_config("rlsf"), nodes, by)  # a fixed number stands anywhere
+    growing = load_config("rlsf", ["cluster.trainers.most=2"])
+    if fine:
+        check_growing_trainers(growing, nodes, by)
+    else:
+        with pytest.raises(InputError, match=r"cluster.trainers.most=2 .* share nodes .* rlsf_trainer .*leave"):
+            check_growing_trainers(growing, nodes, by)
