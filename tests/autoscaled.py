@@ -25,7 +25,7 @@ ENVIRONMENT = {
 
 
 class Autoscaled:
-    """A head with two CPUs, up to `most` nodes for generators and one for a trainer; all go after six idle seconds."""
+    """A head with three CPUs, up to `most` nodes for generators and one for a trainer; all go after six idle seconds."""
 
     def __init__(self, sandbox: Sandbox, most: int) -> None:
         self.sandbox = sandbox
@@ -34,7 +34,7 @@ class Autoscaled:
         config = sandbox.folder / "autoscaling.json"
         config.write_text(json.dumps(_config(most, self.address)))
         code, output = sandbox.run(
-            *("ray", "start", "--head", "--num-cpus=2", f"--port={port}", f"--autoscaling-config={config}"),
+            *("ray", "start", "--head", "--num-cpus=3", f"--port={port}", f"--autoscaling-config={config}"),
             *(f"--dashboard-port={self._dashboard}", f"--dashboard-agent-listen-port={agent}"),
             '--resources={"rlsf_marked": 1, "rlsf_trainer": 1}',
             env=ENVIRONMENT,
@@ -100,7 +100,7 @@ def _config(most: int, address: str) -> dict[str, Any]:
     }
     generator = {"resources": {"CPU": 1, "rlsf_generator": 1}, "node_config": {}, "min_workers": 0, "max_workers": most}
     trainer = {"resources": {"CPU": 2, "rlsf_trainer": 1}, "node_config": {}, "min_workers": 0, "max_workers": 1}
-    head = {"resources": {"CPU": 2, "rlsf_marked": 1, "rlsf_trainer": 1}, "node_config": {}, "max_workers": 0}
+    head = {"resources": {"CPU": 3, "rlsf_marked": 1, "rlsf_trainer": 1}, "node_config": {}, "max_workers": 0}
     return {
         "cluster_name": "tests",
         "max_workers": most + 1,

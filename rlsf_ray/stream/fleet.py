@@ -1,13 +1,14 @@
 """Which replica gets the next piece of work, which is in doubt, and how many there should be.
 
-    RESTARTING  its process starts, or waits for a node
+    STARTING    its first process starts, or waits for a node
+    RESTARTING  another one does
     STALE       it runs, but has to prove a version before it gets work
     HEALTHY     serves its version
     SUSPECT     takes far longer than others for a piece of work: gets no more until it has answered
     DRAINING    its node is about to go: gets no more work, and starts elsewhere once it has none
     DEAD        gone for good
 
-After NeMo RL's fleet_health.py: nothing goes from dead or restarting to healthy without current weights.
+After NeMo RL's fleet_health.py: nothing goes from dead or starting to healthy without current weights.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ GROW_S = 5.0  # work that has waited so long asks for more replicas
 
 
 class State(StrEnum):
+    STARTING = "starting"
     RESTARTING = "restarting"
     STALE = "stale"
     HEALTHY = "healthy"
@@ -43,7 +45,7 @@ class Replica:
 
     name: str
     idle_since: float
-    state: State = State.RESTARTING
+    state: State = State.STARTING
     version: int = 0
     slots: int = 1
     begun: dict[Ticket, float] = field(default_factory=dict)
@@ -196,7 +198,7 @@ class Fleet:
         if self._waiting_since is None or self._clock() - self._waiting_since < GROW_S:
             return 0
         living = [replica for replica in self._replicas.values() if replica.state is not State.DEAD]
-        coming = sum(replica.state is State.RESTARTING for replica in living)
+        coming = sum(replica.state in (State.STARTING, State.RESTARTING) for replica in living)
         return max(0, min(most - len(living), len(self._waiting) - coming))
 
     def spare(self, least: int, idle_s: float) -> list[str]:

@@ -61,6 +61,7 @@ def test_the_newest_weights_are_preferred() -> None:
 
 def test_a_restarted_replica_is_stale_and_forgets_its_version() -> None:
     fleet = Fleet(["a"])
+    assert fleet.names(State.STARTING) == ["a"]
     fleet.ready("a", 5)
     fleet.failed("a", restarts=True)
     assert fleet.names(State.RESTARTING) == ["a"]
@@ -77,7 +78,7 @@ def test_a_late_answer_does_not_wake_the_dead() -> None:
     fleet.ready("a", 1)
     fleet.failed("a")
     assert fleet.names(State.DEAD) == ["a"]
-    assert fleet.names(State.HEALTHY, State.RESTARTING) == ["b"]
+    assert fleet.names(State.HEALTHY, State.STARTING) == ["b"]
 
 
 def test_an_older_load_that_ends_late_does_not_take_a_version_back() -> None:
