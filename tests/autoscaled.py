@@ -25,7 +25,7 @@ ENVIRONMENT = {
 
 
 class Autoscaled:
-    """A head with three CPUs, up to `most` nodes for generators and one for a trainer; all go after six idle seconds."""
+    """A head of three CPUs, up to `most` nodes for generators and one for a trainer, gone after six idle seconds."""
 
     def __init__(self, sandbox: Sandbox, most: int) -> None:
         self.sandbox = sandbox
