@@ -19,6 +19,7 @@ METRICS = {
     "brier_skill_answer_prob": "skill, answer prob.",
     "brier_skill_calibrated": "skill, calibrated",
     "parsed": "parsed",
+    "accuracy_given_parsed": "right if parsed",
     "mean_length": "length",
 }
 WAYS = {
@@ -37,6 +38,7 @@ DIFFERENCES = (
     ("random_pairs", "sampled"),
 )
 MARKS = ("<!-- evidence -->", "<!-- end of the evidence -->")
+ANSWERS = ("greedy", "majority", "sampled")
 COMPARED = {"base": "base", "best": "base at its best temperature", "random_pairs": "random pairs"}
 
 
@@ -54,10 +56,16 @@ def lines_of(facts: Json) -> list[str]:
         " `answered` that of `rlsf answer --most 4`. *Guard would stop*: seeds in which the guard as it is now finds a"
         " version to stop at; a run of an earlier day may have had other limits."
     )
-    lines += ["", "A cell again: `python benchmarks/evidence.py --cell TASK/ROW/SEED`; rows of one seed have seed 0."]
+    lines += [
+        "",
+        "A cell again, beside its result: `python benchmarks/evidence.py --again TASK/ROW/SEED`; rows of one seed have"
+        " seed 0. *Code*: the commits that a row's cells were run with, `+` where files had been changed since; the"
+        " oldest cells did not keep it.",
+    ]
     for machine in facts["machines"]:
         lines += ["", "Measured with " + ", ".join(f"{key} {value}" for key, value in machine.items()) + "."]
-    lines += ["", "## Summary", "", *summary(facts)]
+    lines += ["", "## Summary", "", *summary(facts), "", "## What was aimed at, and what was reached", ""]
+    lines += targets(facts["tasks"])
     if facts["again"]:
         lines += ["", "## Run again by its command", "", *_again(facts["again"])]
     for task, rows in facts["tasks"].items():
@@ -73,15 +81,15 @@ def lines_of(facts: Json) -> list[str]:
             "",
             *_confidences(rows),
         ]
-        if "collapse" in rows:
-            lines += ["", "### Driven to collapse, without and with the guard", "", *_collapse(rows)]
+        if ended := _ended(rows):
+            lines += ["", "### Runs driven to collapse, and those that the guard ended", "", *_versions(ended)]
     return lines
 
 
 def summary(facts: Json) -> list[str]:
     """A line a task, base -> rlsf, and what training on random pairs does. The README shows it as it is."""
     head = ["task", "sampled", "greedy", "majority", "rise, sampled", "rise with random pairs"]
-    head += ["ECE, answer prob.", "ECE, calibrated", "calibrated / base's answer prob."]
+    head += ["ECE, answer prob.", "ECE, calibrated", "calibrated / base's answer prob.", "skill, calibrated"]
     lines = [_line(head), _line(["---"] * len(head))]
     for task, rows in facts["tasks"].items():
         if "base" in rows and "rlsf" in rows:
@@ -90,8 +98,72 @@ def summary(facts: Json) -> list[str]:
             changes = [_change(old, new, kind) for kind in (*kinds, "ece_answer_prob", "ece_calibrated")]
             rises = [_rise(rows.get(name, {}).get("from_base") or {}) for name in ("rlsf", "random_pairs")]
             ratio = _number((rows["rlsf"].get("against_base") or {}).get("ece_ratio"), 2)
-            lines.append(_line([task, *changes[:3], *rises, *changes[3:], ratio]))
+            skill = _number((rows["rlsf"].get("against_base") or {}).get("skill"))
+            lines.append(_line([task, *changes[:3], *rises, *changes[3:], ratio, skill]))
     return lines
+
+
+def targets(tasks: Json) -> list[str]:
+    """What `rlsf` was to reach on each task, and whether it has."""
+    lines = [_line(["task", "aim", "reached", "met"]), _line(["---"] * 4)]
+    for task, rows in tasks.items():
+        if {"base", "rlsf", "random_pairs"} <= rows.keys():
+            first = "from_best" in rows["rlsf"]  # the temperatures were swept on this task
+            aims = _rises(rows) if first else _no_falls(rows)
+            aims += _calibrations(rows, 0.5 if first else 1.0)
+            aims += _stretches(rows) if first else []
+            lines += [_line([task, aim, _number(value), _met(value, bound, way)]) for aim, value, bound, way in aims]
+    return lines
+
+
+# (what, [value, low, high], bound, 1: above it is good, -1: below, 0: not wholly below)
+Aim = tuple[str, list[float] | None, float, int]
+
+
+def _rises(rows: Json) -> list[Aim]:
+    ours, chance = rows["rlsf"], rows["random_pairs"]["from_base"]["sampled"]
+    aims: list[Aim] = [(f"{way} accuracy rises", ours["from_base"][way], 0.0, 1) for way in ANSWERS]
+    third = ours["from_base"]["sampled"][0] / 3
+    aims.append(("sampled accuracy above the base model at its best", ours["from_best"]["sampled"], 0.0, 1))
+    return [*aims, (f"random pairs gain at most a third, {third:+.3f}", chance, third, -1)]
+
+
+def _no_falls(rows: Json) -> list[Aim]:
+    return [(f"{way} accuracy does not fall", rows["rlsf"]["from_base"][way], 0.0, 0) for way in ANSWERS]
+
+
+def _calibrations(rows: Json, most: float) -> list[Aim]:
+    found = rows["rlsf"].get("against_base") or {}
+    aims: list[Aim] = [
+        (f"ECE, calibrated / base's answer prob., at most {most:g}", found.get("ece_ratio"), most, -1),
+        ("skill, calibrated, above 0", found.get("skill"), 0.0, 1),
+    ]
+    if old := found.get("base_skill"):
+        aims.append((f"and above that of the base's answer prob., {old[0]:.3f}", found.get("skill"), old[0], 1))
+    return aims
+
+
+def _stretches(rows: Json) -> list[Aim]:
+    old, new = rows["base"]["metrics"], rows["rlsf"]["metrics"]
+    times = new["sampled_accuracy"][0] / (old["sampled_accuracy"][0] or float("nan"))
+    aims: list[Aim] = [("stretch: sampled accuracy 2.2 times the base's", [times] * 3, 2.2, 1)]
+    if raw := old["ece_answer_prob"]:
+        title = f"stretch: ECE, answer prob., over the seeds, no higher than the base's, {raw[0]:.3f}"
+        aims.append((title, new["ece_answer_prob"], raw[0], -1))
+    return aims
+
+
+def _met(value: list[float] | None, bound: float, way: int) -> str:
+    """Does the figure, and its whole interval, lie above (`way` 1) or below (-1) the bound? 0: not wholly below it."""
+    if value is None:
+        return "-"
+    mean, low, high = value
+    if way == 0:
+        return "no" if high < bound else "yes" if mean >= bound else "within its interval"
+    near, far = (low, mean) if way > 0 else (high, mean)
+    if (near - bound) * way >= 0:
+        return "yes"
+    return "not to the end of its interval" if (far - bound) * way >= 0 else "no"
 
 
 def _rise(differences: Json) -> str:
@@ -122,23 +194,32 @@ def _again(found: Sequence[Json]) -> list[str]:
     return lines
 
 
-def _collapse(rows: Json) -> list[str]:
-    """Sampled accuracy of each version of the two runs, and what the guard said in them."""
-    both = {name: rows[name] for name in ("collapse", "collapse_guarded") if name in rows}
-    versions = sorted({int(version) for row in both.values() for version in row["by_version"]})
+def _ended(rows: Json) -> list[tuple[str, Json]]:
+    """(name, run) of each run that the guard ended, or would have if it had not been told to warn only."""
+    return [
+        (f"{name}, seed {run['seed']}" if row["seeds"] > 1 else name, run)
+        for name, row in rows.items()
+        for run in row["runs"]
+        if run["by_version"] and (name == "collapse" or run["rolled_back"])
+    ]
+
+
+def _versions(ended: Sequence[tuple[str, Json]]) -> list[str]:
+    """Sampled accuracy of each version of these runs, and what the guard said in them."""
+    versions = sorted({int(version) for _, run in ended for version in run["by_version"]})
     head = ["sampled accuracy", *(f"version {v}" for v in versions), "last below the best that was trained"]
     lines = [_line(head), _line(["---"] * len(head))]
-    for name, row in both.items():
-        known = {int(version): value for version, value in row["by_version"].items()}
+    for name, run in ended:
+        known = {int(version): value for version, value in run["by_version"].items()}
         shown = [f"{known[version]:.3f}" if version in known else "-" for version in versions]
-        newest = (row["rolled_back"] or {}).get("from", max(known))  # later ones the guard has made
+        newest = (run["rolled_back"] or {}).get("from", max(known))  # later ones the guard has made
         trained = max(value for version, value in known.items() if version <= newest)
         lines.append(_line([name, *shown, f"{trained - known[max(known)]:.3f}"]))
-    for name, row in both.items():
-        for verdict in row["said"] or ():
+    for name, run in ended:
+        for verdict in run["said"] or ():
             reasons = "; ".join(verdict["reasons"])
             lines += ["", f"- {name}, version {verdict['version']}, {verdict['found']}: {reasons}"]
-        if back := row["rolled_back"]:
+        if back := run["rolled_back"]:
             tried = "; versions after {from} are the guard's tries".format(**back) if back.get("share") else ""
             lines += ["", f"- {name}: version {back['version']} is {way_back(back)}{tried}"]
     return lines
@@ -150,11 +231,12 @@ def _stops(row: Json) -> int:
 
 
 def _main(rows: Json) -> list[str]:
-    head = ["row", "seeds", "pairs", *METRICS.values(), "guard would stop"]
+    head = ["row", "seeds", "pairs", *METRICS.values(), "guard would stop", "code"]
     lines = [_line(head), _line(["---"] * len(head))]
     for name, row in rows.items():
         values = [_number(row["metrics"].get(metric), 1 if metric == "mean_length" else 3) for metric in METRICS]
-        lines.append(_line([name, row["seeds"], _number(row["pairs"], 0), *values, _stops(row)]))
+        code = ", ".join(commit[:7] + "+" * commit.endswith("+") if commit else "-" for commit in row["commits"])
+        lines.append(_line([name, row["seeds"], _number(row["pairs"], 0), *values, _stops(row), code]))
     return lines
 
 

@@ -79,12 +79,23 @@ def table_of(rows: dict[str, list[Json]]) -> Json:
         if "base" in rows and _calibrated(cells):
             entry["against_base"] = calibration_against(rows["base"], cells)
         entry["confidence"] = confidence_of(cells)
-        entry["by_version"] = cells[0].get("sampled_by_version")
-        entry["rolled_back"] = ((cells[0]["training"] or {}).get("guard") or {}).get("rolled_back")
-        entry["said"] = ((cells[0]["training"] or {}).get("guard") or {}).get("verdicts")
+        entry["runs"] = [_run(cell) for cell in cells]
         entry["verdicts"] = [_verdicts(cell) for cell in cells]
+        entry["commits"] = _distinct(cell.get("commit") for cell in cells)
         found[name] = entry
     return found
+
+
+def _run(cell: Json) -> Json:
+    """What a cell's run measured and what its guard did: sampled accuracy by version, verdicts, the way back."""
+    guard = (cell["training"] or {}).get("guard") or {}
+    seed, versions = int(cell["cell"].split("/")[2]), cell.get("sampled_by_version") or {}
+    return {
+        "seed": seed,
+        "by_version": versions,
+        "said": guard.get("verdicts"),
+        "rolled_back": guard.get("rolled_back"),
+    }
 
 
 def _figure(cells: Sequence[Json], metric: str) -> list[float] | None:

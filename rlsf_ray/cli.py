@@ -196,7 +196,7 @@ def answer(
     version: Version = None,
     root: Root = "runs",
 ) -> None:
-    """Answer questions with a run's model, each with its confidence: calibrated for one trace, too low for a vote."""
+    """Answer questions with a run's model, each with its confidence: calibrated for one trace, rougher for a vote."""
     from rlsf_ray.answer import Answerer, read_questions
     from rlsf_ray.export import latest_version
     from rlsf_ray.progress import print_replies

@@ -238,12 +238,13 @@ def print_between(console: Console, found: Json, picture: Path | None) -> None:
 
 
 def print_replies(console: Console, replies: Sequence[Reply]) -> None:
-    """A question a line; an abstention is a dash."""
+    """A question a line; a confidence of 0 is that of no answer at all."""
     table = Table()
     for name, side in (("question", "left"), ("answer", "right"), ("confidence", "right"), ("traces", "right")):
         table.add_column(name, justify=side)  # type: ignore[arg-type]
     for reply in replies:
-        table.add_row(Text(reply.question), Text(reply.answer or "-"), f"{reply.confidence:.2f}", str(reply.traces))
+        answer = reply.answer or ("abstains" if reply.confidence else "no answer")
+        table.add_row(Text(reply.question), Text(answer), f"{reply.confidence:.2f}", str(reply.traces))
     console.print(table)
     console.print(f"answered by version {replies[0].version}", highlight=False)
 

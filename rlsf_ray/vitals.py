@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -26,6 +27,7 @@ def take_vitals(
     """
     traces = [trace for group in groups for trace in group.traces]
     votes, settled, distinct, shares = [], {}, [], list[float]()
+    same = both = 0  # pairs of answered traces of a prompt, in order: with one answer, and all of them
     for group, classes in zip(groups, labels, strict=True):
         winner, share = voting.majority(classes)
         if winner >= 0:
@@ -34,6 +36,9 @@ def take_vitals(
                 settled[group.prompt.id] = votes[-1]
         distinct.append(len(set(classes) - {-1}))
         shares += leave_one_out(classes).tolist()
+        counts = Counter(label for label in classes if label >= 0)
+        same += sum(count * (count - 1) for count in counts.values())
+        both += counts.total() * (counts.total() - 1)
     commonest = Counter(votes).most_common(1)
     probs = [trace.answer_prob for trace in traces if trace.answer]
     return Vitals(
@@ -47,6 +52,7 @@ def take_vitals(
         parsed=float(np.mean([trace.answer is not None for trace in traces])),
         votes=settled,
         prompts=len(groups),
+        agreed=same / both if both else math.nan,
     )
 
 

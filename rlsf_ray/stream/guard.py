@@ -35,14 +35,17 @@ class Vitals:
     kl: float = 0.0  # from the base model in nats a token, of the traces that the version was trained on
     logprob_gap: float = 0.0  # trainer against generators, in nats a token, when that training began
     prompts: int = 0  # how many were written for
+    agreed: float = math.nan  # share of the pairs of ANSWERED traces of a prompt with the same answer
 
     @property
     def agreement_if_answered(self) -> float:
-        """Share of the pairs of answered traces of a prompt with the same answer: not moved by learning the format.
+        """`agreed`, which learning the format does not move; guessed where nothing counted it (an older run directory).
 
-        As if traces without an answer were spread evenly; where they are not it is too high, for the base model most.
+        The guess takes traces without an answer as spread evenly; where they are not it is too high.
         """
-        return self.agreement / max(self.parsed, 1e-6) ** 2
+        if math.isfinite(self.agreed):
+            return self.agreed
+        return min(1.0, self.agreement / max(self.parsed, 1e-6) ** 2)
 
     @classmethod
     def from_json(cls, found: Json) -> Vitals:

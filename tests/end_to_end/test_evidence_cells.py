@@ -63,11 +63,12 @@ def test_a_cell_is_trained_measured_kept_and_taken_up_where_it_stopped(
         evidence.run_cell("t/rlsf/0", tmp_path / "runs", anew=True, to=small)
 
 
-def test_the_committed_table_is_that_of_the_committed_cells() -> None:
+@pytest.mark.parametrize("task", evidence.TASKS)
+def test_the_committed_table_is_that_of_the_committed_cells(task: str) -> None:
     results = Path(evidence.__file__).parent / "results"
-    cells = [json.loads(path.read_text()) for path in sorted((results / "evidence").glob("gcd-*.json"))]
+    cells = [json.loads(path.read_text()) for path in sorted((results / "evidence").glob(f"{task}-*.json"))]
     rows: dict[str, list[Any]] = {}
     for cell in cells:
         rows.setdefault(cell["cell"].split("/")[1], []).append(cell)
-    committed = json.loads((results / "evidence.json").read_text())["tasks"]["gcd"]
+    committed = json.loads((results / "evidence.json").read_text())["tasks"][task]
     assert json.loads(json.dumps(table_of(rows))) == committed

@@ -10,7 +10,7 @@ from typing import Any
 
 import evidence
 import pytest
-from evidence_markdown import MARKS, summary
+from evidence_markdown import MARKS, summary, targets
 from evidence_table import calibration_against, difference, table_of, write_table
 from vitals_data import HEALTHY
 
@@ -160,6 +160,35 @@ def test_the_table_compares_with_the_base_its_best_temperature_and_random_pairs(
     text = (tmp_path / "evidence.md").read_text()
     assert "| rlsf | 1 | - |" in text
     assert "+0.750" in text
+
+
+def test_a_target_is_met_by_the_whole_interval_or_by_its_point_or_not() -> None:
+    def rows(rise: list[float], ratio: list[float]) -> dict[str, Any]:
+        ours = {"from_base": dict.fromkeys(("greedy", "majority", "sampled"), rise)}
+        return {
+            "base": {"metrics": {}},
+            "random_pairs": {},
+            "rlsf": {"metrics": {}, **ours, "against_base": {"ece_ratio": ratio, "skill": [0.1, -0.1, 0.2]}},
+        }
+
+    fine, missed = rows([-0.01, -0.03, 0.01], [0.8, 0.6, 1.1]), rows([-0.1, -0.2, -0.05], [1.3, 1.1, 1.4])
+    lines = [line.strip("| ").split(" | ") for line in targets({"fine": fine, "missed": missed})[2:]]
+    assert [(task, met) for task, _, _, met in lines] == [
+        *[("fine", "within its interval")] * 3,
+        *[("fine", "not to the end of its interval")] * 2,
+        *[("missed", "no")] * 4,
+        ("missed", "not to the end of its interval"),
+    ]
+
+
+def test_every_figure_that_the_readme_gives_of_the_evidence_stands_there() -> None:
+    results = Path(evidence.__file__).parent / "results"
+    readme = (results.parents[1] / "README.md").read_text()
+    section = readme[readme.index("## Does it work?") : readme.index("## How it works")]
+    evidence_page = (results / "evidence.md").read_text()
+    with_interval, figure = r"[+-]?\d\.\d+ \[.*?\]", r"\d\.\d{3}\b"
+    for form in (with_interval, figure):
+        assert set(re.findall(form, section)) <= set(re.findall(form, evidence_page))
 
 
 def test_the_readme_shows_the_summary_of_the_committed_figures() -> None:

@@ -73,6 +73,7 @@ def test_vitals_by_hand() -> None:
     assert found.surprisal == pytest.approx((46 * np.log(2) + 4 * np.log(4)) / 50, rel=1e-5)
     assert found.parsed == pytest.approx(4 / 12)
     assert found.repetition == 0.0
+    assert found.agreement_if_answered == pytest.approx(2 / 6)  # of a's ordered pairs; b and c have none
 
 
 def test_three_of_four_traces_settle_a_vote() -> None:
@@ -83,6 +84,19 @@ def test_three_of_four_traces_settle_a_vote() -> None:
     ]
     labels = [[0, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, -1]]
     assert take_vitals(groups, labels, texts(groups)).votes == {"a": "4", "c": "4"}
+
+
+def test_answers_that_few_prompts_have_agree_as_often_as_they_do() -> None:
+    """A third of the traces is answered, all of one prompt; taken as spread evenly, all nine of nine would agree."""
+    groups = [
+        group("a", *[trace(k, "4") for k in range(3)]),
+        *(group(name, *map(trace, range(3), [None] * 3)) for name in "bc"),
+    ]
+    found = take_vitals(groups, [[0, 0, 0], [-1] * 3, [-1] * 3], texts(groups))
+    assert found.agreement_if_answered == 1.0
+    assert replace(found, agreed=float("nan")).agreement_if_answered == 1.0  # and not 300 %
+    one_each = [group(name, *map(trace, range(3), ["4", None, None])) for name in "abc"]
+    assert take_vitals(one_each, [[0, -1, -1]] * 3, texts(one_each)).agreement_if_answered == 0.0
 
 
 def test_repetition_is_the_share_of_grams_seen_before() -> None:
