@@ -39,6 +39,11 @@ def _calm(traces: Sequence[TraceStats]) -> list[float]:
 calm = Signal(_calm, needs=frozenset({"distribution"}))
 
 
+def warmer(config: RunConfig) -> Sampling:
+    """A rollout that draws at a temperature of its own."""
+    return Sampling(max_tokens=config.rollout.max_tokens, temperature=config.rollout.temperature + 0.5)
+
+
 def slow(config: RunConfig) -> Sampling:
     """A rollout whose batches take two seconds."""
     time.sleep(2.0)

@@ -12,6 +12,7 @@ from rlsf_ray.algorithms.answers import find_answer, locate, token_span
 from rlsf_ray.choices import choose
 from rlsf_ray.config import RunConfig
 from rlsf_ray.engines.base import Completion, Request, Sampling
+from rlsf_ray.errors import InputError
 from rlsf_ray.records import Answer, Group, IntArray, Prompt, Trace
 from rlsf_ray.rollouts.seeds import group_id, trace_seed
 from rlsf_ray.rollouts.several import PROGRAMS, write_episodes, write_talks
@@ -45,15 +46,30 @@ def choose_rollout(config: RunConfig) -> Any:
 def write_groups(
     engine: Any, prompts: Sequence[Prompt], *, config: RunConfig, round: int, first_sequence: int, version: int
 ) -> list[Group]:
-    """One group of K traces for each prompt, with answers found."""
+    """One group of K traces for each prompt, with answers found.
+
+    Raises InputError if the run learns from advantages and its rollout draws otherwise than the trainer will reckon.
+    """
     rollout = choose_rollout(config)
     sequences = range(first_sequence, first_sequence + len(prompts))
     if inspect.iscoroutinefunction(rollout):
         return write_talks(rollout, engine, prompts, config=config, round=round, sequences=sequences, version=version)
     sampling = rollout(config)
+    _check_drawn(config, sampling)
     salt, count = f"{config.seed}/round-{round}", config.rollout.traces
     requests = [_request(prompt, engine.encode(prompt), sampling, count, salt) for prompt in prompts]
     return _write(engine, prompts, requests, round, sequences, version)
+
+
+def _check_drawn(config: RunConfig, sampling: Sampling) -> None:
+    """A ratio of probabilities needs those that the traces were drawn with; only a user's own rollout can differ."""
+    told = config.rollout.temperature
+    if config.advantages and (sampling.method, sampling.temperature) != ("sample", told):
+        raise InputError(
+            f"rollout.name={config.rollout.name} gives method={sampling.method!r} at temperature"
+            f" {sampling.temperature:g}, expected 'sample' at rollout.temperature={told:g}: advantages are learned from"
+            " what the policy draws there; take both from the config"
+        )
 
 
 def write_probe_groups(

@@ -157,6 +157,13 @@ def test_a_signal_that_is_not_finite_is_named(tiny: Path, tmp_path: Path) -> Non
         Signal(lambda traces: [], needs=frozenset({"full_vocab"}))
 
 
+def test_a_rollout_that_draws_otherwise_than_the_trainer_reckons_is_refused(tiny: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny, **CERTAINTY | {"rollout": {"name": "own_parts:warmer"}})
+    with pytest.raises(InputError, match=r"own_parts:warmer gives method='sample' at temperature 1.5, expected"):
+        loop.run(config, str(tmp_path / "run"))
+    loop.run(tiny_config(tiny, rollout={"name": "own_parts:warmer"}), str(tmp_path / "pairs"))  # DPO asks for none
+
+
 def test_without_any_pair_there_is_no_reward_model_and_the_run_says_so(tiny: Path, tmp_path: Path) -> None:
     none = {"pairs": {"rule": "voted", "min_chosen": 100.0}}
     with pytest.raises(NoPairsError, match="no prompt gave a preference pair"):
