@@ -1,7 +1,8 @@
 """Reflect, Retry, Reward: what are a second try and a trained reflection worth? First and last try, before and after.
 
     python benchmarks/reflect.py sums                 # a task made so that a good reflection is all that is needed
-    python benchmarks/reflect.py countdown --seed 1
+    python benchmarks/reflect.py countdown            # of three numbers, as the recipe has it
+    python benchmarks/reflect.py countdown_two        # of two numbers, which SmolLM2 solves now and then
     python benchmarks/reflect.py bfcl                 # ../shared/data/bfcl; the wanted calls are labels
     python benchmarks/reflect.py --table              # reflect.md from the committed results
 
@@ -40,7 +41,8 @@ from rlsf_ray.wording import TRIES
 RESULTS = Path(__file__).parent / "results" / "reflect"
 PAGE = Path(__file__).parent / "results" / "reflect.md"
 BFCL = Path(__file__).parents[2] / "shared" / "data" / "bfcl" / "BFCL_v4_simple_python.json"
-TASKS = ("sums", "countdown", "bfcl")
+TASKS = ("sums", "countdown", "countdown_two", "bfcl")
+TWO_NUMBERS = "min_numbers: 2, max_numbers: 2, min_value: 1, max_value: 20, min_target: 1, max_target: 40"
 
 
 def main() -> None:
@@ -112,6 +114,9 @@ def settings_of(task: str, folder: Path) -> list[str]:
     """Where the task's prompts come from, as settings."""
     if task == "countdown":
         return []
+    if task == "countdown_two":
+        source = f"kind: reasoning_gym, name: countdown, options: {{{TWO_NUMBERS}}}"
+        return [f"data.train=[{{{source}, count: 280}}]", f"data.probe=[{{{source}, count: 100}}]"]
     if task == "bfcl":
         source = f"kind: bfcl, path: {BFCL}"
         return [
