@@ -4,8 +4,9 @@
     python benchmarks/rlif.py --only rlif_majority --seed 1 --go-on
     python benchmarks/rlif.py --table      # rlif.md and rlif.svg from the committed results
 
-The evidence's arithmetic task and probe set; 15 rounds of four steps of 16 prompts x 8 traces (`rlsf_reward_model`: two
-of the rounds train the reward model). Every third version is measured on the whole probe set.
+The evidence's arithmetic task and probe set; 15 rounds of 64 prompts x 8 traces (`rlsf_reward_model`: two of the rounds
+train the reward model), a step for each 128 traces that have an advantage. Every third version is measured on the whole
+probe set. A row that fails keeps what it has measured, and why.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from rlsf_ray.cli import exit_on_sigterm
 from rlsf_ray.config import RunConfig
 from rlsf_ray.config_loading import load_config
 from rlsf_ray.engines.build import build_engine
+from rlsf_ray.errors import RlsfError
 from rlsf_ray.evaluate import evaluate_version
+from rlsf_ray.measures import difference
 from rlsf_ray.records import Json
 from rlsf_ray.run_store import RunStore
 from rlsf_ray.tasks.sources import load_sets
@@ -33,7 +36,18 @@ from rlsf_ray.wording import way_back
 
 RESULTS = Path(__file__).parent / "results" / "rlif"
 PAGE = Path(__file__).parent / "results" / "rlif.md"
-CURVES = ("sampled", "right in any form", "ECE answer prob.", "entropy", "length", "turns of thought")
+SURPRISAL = "-log p a token"  # drawn at temperature 1 it estimates the entropy
+CURVES = (
+    "sampled",
+    "greedy",
+    "right in any form",
+    "ECE answer prob.",
+    SURPRISAL,
+    "length",
+    "cut off",
+    "turns of thought",
+)
+WAYS = ("sampled_accuracy", "greedy_accuracy")
 EVERY = 3  # versions between two measurements
 MINUTES = 35.0  # of one on two cores without a GPU
 # name -> (recipe, settings)
@@ -52,8 +66,9 @@ COLUMNS = {
     "right in any form": "anyhow_accuracy",
     "ECE answer prob.": "ece_answer_prob",
     "ECE calibrated": "ece_calibrated",
-    "entropy": "surprisal",
+    SURPRISAL: "surprisal",
     "length": "mean_length",
+    "cut off": "cut_off",
     "turns of thought": "transitions",
     "parsed": "parsed",
 }
@@ -93,51 +108,69 @@ def path_of(name: str, seed: int) -> Path:
 
 
 def run_row(name: str, seed: int, run: Path, *, anew: bool) -> None:
-    """Train, measure every third version and the last, keep."""
+    """Train, measure the base model, every third version and the last, keep."""
     if anew:
         shutil.rmtree(run, ignore_errors=True)
     start, config = time.time(), config_of(name, seed)
-    summary = loop.run(config, str(run))
+    summary: Json = {}
+    failed = None
+    try:
+        summary = loop.run(config, str(run))
+    except RlsfError as error:
+        failed = f"{type(error).__name__}: {error}"
     store = RunStore.open(str(run))
-    points = [point(0, summary["before"])]
-    known = store.versions()
-    wanted = [version for version in known if version % EVERY == 0 and version != known[-1]]
-    points += [point(version, found) for version, found in measured(store, config, wanted)]
-    points.append(point(known[-1], summary["after"]))
+    found = measured(store, config)
+    last, best = max(found), max(found, key=lambda version: found[version]["metrics"][WAYS[0]])
     kept = {
         "name": name,
         "seed": seed,
         "command": f'python benchmarks/rlif.py --only "{name}" --seed {seed}',
         "machine": machine_facts(*PACKAGES),
         "minutes": round((time.time() - start) / 60, 1),
+        "failed": failed,
         "guard": summary.get("guard"),
-        "accounting": summary["accounting"],
-        "points": points,
+        "accounting": summary.get("accounting"),
+        "traces": config.rounds * config.prompts_per_round * config.rollout.traces,
+        "temperature": config.rollout.temperature,
+        "points": [point(version, one, found[0]) for version, one in found.items()],
+        "best": best,
+        "since_best": difference(found[best], found[last]),
         "steps": [
-            {key: row.get(key) for key in ("step", "round", "entropy", "kl", "reward", "loss", "clipped")}
+            {
+                key: row.get(key)
+                for key in ("step", "round", "num_examples", "entropy", "kl", "reward", "loss", "clipped")
+            }
             for row in store.read_metrics("train")
         ],
     }
     path_of(name, seed).parent.mkdir(parents=True, exist_ok=True)
     path_of(name, seed).write_text(json.dumps(kept) + "\n")
-    print(f"{name}: done in {kept['minutes']} min", flush=True)
+    print(f"{name}: {failed or 'done'} after {kept['minutes']} min", flush=True)
 
 
-def point(version: int, metrics: Json) -> Json:
-    ends = ("", "_low", "_high")
-    return {"version": version} | {k + e: metrics.get(k + e) for k in COLUMNS.values() for e in ends}
+def point(version: int, found: Json, base: Json) -> Json:
+    """A version's figures, with the rises from version 0, paired over the questions."""
+    ends, metrics = ("", "_low", "_high"), found["metrics"]
+    figures = {key + end: metrics.get(key + end) for key in COLUMNS.values() for end in ends}
+    return {"version": version, "rises": difference(base, found)} | figures
 
 
-def measured(store: RunStore, config: RunConfig, versions: list[int]) -> list[tuple[int, Json]]:
-    """(version, metrics) on the whole probe set, with one engine."""
-    sets, found = load_sets(config), []
+def measured(store: RunStore, config: RunConfig) -> dict[int, Json]:
+    """{version: its evaluation on the whole probe set}; one engine measures what the run itself has not."""
+    sets, known = load_sets(config), store.versions()
+    wanted = sorted({0, *(version for version in known if version % EVERY == 0), *known[-1:]})
+    found = {version: store.measured(version, len(sets.probe)) for version in wanted}
+    if all(found.values()):
+        return found
     engine = build_engine(config)
     try:
-        for version in versions:
-            engine.load_version(version, store.read_adapter(version)[0])
+        for version in (version for version, own in found.items() if own is None):
+            if version:
+                engine.load_version(version, store.read_adapter(version)[0])
             earlier = store.earlier_answers(version)
-            found.append((version, evaluate_version(engine, sets, config, version, earlier)["metrics"]))
-            engine.forget_version(version)
+            found[version] = evaluate_version(engine, sets, config, version, earlier)
+            if version:
+                engine.forget_version(version)
     finally:
         engine.close()
     return found
@@ -151,8 +184,8 @@ def committed() -> list[Json]:
 
 def draw(found: list[Json], to: Path) -> None:
     """Each reward's curves over the versions."""
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    panels = figure.subplots(2, 3)
+    figure = Figure(figsize=(14, 6), layout="constrained")
+    panels = figure.subplots(2, 4)
     for axes, name in zip(panels.flat, CURVES, strict=True):
         for one in found:
             at, values = zip(*((p["version"], p[COLUMNS[name]]) for p in one["points"]), strict=True)
@@ -168,23 +201,50 @@ def page(kept: list[Json]) -> str:
         "# Rewards for being sure",
         "",
         "Written by `python benchmarks/rlif.py --table` from `results/rlif/`: the evidence's arithmetic task and its"
-        " 200 probe questions, four traces each at temperature 1; 16 prompts x 8 traces a step, four steps a round."
-        " Accuracies with 95 % intervals over questions.",
+        " 200 probe questions, four traces each, drawn as in training (temperature 1 where nothing else is said); 64"
+        " prompts x 8 traces a round, a step for each 128 traces with an advantage. Intervals are over questions,"
+        " rises paired. The best version is picked from those measured, which makes a fall from it likely by chance"
+        " alone. Traces that reach the limit of 80 tokens take no part in rewards over a trace's tokens.",
     ]
+    machines = list(dict.fromkeys(", ".join(f"{key} {v}" for key, v in one["machine"].items()) for one in kept))
     if kept:
-        facts = ", ".join(f"{key} {value}" for key, value in kept[0]["machine"].items())
-        lines += ["", f"Measured with {facts}.", "", "![Each reward's curves over the versions](rlif.svg)"]
+        lines += [
+            "",
+            f"Measured with {'; '.join(machines)}.",
+            "",
+            "![Each reward's curves over the versions](rlif.svg)",
+        ]
     for one in kept:
         lines += ["", f"## {one['name']}, seed {one['seed']}", "", f"`{one['command']}`, {one['minutes']} min.", ""]
-        lines += ["| version | " + " | ".join(COLUMNS) + " |", "|" + " --- |" * (len(COLUMNS) + 1)]
-        lines += [
-            f"| {p['version']} | " + " | ".join(shown(p, key) for key in COLUMNS.values()) + " |" for p in one["points"]
-        ]
-        for verdict in (one["guard"] or {}).get("verdicts") or ():
-            lines.append(f"\n- version {verdict['version']}, {verdict['action']}: {'; '.join(verdict['reasons'])}")
+        lines += ["| version | " + " | ".join(COLUMNS) + " | rise, sampled |", "|" + " --- |" * (len(COLUMNS) + 2)]
+        for p in one["points"]:
+            figures = " | ".join(shown(p, key) for key in COLUMNS.values())
+            lines.append(f"| {p['version']} | {figures} | {interval(p['rises'].get(WAYS[0]))} |")
+        lines += ["", *verdict(one)]
+        for found in (one["guard"] or {}).get("verdicts") or ():
+            lines.append(f"\n- version {found['version']}, {found['action']}: {'; '.join(found['reasons'])}")
         if back := (one["guard"] or {}).get("rolled_back"):
             lines.append(f"\n- went back from version {back['from']}: version {back['version']} is {way_back(back)}")
     return "\n".join(lines) + "\n"
+
+
+def verdict(one: Json) -> list[str]:
+    """What became of the accuracies, and how much was learned from."""
+    credited = sum(step["num_examples"] for step in one["steps"] if step["reward"] is not None)
+    drawn = "" if one["temperature"] == 1.0 else f" Drawn at temperature {one['temperature']:g}."
+    texts = []
+    for way in WAYS:
+        since, name = one["since_best"].get(way), way.removesuffix("_accuracy")
+        word = "no fall is shown" if since is None or since[2] >= 0 else "it has fallen"
+        texts.append(f"{name} {interval(since)}: {word}")
+    last = one["points"][-1]["version"]
+    told = f"Version {last} against version {one['best']}, whose sampled accuracy is the best: {'; '.join(texts)}."
+    learned = f" {len(one['steps'])} steps, {credited} of {one['traces']} traces with an advantage.{drawn}"
+    return [told + learned, *(["", f"It ended early: {one['failed']}"] if one["failed"] else [])]
+
+
+def interval(value: list[float] | None) -> str:
+    return "-" if value is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*value)
 
 
 def shown(point: Json, key: str) -> str:

@@ -80,6 +80,12 @@ class RunConfig(Section):
         """Does this round learn from pairs, and not from advantages?"""
         return self.advantages is None or self.trains_reward(round)
 
+    @property
+    def rewards_confidence(self) -> bool:
+        """Is the policy rewarded for how sure it is, and not for what became of its turns?"""
+        known = SIGNALS.get(self.signal)
+        return self.advantages is not None and not (known and known.of_turns)
+
     def examples_per_step(self, round: int) -> int:
         """Pairs, or traces with an advantage, of one optimiser step."""
         pairs = self.learner.pairs_per_step

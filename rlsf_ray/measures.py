@@ -127,7 +127,7 @@ def _by_question(rows: Sequence[Json]) -> dict[str, Floats]:
     if rows and "anyhow" in samples[0][0]:  # measured by an older program it is not there
         found["anyhow_accuracy"] = [_mean(sample["anyhow"] for sample in many) for many in samples]
         found["transitions"] = [_mean(sample["transitions"] for sample in many) for many in samples]
-        found["surprisal"] = [_mean(sample["surprisal"] for sample in many) for many in samples]
+        found["surprisal"] = [_a_token(many) for many in samples]
     if any(sample.get("unchecked") for many in samples for sample in many):  # they count as wrong
         found["unchecked"] = [_mean(sample.get("unchecked", False) for sample in many) for many in samples]
     if rows and rows[0].get("branches"):
@@ -135,6 +135,12 @@ def _by_question(rows: Sequence[Json]) -> dict[str, Floats]:
         found["cot_max_accuracy"] = [float(_surest(many)) for many in branches]
         found["cot_aggregated_accuracy"] = [float(_heaviest(many, voting.weighted)) for many in branches]
     return {name: np.array(values) for name, values in found.items()}
+
+
+def _a_token(samples: Sequence[Json]) -> float:
+    """Mean of -log p over the tokens of all samples, in nats: an estimate of the entropy, drawn at temperature 1."""
+    lengths = [sample["length"] for sample in samples]
+    return float(np.average([sample["surprisal"] for sample in samples], weights=lengths)) if any(lengths) else 0.0
 
 
 def _right(sample: Json) -> bool:

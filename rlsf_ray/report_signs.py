@@ -113,7 +113,7 @@ def thought(evals: Sequence[Json]) -> str:
     figures = (figure(name, plots.by_version(evals, keys), f"{name} of each version") for name, keys in curves.items())
     note = (
         "On the probe set. Where the lower line of the first picture nears the upper one, a model has learned to state"
-        " answers rather than to find them. The mean -log p is the entropy where rollout.temperature is 1."
+        " answers rather than to find them. Where rollout.temperature is 1, the mean -log p estimates the entropy."
     )
     return f'<div class="grid">{"".join(figures)}</div><p class="note">{note}</p>'
 

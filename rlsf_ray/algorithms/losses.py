@@ -88,12 +88,15 @@ def pair_loss(
     return loss, _sums(loss, beta * (policy - reference), anchors, chosen_N, rejected_N)
 
 
+FARTHEST = 80.0  # nats between two policies' log-probs of a token, above which their ratio is no float32 any more
+
+
 def policy_gradient(policy_N: Tensor, old_N: Tensor, advantages_N: Tensor, *, clip: float, clip_high: float) -> Tensor:
     """Clipped policy-gradient loss of each token [N]: PPO 1707.06347, GRPO 2402.03300, "clip-higher" DAPO 2503.14476.
 
     min(r A, clamp(r, 1 - clip, 1 + clip_high) A) with r = exp(policy - old), negated.
     """
-    ratio = (policy_N - old_N).exp()
+    ratio = (policy_N - old_N).clamp(max=FARTHEST).exp()  # beyond it is inf, and nothing (A = 0) times inf is nan
     return -torch.minimum(ratio * advantages_N, ratio.clamp(1.0 - clip, 1.0 + clip_high) * advantages_N)
 
 

@@ -135,7 +135,8 @@ def top_certainty(traces: Sequence[TraceStats]) -> Scores:
 def p_true(traces: Sequence[TraceStats]) -> Scores:
     """Probability that the model calls the answer true, over the sum for all the group's answers where that exceeds 1.
 
-    P(True) 2207.05221. The other answers are the distractors: a model that calls everything true is sure of nothing.
+    P(True) 2207.05221; the division is this project's own. The other answers are the distractors: a model that calls
+    everything true is sure of nothing. Where all traces agree there is no distractor, and its leaning to yes stays.
     """
     found = {trace.label: trace.p_true for trace in traces if trace.answer_tokens is not None}
     whole = max(1.0, float(np.nansum(list(found.values()))))
@@ -143,7 +144,9 @@ def p_true(traces: Sequence[TraceStats]) -> Scores:
 
 
 def majority(traces: Sequence[TraceStats]) -> Scores:
-    """1 for the commonest answer, 0 for others and none; all absent on a tie. TTRL 2504.16084, SRT 2505.21444.
+    """1 for the commonest answer, 0 for others and none (a trace that was cut off has none); all absent on a tie.
+
+    TTRL 2504.16084, SRT 2505.21444.
 
     `self_consistency` is its soft form. A tie is no vote (TTRL would draw one): with K different answers nothing speaks
     for any of them.
@@ -153,8 +156,7 @@ def majority(traces: Sequence[TraceStats]) -> Scores:
     found, counts = np.unique(labels[answered], return_counts=True)
     if not len(found) or (counts == counts.max()).sum() > 1:
         return np.full(len(traces), np.nan)
-    votes = np.where(answered & (labels == found[counts.argmax()]), 1.0, 0.0)
-    return np.where([trace.finished for trace in traces], votes, np.nan)
+    return np.where(answered & (labels == found[counts.argmax()]), 1.0, 0.0)
 
 
 def passed(traces: Sequence[TraceStats]) -> Scores:
@@ -239,6 +241,7 @@ def _each_answer(traces: Sequence[TraceStats], score: Callable[[TraceStats, slic
 
 
 def _each_finished(traces: Sequence[TraceStats], score: Callable[[TraceStats], np.floating]) -> Scores:
+    """A trace that was cut off has no score, and takes no part: DAPO 2503.14476, overlong filtering."""
     return np.array([float(score(trace)) if trace.finished else np.nan for trace in traces], dtype=np.float64)
 
 

@@ -95,8 +95,11 @@ class Scorer:
 
     def _pairs(self, group: Group, labels: Sequence[int], scores: np.ndarray) -> dict[str, Any]:
         limits = self._config.pairs
-        # Of checks, an absent score says that one could not be made: such a trace is no worse than others
-        taken = np.flatnonzero(~np.isnan(scores)) if self._signal.of_turns else np.arange(len(scores))
+        # Of checks, an absent score says that one could not be made: such a trace is no worse than others. From absent
+        # ones a reward model would learn that a trace ends and has an answer, which is not what it will be asked
+        taken, scored = np.arange(len(scores)), np.flatnonzero(~np.isnan(scores))
+        if self._signal.of_turns or (self._config.trains_reward(group.round) and len(scored)):
+            taken = scored
         if not len(taken):
             return {"reason": "check_failed"}
         decision = self._rule(

@@ -123,7 +123,8 @@ class RunState:
 
     def judged(self, version: int, vitals: Json | None) -> Action:
         """What the guard says of a version that was looked at. Raises GuardError if that is to stop the run."""
-        advice = low_entropy(vitals["surprisal"]) if vitals and version == 0 and self._config.advantages else None
+        first = vitals is not None and version == 0 and self._config.rewards_confidence
+        advice = low_entropy(vitals["surprisal"]) if vitals and first else None
         if advice and not self.verdicts:
             self.verdicts.append({"version": 0, "action": "warn", "found": "warn", "reasons": [advice]})
             logger.warning("before training: %s", advice)

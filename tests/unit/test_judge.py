@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from group_data import group, trace
+from advantage_runs import REWARD
+from group_data import advantage_group, group, trace
 from tiny import tiny_config
 
 from rlsf_ray.config import RunConfig
 from rlsf_ray.engines.judge import Judge
 from rlsf_ray.engines.learner import Learner
+from rlsf_ray.engines.lora import HEAD_WEIGHT, add_adapter, add_reward_head, load_adapter
 from rlsf_ray.engines.models import load_model, load_tokenizer
+from rlsf_ray.engines.objectives import BradleyTerry, rewards_of, rows_of
 from rlsf_ray.engines.scorer import Scorer
+from rlsf_ray.engines.steps import StepSize
 from rlsf_ray.engines.tokens import P_TRUE, encode_prompt
 from rlsf_ray.errors import EngineError
+from rlsf_ray.records import Pair
 
 DISTRIBUTION = frozenset({"distribution"})
 
@@ -54,6 +60,37 @@ def test_the_frozen_judge_is_the_base_model_and_the_live_one_has_the_adapter(bot
     assert (live[0].span, live[0].label, live[1].label) == ((2, 3), 0, 1)
     for values, again in zip(both.reference(one, [0, 1]), frozen, strict=True):  # after the live judge has read
         np.testing.assert_allclose(values, again.logprob, atol=1e-4)
+
+
+def test_a_reward_is_the_head_on_what_predicts_the_last_token_with_the_reward_models_adapter(tiny: Path) -> None:
+    """Against plain transformers, and the loss against the formula."""
+    settings, moved = tiny_config(tiny, **REWARD), moved_adapter(tiny)
+    model = add_adapter(load_model(settings.model, device="cpu"), settings.learner, seed=0, dtype=torch.float32).eval()
+    load_adapter(model, moved)
+    head = np.random.default_rng(2).normal(size=(1, model.config.hidden_size)).astype(np.float32)
+    judge = Judge(settings, frozenset(), "cpu")
+    judge.load_reward(moved | {HEAD_WEIGHT: head})
+    one = group(trace(0, "2", 0.5), trace(1, "3", 0.5), trace(2, "4", 0.5, finished=False))
+
+    @torch.no_grad()
+    def by_hand() -> list[float]:
+        texts = [torch.from_numpy(np.concatenate([one.prompt_ids, t.token_ids])).long()[None] for t in one.traces]
+        states = [model(input_ids=ids, output_hidden_states=True).hidden_states[-1][0, -2] for ids in texts]
+        return [float(state @ torch.from_numpy(head[0])) for state in states]
+
+    expected = by_hand()
+    np.testing.assert_allclose(judge.rewards(one), [*expected[:2], np.nan], atol=1e-4)
+    with model.disable_adapter():
+        assert np.abs(np.subtract(by_hand(), expected)).max() > 0.01, "the adapter counts"
+
+    add_reward_head(model)
+    model.reward_head.weight.data[:] = torch.from_numpy(head)
+    learned = replace(advantage_group(0, 2), pairs=(Pair(chosen=0, rejected=1, weight=0.5, margin=0.0),))
+    with torch.no_grad():
+        rewards = rewards_of(model, model.reward_head.weight[0], rows_of([learned]))[0].tolist()
+        loss, sums = BradleyTerry()(model, [learned], StepSize(1, 0), 0)
+    assert float(loss) == pytest.approx(0.5 * np.log1p(np.exp(rewards[1] - rewards[0])), rel=1e-5)
+    assert sums["margin"] == pytest.approx(rewards[0] - rewards[1], rel=1e-5)
 
 
 def test_a_version_that_it_does_not_hold_is_refused_by_name(both: Judge, tiny: Path) -> None:

@@ -46,6 +46,11 @@ def test_the_clip_is_one_sided_by_the_sign_of_the_advantage(
     assert bool(policy.grad.abs() > 0) is moves
 
 
+def test_a_token_without_an_advantage_costs_nothing_however_far_the_policies_are_apart() -> None:
+    old, none = torch.tensor([-120.0]), torch.tensor([0.0])
+    assert policy_gradient(torch.tensor([0.0]), old, none, clip=0.2, clip_high=0.2).item() == 0.0
+
+
 def test_kl_estimators_by_hand_and_in_expectation() -> None:
     p, q = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
     k1, k2, k3 = (kl_penalty(p.log(), q.log(), name) for name in ("k1", "k2", "k3"))

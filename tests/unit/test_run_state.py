@@ -238,8 +238,10 @@ def test_a_guard_that_warns_keeps_what_it_found() -> None:
 
 def test_low_entropy_before_training_on_rewards_is_warned_of_once() -> None:
     sure = asdict(HEALTHY) | {"surprisal": 0.3}
-    settings: Json = {"advantages": {}}
-    for config, expected in ((tiny_config(Path("model"), **settings), [0]), (tiny_config(Path("model")), [])):
+    settings: Json = {"advantages": {}, "signal": "self_certainty"}
+    checked: Json = {"advantages": {}, "signal": "passed", "rollout": {"name": "reflect_retry"}}
+    for changes, expected in ((settings, [0]), (checked, []), ({}, [])):
+        config = tiny_config(Path("model"), **changes)
         state = RunState("run", config, clock=lambda: 100.0)
         for _ in range(2):  # a resumed run asks again
             assert state.judged(0, sure) == "go_on"

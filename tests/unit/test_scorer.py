@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from advantage_runs import REWARD
 from group_data import group, trace
 from tiny import tiny_config
 
@@ -81,6 +82,19 @@ def test_random_pairs_repeat_for_the_same_run_seed(tiny: Path) -> None:
 
     assert pairs(0) == pairs(0)
     assert len({tuple(pairs(seed)) for seed in range(8)}) > 2
+
+
+def test_a_reward_model_learns_from_traces_that_have_a_score(tiny: Path) -> None:
+    """DPO may reject a trace without an answer; a reward model would only learn what an answer looks like."""
+    one = group(trace(0, "2", 0.9), trace(1, None, 0.9), trace(2, "5", 0.2, finished=False), trace(3, "7", 0.3))
+    rewarded = REWARD | {"pairs": {"rule": "all_above", "max_pairs": 9, "same_answer": False}}
+    rejected = {}
+    for name, settings in (("dpo", {"pairs": rewarded["pairs"]}), ("reward", rewarded)):
+        scorer = Scorer(tiny_config(tiny, **settings))
+        scored = scorer.score([one])[0]
+        rejected[name] = {one.traces[pair.rejected].index for pair in scored.pairs if pair.chosen == 0}
+        scorer.close()
+    assert rejected == {"dpo": {1, 2, 3}, "reward": {3}}
 
 
 def test_a_users_own_signal_is_found_by_its_path(tiny: Path) -> None:

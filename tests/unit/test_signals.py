@@ -143,7 +143,7 @@ def test_trajectory_logprob_is_the_sum() -> None:
 def test_majority_gives_one_to_the_commonest_answer_and_abstains_on_a_tie() -> None:
     votes = [trace(0.5, span=(0, 1), label=label) for label in (0, 1, 1)]
     silent, cut = trace(0.5, span=None, label=-1), trace(0.5, span=(0, 1), label=0, finished=False)
-    np.testing.assert_equal(scores("majority", *votes, silent, cut), [0.0, 1.0, 1.0, 0.0, math.nan])
+    np.testing.assert_equal(scores("majority", *votes, silent, cut), [0.0, 1.0, 1.0, 0.0, 0.0])
     tied = [*votes, trace(0.5, span=(0, 1), label=0)]  # two each; the cut-off trace for 0 casts no vote
     assert np.isnan(scores("majority", *tied, cut)).all()
     assert np.isnan(scores("majority", silent)).all()
