@@ -41,17 +41,18 @@ def test_generators_and_a_trainer_come_with_nodes_are_lost_with_them_and_go(tiny
         command = ["rlsf", "run", str(tmp_path / "tiny.yaml"), "--root", str(tmp_path), "--run", "scaled"]
         run = sandbox.start(*command, "--address", cluster.address)
         cluster.until(lambda: len(cluster.generators()) == MOST, 240, "four generators")
-        told, *lost = sorted(cluster.generators())[1:]
+        told = sorted(cluster.generators())[1]
+        cluster.drain(told, 60)
+        cluster.until(lambda: told not in cluster.generators(), 60, "a generator that leaves")
         cluster.until(lambda: len(cluster.trainers()) == 2, 240, "a second training worker")
-        lost += set(cluster.trainers()) - {HEAD}
+        cluster.until(lambda: len(cluster.generators()) >= 3, 240, "generators at work")
+        lost = {*sorted(cluster.generators())[1:3], *cluster.trainers()} - {HEAD}
         for node in lost:
             cluster.lose(node)
         living = lambda: {*cluster.generators(), *cluster.trainers()}  # noqa: E731
-        cluster.until(lambda: not set(lost) & living(), 60, "three nodes lost")
+        cluster.until(lambda: not lost & living(), 60, "three nodes lost")
         cluster.until(cluster.trainers, 180, "a training worker again")
         cluster.until(lambda: len(cluster.generators()) == MOST, 240, "four generators again")
-        cluster.drain(told, 60)
-        cluster.until(lambda: told not in cluster.generators(), 60, "a generator that leaves")
         assert run.wait(500) == 0, run.output
         cluster.until(lambda: not cluster.generator_nodes(), 60, "no nodes")
     counts = json.loads((tmp_path / "scaled" / "summary.json").read_text())["accounting"]
