@@ -151,19 +151,21 @@ def evaluate(
 def mix(
     run: Run,
     other: Annotated[str | None, typer.Argument(help="A second model or run: mix the two.")] = None,
-    alphas: Annotated[str, typer.Option(help="Multiples of the adapter, between commas.")] = "0,0.25,0.5,0.75,1,1.25",
+    alphas: Annotated[
+        str | None, typer.Option(help="Between commas.  [default: 0 to 1 by quarters; of one run 1.25 too]")
+    ] = None,
     version: Version = None,
     root: Root = "runs",
     recipe: Annotated[str | None, typer.Option(help="Of two: what to measure.  [default: rlif_self_certainty]")] = None,
     set_: Set = None,
-    train: Annotated[bool, typer.Option("--train", help="Of two: run the recipe from each mixture.")] = False,
+    train: Annotated[bool, typer.Option("--train", help="Of two: run the recipe from each, 5 rounds.")] = False,
     to: Annotated[Path | None, typer.Option(help="Of two: folder for mixtures and runs.  [default: mixed]")] = None,
 ) -> None:
     """Measure base + alpha x adapter on the probe set: does the adapter help all the way?
 
     With a second model or run, (1 - alpha) A + alpha B: does the first entropy tell what a run gains?
     """
-    wanted = read_alphas(alphas)
+    wanted = read_alphas(alphas or ("0,0.25,0.5,0.75,1" + ",1.25" * (other is None)))
     for_two = {"--recipe": recipe, "--set": set_, "--train": train, "--to": to}
     for_one = {"--version": version is not None}
     idle = [name for name, value in (for_two if other is None else for_one).items() if value]
@@ -171,7 +173,10 @@ def mix(
         raise InputError(f"{idle[0]}: is for {'two models' if other is None else 'one run'}; leave it out")
     if other is not None:
         ends = (run, other)
-        return _mix_two(ends, root, wanted, load(recipe or "rlif_self_certainty", set_, None), train, to)
+        short = ["rounds=5"] if train else []  # --set says otherwise
+        return _mix_two(
+            ends, root, wanted, load(recipe or "rlif_self_certainty", short + (set_ or []), None), train, to
+        )
     from rlsf_ray.export import latest_version
     from rlsf_ray.mix import mix as measure
     from rlsf_ray.progress import print_mix
@@ -387,6 +392,8 @@ def _mix_two(
 
     console, folder = make_console(), (to or Path("mixed")).absolute()
     a, b = (open_run(end, root) if is_run(end, root) else end for end in ends)
+    if train:
+        console.print(f"{len(alphas)} mixtures, and a run of {config.rounds} rounds from each, in {folder}")
     with console.status("measuring") as spinner:
         found = between(a, b, alphas, config, folder, train=train, tell=spinner.update)
     print_between(console, found, draw(found, folder))
