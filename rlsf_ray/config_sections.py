@@ -155,7 +155,7 @@ class AdvantagesConfig(Section):
     turns: tuple[str, ...] = ()  # roles whose tokens are credited, in rollouts of several turns; none: all
     held_turns: tuple[str, ...] = ()  # roles that feel the KL penalty only, whatever comes of them
     traces_per_step: PositiveInt = 64
-    normalise: Literal["trace", "token", "constant"] = "trace"  # by the trace's length, all tokens, the token limit
+    normalise: Literal["trace", "token", "constant"] = "trace"  # by the trace's length, all tokens, a turn's limit
     clip: float = Field(default=0.2, gt=0.0, lt=1.0)
     clip_high: PositiveFloat = 0.2  # DAPO 2503.14476: 0.28
     kl: float = Field(default=0.0, ge=0.0)  # weight of the KL divergence from the base model

@@ -50,6 +50,7 @@ def take_vitals(
         length=float(np.mean([len(trace.token_ids) for trace in traces])),
         repetition=float(np.mean([repetition(trace.token_ids) for trace in traces])),
         parsed=float(np.mean([trace.answer is not None for trace in traces])),
+        cut_off=float(np.mean([not trace.finished for trace in traces])),
         votes=settled,
         prompts=len(groups),
         agreed=same / both if both else math.nan,

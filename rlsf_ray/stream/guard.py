@@ -35,6 +35,7 @@ class Vitals:
     kl: float = 0.0  # from the base model in nats a token, of the traces that the version was trained on
     logprob_gap: float = 0.0  # trainer against generators, in nats a token, when that training began
     prompts: int = 0  # how many were written for
+    cut_off: float = 0.0  # share of traces that reached the token limit
     agreed: float = math.nan  # share of the pairs of ANSWERED traces of a prompt with the same answer
 
     @property
@@ -95,6 +96,7 @@ SIGNS = (
     Sign("repetition", most=0.15),
     Sign("parsed", least=-0.2),
     Sign("distinct", least=0.2, relative=True, action="warn"),
+    Sign("cut_off", most=0.2, action="warn"),
     Sign("kl", most=0.5, action="warn"),
     Sign("logprob_gap", most=1.0, action="warn"),
 )

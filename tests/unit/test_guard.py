@@ -63,6 +63,7 @@ def test_sudden_unanimity_stops_the_run_but_an_answer_format_that_is_learned_doe
     [
         ("surprisal", 0.12, "surprisal is 0.12, base model 0.5, expected at least 0.125"),
         ("distinct", 0.7, "distinct is 0.7, base model 4, expected at least 0.8"),
+        ("cut_off", 0.3, "cut_off is 0.3, base model 0, expected at most 0.2"),
         ("kl", 0.6, "kl is 0.6, base model 0, expected at most 0.5"),
         ("logprob_gap", 1.2, "logprob_gap is 1.2, base model 0, expected at most 1"),
     ],

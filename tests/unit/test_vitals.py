@@ -72,6 +72,7 @@ def test_vitals_by_hand() -> None:
     assert found.length == pytest.approx((11 * 4 + 6) / 12)
     assert found.surprisal == pytest.approx((46 * np.log(2) + 4 * np.log(4)) / 50, rel=1e-5)
     assert found.parsed == pytest.approx(4 / 12)
+    assert found.cut_off == pytest.approx(8 / 12)
     assert found.repetition == 0.0
     assert found.agreement_if_answered == pytest.approx(2 / 6)  # of a's ordered pairs; b and c have none
 
