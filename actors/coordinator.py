@@ -242,16 +242,25 @@ class Coordinator:
         gauges = Gauges(self._job.run)
         for look in itertools.count():
             await asyncio.sleep(LOOK_S)
-            if look % LOOKS_LEFT == 0:  # a coordinator before us may have been killed
-                await asyncio.to_thread(free_left_groups)
-            if look % LOOKS_A_TELLING == 0:
-                gauges.tell(await self.status())
-            if look % LOOKS_A_DISK == 0:
-                state.on_disk(await asyncio.to_thread(store.storage.used))
-            news, state.news = state.news, []
-            self._notices.tell(news)
             if reached := self._limits.reached(state.seconds, state.counts["tokens"]):
                 self._end(DrainedError(f"run {self._job.run} {reached}; the same command with a higher limit resumes"))
+            try:
+                await self._tell(look, gauges, state, store)
+            except (
+                Exception
+            ):  # of Ray's tables, a disk, a package of metrics: the limits above must go on being looked at
+                logger.exception("a look at the run has failed; the run goes on")
+
+    async def _tell(self, look: int, gauges: Gauges, state: RunState, store: RunStore) -> None:
+        """One look: metrics, the disk, what other lives have left, and the news to the webhook."""
+        news, state.news = state.news, []
+        self._notices.tell(news)
+        if look % LOOKS_LEFT == 0:  # a coordinator before us may have been killed
+            await asyncio.to_thread(free_left_groups)
+        if look % LOOKS_A_TELLING == 0:
+            gauges.tell(await self.status())
+        if look % LOOKS_A_DISK == 0:
+            state.on_disk(await asyncio.to_thread(store.storage.used))
 
     async def _finish(self, state: RunState, journal: Journal, crew: Crew, watch: Watch) -> Json:
         """Have the summary, with what control has cost in this life of the run, and the report written."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from typing import Any
+
+from ray.exceptions import ObjectLostError
 
 from actors.journal import Journal
 from actors.pool import GeneratorPool, GivenUp
@@ -14,6 +17,8 @@ from rlsf_ray.errors import ServiceError
 from rlsf_ray.records import Json, Prompt
 from rlsf_ray.stream.guard import Action
 from rlsf_ray.stream.run_state import RunState
+
+logger = logging.getLogger(__name__)
 
 TRAINING, EVALUATION = 0, 1  # lanes of the generator pool, most urgent first
 
@@ -97,16 +102,22 @@ class Measuring:
         await asyncio.gather(*self._beside.values())
 
     async def _batch(self, write: str, take: str, version: int, first: int, prompts: Sequence[Prompt]) -> None:
-        try:
-            groups, event = await self._pool.call(
-                write, prompts, first, priority=(EVALUATION, version, first), least_version=0, version=version
-            )
-        except GivenUp as error:
-            raise ServiceError(
-                f"version {version} cannot be evaluated: {error.reason} too often; see the log"
-            ) from error
-        self._journal.record(event)
-        self._watch.moved()
-        taken = getattr(self._evaluator, take).remote([groups], version, first)
-        self._journal.record(await self._watch.answer(taken, "evaluator"))
-        self._watch.moved()
+        reason = "TracesLost"
+        for _ in range(self._config.cluster.attempts):
+            try:
+                groups, event = await self._pool.call(
+                    write, prompts, first, priority=(EVALUATION, version, first), least_version=0, version=version
+                )
+            except GivenUp as error:
+                reason = error.reason
+                break
+            self._journal.record(event)
+            self._watch.moved()
+            taken = getattr(self._evaluator, take).remote([groups], version, first)
+            try:
+                self._journal.record(await self._watch.answer(taken, "evaluator"))
+                self._watch.moved()
+                return
+            except ObjectLostError as error:  # the generator's node went before they were read
+                logger.warning("version %d: the traces from question %d on are lost: %s", version, first, error)
+        raise ServiceError(f"version {version} cannot be evaluated: {reason} too often; see the log")

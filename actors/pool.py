@@ -124,8 +124,9 @@ class GeneratorPool:
             ticket, replica = await self._grant(priority, least_version)
             done = False
             name, used = replica.name, replica.version if version is None else version
+            handle = self._handles[name]
             try:
-                result, ended = getattr(self._handles[name], method).options(num_returns=2).remote(*args, used)
+                result, ended = getattr(handle, method).options(num_returns=2).remote(*args, used)
                 event: Json = await self._watch.answer(ended, f"{name} ({method})")
                 done = True
                 if swap := event.pop("swap", None):
@@ -139,9 +140,7 @@ class GeneratorPool:
                 self._bring_back(name, restarts=True)
             except DeadlineError as error:
                 reason = "GeneratorHung"
-                logger.warning("%s is ended and starts again: %s", name, error)
-                self._hands.end(self._handles[name], True)
-                self._bring_back(name, restarts=True)
+                self._end_hung(name, handle, error)
             except EngineError as error:
                 reason = "EngineError"
                 logger.warning("%s could not write a batch: %s", name, error)
@@ -171,10 +170,14 @@ class GeneratorPool:
             self._granted[ticket].set_result(replica)
 
     async def _load(self, name: str, version: int) -> None:
+        if name not in self._handles:  # given back meanwhile
+            return
+        handle = self._handles[name]
         try:
-            swap = await self._watch.answer(
-                self._handles[name].load_version.remote(version), f"{name} (load version {version})"
-            )
+            swap = await self._watch.answer(handle.load_version.remote(version), f"{name} (load version {version})")
+        except DeadlineError as error:
+            self._end_hung(name, handle, error)
+            return
         except (RayActorError, EngineError) as error:
             if name in self._handles:
                 logger.warning("%s broke while loading version %d: %s", name, version, error)
@@ -182,15 +185,24 @@ class GeneratorPool:
             return
         self._ready(name, version, swap)
 
+    def _end_hung(self, name: str, handle: Any, error: DeadlineError) -> None:
+        """A generator that does not answer starts again."""
+        logger.warning("%s is ended and starts again: %s", name, error)
+        self._hands.end(handle, True)
+        self._bring_back(name, restarts=True)
+
     def _bring_back(self, name: str, *, restarts: bool = False) -> None:
         """No more work for a broken generator until it has started again."""
+        if name not in self._handles:  # given back meanwhile
+            return
         self._fleet.failed(name, restarts=restarts)
         self.start_task(self._prepare(name))
 
     async def _prepare(self, name: str) -> None:
         """Bring a new or restarted generator to the newest version, unless that is under way.
 
-        Raises ServiceError if none is left, DeadlineError if this one stays unavailable and the run stands still.
+        Raises ServiceError if none is left, DeadlineError if this one hangs and no other works, or if it stays
+        unavailable and the run stands still.
         """
         if name in self._preparing:
             return
@@ -217,12 +229,16 @@ class GeneratorPool:
                 await self._watch.pause(name)
                 continue
             except (RayActorError, EngineError, DeadlineError) as error:
-                if not extra and (isinstance(error, DeadlineError) or self._begins(name, error)):
+                hangs = isinstance(error, DeadlineError)
+                alone = not self._fleet.names(State.HEALTHY, State.SUSPECT)
+                if not extra and ((hangs and alone) or self._begins(name, error)):
                     raise
                 deaths += 1
-                if deaths > self._attempts or (extra and isinstance(error, DeadlineError)):
+                if deaths > self._attempts or (extra and hangs):
                     self._lost(name, error)
                     return
+                if hangs:
+                    self._hands.end(self._handles[name], True)
                 await self._again(name, error)
                 continue
             if version == self._newest:

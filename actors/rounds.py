@@ -28,8 +28,6 @@ from rlsf_ray.wording import way_back
 
 logger = logging.getLogger(__name__)
 
-LAST_COMMIT_S = 30.0
-
 
 class Rounds:
     """One life of a run, from what the run directory holds to the last round."""
@@ -214,7 +212,8 @@ class Rounds:
 
     async def _fit(self) -> None:
         await self._watch.answer_while_moving(self.fit, "the trainer")
-        until = asyncio.get_running_loop().time() + LAST_COMMIT_S  # `committed` and this answer are two messages
+        # `committed` and this answer are two messages, and the last commit may still be read from the checkpoint
+        until = asyncio.get_running_loop().time() + self._watch.deadline_s
         while self._state.admission.rounds_ended < self._config.rounds:
             if asyncio.get_running_loop().time() > until:
                 raise ServiceError(

@@ -65,8 +65,9 @@ class ScorerPool:
         while deaths < self._attempts:
             name = min(self._queued, key=lambda scorer: (failures[scorer], self._queued[scorer]))
             self._queued[name] += 1
+            handle = self._handles[name]
             try:
-                call = self._handles[name].process.remote([groups], round, part)
+                call = handle.process.remote([groups], round, part)
                 outcomes, event = await self._watch.answer_while_moving(call, name)
                 return list(outcomes), event
             except RayActorError as error:
@@ -76,8 +77,8 @@ class ScorerPool:
                     self._watch.moved()  # how long it may be away counts from here
                 failures[name] += 1
                 deaths += dead
-                if isinstance(error, ActorDiedError):
-                    self._give_back(name)
+                if isinstance(error, ActorDiedError) and self._handles.get(name) is handle:  # no restart is left
+                    self._replace(name)
             finally:
                 if name in self._queued:
                     self._queued[name] -= 1
@@ -149,6 +150,14 @@ class ScorerPool:
         if name in self._handles:
             self._queued[name], self._idle_since[name] = 0, time.monotonic()
             logger.info("%s is there", name)
+
+    def _replace(self, name: str) -> None:
+        """A scorer that has died as often as Ray restarts it: one of the first begins anew under its name."""
+        if name not in self._first:
+            self._give_back(name)
+            return
+        with suppress(ValueError):  # Ray has not let go of the name yet: the next call asks again
+            self._handles[name] = self._hands.ask(name)
 
     def _give_back(self, name: str) -> None:
         """Let go of a scorer beyond the first."""

@@ -78,7 +78,8 @@ def _records(store: RunStore) -> list[str]:
 
 
 def _next_file(store: RunStore, name: str) -> str:
-    return f"{len(_records(store)) + 1:04d}" + PurePosixPath(name).suffix.lower()
+    ending = PurePosixPath(name).suffix.lower()  # .json is the records' own; such files hold JSON Lines, too
+    return f"{len(_records(store)) + 1:04d}{'.jsonl' if ending == '.json' else ending}"
 
 
 def _own_keys(sets: PromptSets) -> set[str]:

@@ -98,8 +98,8 @@ class Fleet:
 
     def failed(self, name: str, *, restarts: bool = False) -> None:
         """`name` broke (its process `restarts`, or runs still): it must prove a version before it gets work."""
-        replica = self._replicas[name]
-        if replica.state is not State.DEAD:
+        replica = self._replicas.get(name)  # None: given back while it worked
+        if replica and replica.state is not State.DEAD:
             replica.state = State.RESTARTING if restarts else State.STALE
 
     def died(self, name: str) -> None:
@@ -169,6 +169,8 @@ class Fleet:
 
     def release(self, name: str, ticket: Ticket, *, done: bool = True) -> None:
         """`name` has finished a piece of work (`done`), or failed at it."""
+        if name not in self._replicas:
+            return
         replica, now = self._replicas[name], self._clock()
         lasted = now - replica.begun.pop(ticket)
         if done:

@@ -51,7 +51,8 @@ def test_a_feed_has_what_the_run_does_not_know_and_is_read_again(store: RunStore
     pq.write_table(pa.table({"question": ["Why?", "Where?"]}), table)
     second = take(store, sets, "more.parquet", table.getvalue(), 3)
     assert [prompt.id for prompt in (*first.prompts, *second.prompts)] == ["feed-0001-1", "feed-0001-4", "feed-0002-1"]
-    assert read_feeds(store, sets) == [first, second]
+    third = take(store, sets, "last.json", lines("When?"), 3)  # the records of feeds end so, too
+    assert read_feeds(store, sets) == [first, second, third]
 
 
 def test_a_feed_has_the_columns_of_the_run_s_own_file(tmp_path: Path) -> None:

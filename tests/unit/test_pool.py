@@ -10,7 +10,7 @@ from ray.exceptions import ActorUnavailableError, RayActorError
 from actors import pool, watch
 from actors.pool import GeneratorPool, GivenUp
 from actors.watch import Watch
-from rlsf_ray.errors import DeadlineError, WeightsError
+from rlsf_ray.errors import DeadlineError, EngineError, WeightsError
 from rlsf_ray.records import Json
 from rlsf_ray.stream import fleet
 
@@ -249,3 +249,65 @@ def test_a_generator_on_a_node_that_goes_starts_again_elsewhere() -> None:
     ended, handle, states = asyncio.run(play())
     assert ended == [(handle, True)]
     assert states == {"g": "healthy"}
+
+
+@pytest.mark.parametrize("method", ["prepare", "load_version"])
+def test_one_that_hangs_while_another_works_is_ended_and_the_run_goes_on(method: str) -> None:
+    """In its second start, or in a swap: as on a node whose GPU has broken."""
+
+    async def play() -> tuple[Hired, Handle, dict[str, str]]:
+        async def forever() -> None:
+            await asyncio.Event().wait()
+
+        hangs = {method: lambda call: forever if call == {"prepare": 2, "load_version": 1}[method] else None}
+        hands, handles = Hired(), {"a": Handle(**hangs), "b": Handle()}
+        if method == "prepare":
+            handles["a"].write = Write(lambda call: RayActorError())
+        async with asyncio.TaskGroup() as tasks:
+            generators = GeneratorPool(handles, hands, Watch(0.2), 3, tasks.create_task, print)
+            await generators.prepare(0)
+            generators.publish(1)
+            await generators.call("write", priority=(0,), least_version=0)
+            async with asyncio.timeout(5.0):
+                while not hands.ended or generators.states() != {"a": "healthy", "b": "healthy"}:
+                    await asyncio.sleep(0.01)
+        return hands, handles["a"], generators.states()
+
+    hands, hung, states = asyncio.run(play())
+    assert hands.ended == [(hung, True)]
+    assert states == {"a": "healthy", "b": "healthy"}
+
+
+def test_one_that_hangs_alone_ends_the_run_by_name() -> None:
+    async def play() -> None:
+        async def forever() -> None:
+            await asyncio.Event().wait()
+
+        async with asyncio.TaskGroup() as tasks:
+            handles = {"generator-7": Handle(prepare=lambda call: forever)}
+            await GeneratorPool(handles, Hired(), Watch(0.1), 2, tasks.create_task, print).prepare(0)
+
+    with pytest.raises(ExceptionGroup) as caught:
+        asyncio.run(play())
+    assert caught.group_contains(DeadlineError, match="generator-7 .start. has not answered")
+
+
+def test_a_generator_that_is_given_back_with_a_batch_in_flight_fails_that_batch_only() -> None:
+    async def play() -> Any:
+        late = asyncio.Event()
+
+        async def fails_late() -> None:
+            await late.wait()
+            raise EngineError("broken")
+
+        handles = {"a": Handle(write=lambda call: fails_late), "b": Handle()}
+        async with asyncio.TaskGroup() as tasks:
+            generators = GeneratorPool(handles, Hired(), Watch(5.0), 2, tasks.create_task, print)
+            await generators.prepare(0)
+            call = tasks.create_task(generators.call("write", priority=(0,), least_version=0))
+            await asyncio.sleep(0.05)
+            generators._give_back("a")
+            late.set()
+            return (await call)[0]
+
+    assert asyncio.run(play()) == "groups"

@@ -20,7 +20,7 @@ from actors.measuring import Measuring
 from actors.pool import GivenUp
 from actors.rounds import Rounds
 from actors.watch import Watch
-from rlsf_ray.errors import DeadlineError
+from rlsf_ray.errors import DeadlineError, ServiceError
 from rlsf_ray.records import Json, Outcome
 from rlsf_ray.run_store import RunStore
 from rlsf_ray.stream.effort import Effort
@@ -246,6 +246,25 @@ def test_lost_traces_are_written_again(tmp_path: Path) -> None:
     made, scorers, pool = make(tmp_path, a=lambda call: ObjectLostError("0" * 56, None, "") if call == 1 else None)
     assert score(made) == ["a"]
     assert (scorers["a"].got, pool.written) == (["traces 1", "traces 2"], 2)
+
+
+def test_lost_traces_of_a_probe_set_are_written_again_and_given_up_by_name(tmp_path: Path) -> None:
+    made, _, pool = make(tmp_path, a=fine)
+    judge = Scorer("judge", lambda call: ObjectLostError("0" * 56, None, "") if call == 1 else None)
+
+    async def taken(boxed: list[Any], version: int, first: int) -> Json:
+        return (await judge._call(boxed, version, first))[1]
+
+    def measure() -> None:
+        evaluator = SimpleNamespace(judge=SimpleNamespace(remote=taken))
+        parts: Any = (made._state, made._journal, evaluator, pool, made._watch, made._config, [], [])
+        asyncio.run(Measuring(*parts)._batch("probe", "judge", 1, 0, []))
+
+    measure()
+    assert (judge.got, pool.written) == (["traces 1", "traces 2"], 2)
+    judge._reply = lambda call: ObjectLostError("0" * 56, None, "")
+    with pytest.raises(ServiceError, match="version 1 cannot be evaluated: TracesLost too often"):
+        measure()
 
 
 def test_stage_events_of_every_caller_are_written_once_and_in_order(tmp_path: Path) -> None:
