@@ -20,6 +20,7 @@ from rlsf_ray.encoding import to_json
 from rlsf_ray.errors import InputError
 from rlsf_ray.kept_config import packages
 from rlsf_ray.records import Json
+from rlsf_ray.redaction import HIDDEN, PLAIN_VALUE, SECRET_NAME, redact
 from rlsf_ray.run_store import RunStore
 
 FILES = ("config.yaml", "packages.json", "state.json", "summary.json", "nonfinite.json")
@@ -27,22 +28,6 @@ FOLDERS = ("metrics", "logs")
 ANSWERS = {"votes"}  # keys whose values are what the model has answered
 MOST_BYTES = 4 << 20  # of each file of JSON Lines: its end
 ASK_S = 20.0  # nvidia-smi may hang where a driver is broken
-
-HIDDEN = "(hidden)"
-_NAME = r"[\w.-]*(?:token(?!iz)|secret|passw|api_?-?key|private_?-?key|credential|webhook|authorization)[\w.-]*"
-_NUMBER = r"(?:[-+]?[\d.]+(?:e[-+]?\d+)?|null|true|false|none)"
-_SECRETS = [  # each with what stays of it, in groups
-    re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL),
-    re.compile(r"(?<=://)[^/\s\"']+(?=@)"),  # a URL's user and password
-    re.compile(r"(?i)(?<=[?&])([\w-]*(?:token|key|secret|signature|sig|password)=)[^&\s\"']+"),
-    re.compile(r"(https://[^/\s\"']*hooks?\.[^/\s\"']+/|https://[^\s\"']*/webhooks?/)[^\s\"']+"),
-    re.compile(r"(?i)\b((?:bearer|basic)\s+)[A-Za-z0-9._~+/=-]{6,}"),
-    re.compile(r"\b(hf_|sk-|ghp_|gho_|github_pat_|glpat-|xox[abps]-|AKIA|ASIA|eyJ)[A-Za-z0-9_./+=-]{12,}"),
-    # name: value, or name=value; a whole number is none
-    re.compile(
-        rf"(?i)(\b{_NAME}[\"']?\s*[:=]\s*)(?!{_NUMBER}(?![\w.]))(\"(?:[^\"\\]|\\.)*\"|'[^']*'|[^\s,}}\]\"'\[{{(]+)"
-    ),
-]
 
 
 def write_archive(store: RunStore, to: Path, environment: Mapping[str, str] = os.environ) -> list[str]:
@@ -108,13 +93,13 @@ def _clean(value: Any, secrets: Collection[str]) -> Any:
 def _clean_entry(key: str, value: Any, secrets: Collection[str]) -> Any:
     if key in ANSWERS:
         return f"({len(value)} left out)" if isinstance(value, dict | list) else HIDDEN
-    secret = isinstance(value, str) and value and re.fullmatch(rf"(?i){_NAME}", key)
-    return HIDDEN if secret and not re.fullmatch(_NUMBER, value) else _clean(value, secrets)
+    secret = isinstance(value, str) and value and re.fullmatch(rf"(?i){SECRET_NAME}", key)
+    return HIDDEN if secret and not re.fullmatch(PLAIN_VALUE, value) else _clean(value, secrets)
 
 
 def _known_secrets(environment: Mapping[str, str]) -> list[str]:
     """Values of environment variables with such names, and Ray's token."""
-    found = [value for name, value in environment.items() if re.fullmatch(rf"(?i){_NAME}|.*_key", name)]
+    found = [value for name, value in environment.items() if re.fullmatch(rf"(?i){SECRET_NAME}|.*_key", name)]
     with suppress(OSError, RuntimeError):  # a user without a home has none
         found.append(token_path(environment).expanduser().read_text().strip())
     return [value for value in found if len(value) >= 8]
@@ -141,12 +126,3 @@ def _gpus() -> str:
         return "none"
     except (OSError, subprocess.SubprocessError) as error:
         return f"nvidia-smi failed: {type(error).__name__}"
-
-
-def redact(text: str, secrets: Collection[str] = ()) -> str:
-    """`text` without `secrets`, and without what looks like one: known forms and named values."""
-    for value in secrets:
-        text = text.replace(value, HIDDEN)
-    for pattern in _SECRETS:
-        text = pattern.sub(rf"\1{HIDDEN}" if pattern.groups else HIDDEN, text)
-    return text

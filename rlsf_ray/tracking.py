@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 from rlsf_ray.config import RunConfig
 from rlsf_ray.errors import DrainedError, InputError
 from rlsf_ray.records import Json
+from rlsf_ray.redaction import redact
 from rlsf_ray.run_store import RunStore
 from rlsf_ray.storage import Storage
 from rlsf_ray.tasks.questions import optional_module
@@ -99,7 +100,7 @@ class Tracking:
         try:
             work()
         except Exception as error:  # of two packages, their networks and the storage: none may end a run
-            logger.warning("%s takes nothing for now: %s", self._kind, error)
+            logger.warning("%s takes nothing for now: %s", self._kind, redact(str(error)))
 
     def _send(self) -> None:
         """Send what is new in the run directory; note there what was sent."""
@@ -163,8 +164,8 @@ class _Mlflow:
             self._experiment = found.experiment_id if found else self._client.create_experiment(PROJECT)
         except self._mlflow.exceptions.MlflowException as error:
             raise InputError(
-                f"MLflow at {self._mlflow.get_tracking_uri()} does not answer as one ({error}); set"
-                " MLFLOW_TRACKING_URI to your server"
+                redact(f"MLflow at {self._mlflow.get_tracking_uri()} does not answer as one ({error});")
+                + " set MLFLOW_TRACKING_URI to your server"
             ) from error
 
     def begin(self, run: str, known: str | None) -> str:

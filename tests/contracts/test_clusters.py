@@ -43,6 +43,8 @@ def test_each_role_has_nodes_of_its_own_and_every_node_asks_for_the_token(name: 
     most = sum(kind.get("max_workers", 0) for kind in types.values())  # machines with one GPU each
     assert types["head"]["resources"] == {"CPU": 0, MARKED: 1, MOST_GPUS: most}
     assert most <= config["max_workers"]
+    rights = "IamInstanceProfile" if name == "cluster.yaml" else "serviceAccounts"  # Ray gives them to the head alone
+    assert all(rights in kind["node_config"] for role, kind in types.items() if role != "head")
     starts = [c for key in ("head", "worker") for c in config[f"{key}_start_ray_commands"] if "ray start" in c]
     assert len(starts) == 2
     assert any("python -m rlsf_ray.spot" in command for command in config["worker_start_ray_commands"])

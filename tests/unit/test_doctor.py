@@ -13,7 +13,8 @@ from tiny import tiny_config
 from vitals_data import HEALTHY
 
 from rlsf_ray import doctor
-from rlsf_ray.doctor import cleaned, redact, write_archive
+from rlsf_ray.doctor import cleaned, write_archive
+from rlsf_ray.redaction import redact
 from rlsf_ray.run_store import RunStore
 from rlsf_ray.stream.run_state import RunState
 
