@@ -99,7 +99,7 @@ def countdown(text: str, numbers: Sequence[int], target: int) -> Verdict:
 
     As reasoning-gym asks it; its own scorer evaluates the text as Python, which is no check for what a model writes.
     """
-    tree = _parsed(text.translate(_SIGNS).strip().rstrip("."))
+    tree = _parsed(_without_strays(text.translate(_SIGNS)))
     if tree is None:
         return Verdict(False, "no expression")
     used: list[int] = []
@@ -114,6 +114,16 @@ def countdown(text: str, numbers: Sequence[int], target: int) -> Verdict:
     if sorted(used) != sorted(numbers):
         return Verdict(False, f"uses {sorted(used)}, expected {sorted(numbers)}")
     return Verdict(value == target, "" if value == target else f"is {value}, expected {target}")
+
+
+def _without_strays(text: str) -> str:
+    """An expression without what stands around it in a sentence: bold type, a full stop, the bracket it ends."""
+    bare = text.strip(" \t\n*`.")
+    while bare.endswith(")") and bare.count(")") > bare.count("("):
+        bare = bare[:-1].rstrip()
+    while bare.startswith("(") and bare.count("(") > bare.count(")"):
+        bare = bare[1:].lstrip()
+    return bare
 
 
 def function_call(text: str, functions: Sequence[Json], expected: Sequence[Json]) -> Verdict:

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from rlsf_ray.algorithms.answers import label_answers
+from rlsf_ray.algorithms.answers import find_answer, label_answers
+from rlsf_ray.config_loading import load_config
 from rlsf_ray.errors import InputError
 from rlsf_ray.records import Check, Prompt
 from rlsf_ray.tasks.checks import check_answer, countdown, equality, fits_schema, function_call, validate
@@ -43,6 +44,28 @@ def test_countdown(text: str, reason: str | None) -> None:
     found = countdown(text, [6, 61, 94, 4], 309)
     assert found.right is (reason == "")
     assert reason is None or reason in found.reason
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("**5 + 3 * 2**", True),
+        ("- 5 + 3 * 2", True),  # a list's dash is no sign
+        ("I use 5 + 3 * 2 (which equals 11).", True),
+        ("(which is 5 + 3 * 2)", True),
+        ("5 + 3 * 2 = 11", True),
+        ("5 + 3 * 2 - done", True),
+        ("2 * 3 + 4\n\n5 + 3 × 2", True),  # the last line's
+        ("5 + (3 * 2)", True),
+        ("-(5 - 3 * 2)", False),  # is 1
+        ("5 + 3 − 2", False),
+        ("The answer is 11.", False),
+    ],
+)
+def test_the_recipe_reads_an_expression_as_it_stands_in_a_text(text: str, right: bool) -> None:
+    span = find_answer(text, load_config("reflect_retry_reward").data.answer)
+    answer = text[slice(*span)] if span else None
+    assert check_answer(Check(kind="countdown", data={"numbers": [5, 3, 2], "target": 11}), answer).right is right
 
 
 def test_countdown_is_exact() -> None:
