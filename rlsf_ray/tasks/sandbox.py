@@ -3,10 +3,11 @@
 Covered: processor time, wall-clock time, memory, size and number of files, no new processes, no network, no file but
 those of a temporary folder and (to read) Python's own, no environment, no inherited file, output thrown away. The
 verdict comes over a pipe with a secret, so that ending early or printing does not look like passing.
-Not covered: a fault of CPython; code that looks for the secret in the frames below its own, or breaks the standard
-library under the fence; an answer whose own __eq__ says yes to everything. The fences are audit hooks of Python and
-limits of the kernel, not a virtual machine: they hold what a model writes by accident or for an easy reward, not an
-attacker. Numpy and other packages are not there, nor sockets (so no asyncio.run) or databases.
+Not covered: whether a path is there, and its size and times (os.stat, os.readlink); a fault of CPython; code that looks
+for the secret in the frames below its own, or breaks the standard library under the fence; an answer whose own __eq__
+says yes to everything. The fences are audit hooks of Python and limits of the kernel, not a virtual machine: they hold
+what a model writes by accident or for an easy reward, not an attacker. Numpy and other packages are not there, nor
+sockets (so no asyncio.run) or databases.
 Where the kernel lets us, the process also gets a network of its own with nothing in it.
 """
 
@@ -41,22 +42,26 @@ def main():
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
     refused = ("socket.", "subprocess.", "ctypes.", "os.exec", "os.fork", "os.spawn", "os.posix_spawn", "os.system",
                "os.kill", "os.killpg", "os.putenv", "pty.", "signal.pthread_kill", "resource.", "fcntl.", "mmap.",
-               "sys._current_frames", "gc.", "syslog.", "webbrowser.", "sys.settrace", "sys.setprofile", "sqlite3.")
-    starters = ("_posixsubprocess", "_posixshmem", "_multiprocessing")  # no audit event tells what they do
+               "sys._current_frames", "gc.", "syslog.", "webbrowser.", "sys.settrace", "sys.setprofile", "sqlite3.",
+               "cpython.PyInterpreterState_New")  # an interpreter within has no hook
+    unheard = ("_posixsubprocess", "_posixshmem", "_multiprocessing", "readline", "pwd", "spwd", "grp", "nis", "_dbm",
+               "_gdbm", "_xxsubinterpreters", "_interpreters", "_testcapi", "_testinternalcapi")  # no event tells
     touching = ("open", "os.", "shutil.", "tempfile.", "glob.", "pathlib.")
-    realpath, fsdecode, paths, null, write, dumps = (
-        os.path.realpath, os.fsdecode, (str, bytes, os.PathLike), os.devnull, os.write, json.dumps)
+    realpath, isdir, fsdecode, paths, null, write, dumps = (
+        os.path.realpath, os.path.isdir, os.fsdecode, (str, bytes, os.PathLike), os.devnull, os.write, json.dumps)
     is_a, number, refusal, run, make = isinstance, int, PermissionError, exec, compile
     def inside(path):
         return realpath(path) == folder or realpath(path).startswith(folder + "/")
     def hook(event, args):
-        if event.startswith(refused) or (event == "import" and args and args[0] in starters):
+        if event.startswith(refused) or (event == "import" and args and args[0] in unheard):
             raise refusal("not allowed here: " + event)
         if not event.startswith(touching):
             return
         if event == "open" and args and is_a(args[0], number):
             raise refusal("no file by its number")
         found = [a for a in args if is_a(a, paths)]
+        if event == "open" and found and isdir(found[0]):  # paths that begin there are told without it
+            raise refusal("no folder is opened")
         flags = args[2] if event == "open" and len(args) > 2 and is_a(args[2], number) else writing
         looks = event in ("os.listdir", "os.scandir") or (event == "open" and not flags & writing)
         for path in found[:1] if event == "open" else found:
@@ -73,6 +78,8 @@ def main():
         if hasattr(os, name):
             delattr(os, name)
             delattr(sys.modules["posix"], name)
+    for name in unheard:
+        sys.modules.pop(name, None)
     sys.path[:] = [p for p in sys.path if p]
     sys.modules["__main__"] = types.ModuleType("__main__")
     write(pipe, secret)  # from here on what goes wrong is the solution's doing

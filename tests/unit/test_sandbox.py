@@ -91,8 +91,13 @@ FORK = (  # the call below subprocess, of which no audit event tells
         "import shutil; shutil.rmtree('/tmp')",
         "import os; os.path.realpath = lambda p, **k: os.getcwd()\nopen('/etc/passwd')",
         "import sqlite3; sqlite3.connect('/tmp/outside.db')",
+        "import os; os.mkdir('a'); os.chdir('a'); os.open('../..', os.O_RDONLY, dir_fd=os.open('.', os.O_RDONLY))",
+        'import _xxsubinterpreters as s; s.run_string(s.create(), \'open("/tmp/rlsf-outside", "w")\')',
+        'import _interpreters as s; s.exec(s.create(), \'open("/tmp/rlsf-outside", "w")\')',
+        "import readline; readline.write_history_file('/tmp/rlsf-outside')",
+        "import pwd; pwd.getpwall()",
         FORK,
-        "import sys; del sys.modules['_posixsubprocess']\n" + FORK,
+        "import sys; sys.modules.pop('_posixsubprocess', None)\n" + FORK,
     ],
 )
 def test_files_processes_and_the_network_are_out_of_reach(source: str) -> None:
