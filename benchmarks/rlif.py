@@ -215,7 +215,13 @@ def page(kept: list[Json]) -> str:
             "![Each reward's curves over the versions](rlif.svg)",
         ]
     for one in kept:
-        lines += ["", f"## {one['name']}, seed {one['seed']}", "", f"`{one['command']}`, {one['minutes']} min.", ""]
+        lines += [
+            "",
+            f"## {one['name']}, seed {one['seed']}",
+            "",
+            f"`{one['command']}`, {one['minutes']} min in its last call.",
+            "",
+        ]
         lines += ["| version | " + " | ".join(COLUMNS) + " | rise, sampled |", "|" + " --- |" * (len(COLUMNS) + 2)]
         for p in one["points"]:
             figures = " | ".join(shown(p, key) for key in COLUMNS.values())
@@ -239,6 +245,8 @@ def verdict(one: Json) -> list[str]:
         texts.append(f"{name} {interval(since)}: {word}")
     last = one["points"][-1]["version"]
     told = f"Version {last} against version {one['best']}, whose sampled accuracy is the best: {'; '.join(texts)}."
+    if last == one["best"]:
+        told = "No fall: of the versions measured the last has the best sampled accuracy."
     learned = f" {len(one['steps'])} steps, {credited} of {one['traces']} traces with an advantage.{drawn}"
     return [told + learned, *(["", f"It ended early: {one['failed']}"] if one["failed"] else [])]
 
