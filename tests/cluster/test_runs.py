@@ -50,7 +50,7 @@ def runs(
         "strict": small(eval={"during": 3}, **WATCHED),
         "overlap": small(rounds=3, cluster=overlap, data={"probe": []}),
         "collapse": _ahead(tiny),
-        "two_workers": small(cluster={"trainers": {"count": 1, "most": 2}}, **WATCHED),  # there is room for both
+        "two_workers": small(cluster={"trainers": {"count": 2}}, **WATCHED),
     }
     crowd = {"prompts_per_call": 1, "scorers": {"most": 2, "idle_s": 2.0}}
     sums = {"probe": [], "train": WATCHED["data"]["train"]}  # many: the second scorer may need a minute to start
