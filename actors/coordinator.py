@@ -246,9 +246,8 @@ class Coordinator:
                 self._end(DrainedError(f"run {self._job.run} {reached}; the same command with a higher limit resumes"))
             try:
                 await self._tell(look, gauges, state, store)
-            except (
-                Exception
-            ):  # of Ray's tables, a disk, a package of metrics: the limits above must go on being looked at
+            # Supervision: of Ray's tables, a disk, a package of metrics. The limits above must go on being looked at
+            except Exception:
                 logger.exception("a look at the run has failed; the run goes on")
 
     async def _tell(self, look: int, gauges: Gauges, state: RunState, store: RunStore) -> None:

@@ -102,15 +102,13 @@ class Measuring:
         await asyncio.gather(*self._beside.values())
 
     async def _batch(self, write: str, take: str, version: int, first: int, prompts: Sequence[Prompt]) -> None:
-        reason = "TracesLost"
         for _ in range(self._config.cluster.attempts):
             try:
                 groups, event = await self._pool.call(
                     write, prompts, first, priority=(EVALUATION, version, first), least_version=0, version=version
                 )
             except GivenUp as error:
-                reason = error.reason
-                break
+                raise _unmeasured(version, error.reason) from error
             self._journal.record(event)
             self._watch.moved()
             taken = getattr(self._evaluator, take).remote([groups], version, first)
@@ -120,4 +118,8 @@ class Measuring:
                 return
             except ObjectLostError as error:  # the generator's node went before they were read
                 logger.warning("version %d: the traces from question %d on are lost: %s", version, first, error)
-        raise ServiceError(f"version {version} cannot be evaluated: {reason} too often; see the log")
+        raise _unmeasured(version, "TracesLost")
+
+
+def _unmeasured(version: int, reason: str) -> ServiceError:
+    return ServiceError(f"version {version} cannot be evaluated: {reason} too often; see the log")

@@ -103,12 +103,8 @@ ROWS = {
     "collapse": Row("rlsf", TOO_FAR),
     "collapse_guarded": Row("rlsf", (*TOO_FAR, "guard=roll_back"), seeds=(0, 1)),
 }
-MINUTES = {
-    "rlsf_paper": 40.0,
-    "collapse": 40.0,
-    "collapse_guarded": 30.0,
-    "rlsf_best_worst": 25.0,
-}  # a cell on one core of two; others:
+# A cell on one core of two; others as below
+MINUTES = {"rlsf_paper": 40.0, "collapse": 40.0, "collapse_guarded": 30.0, "rlsf_best_worst": 25.0}
 MINUTES_UNTRAINED, MINUTES_OF_A_RUN = 4.0, 15.0
 
 

@@ -97,9 +97,9 @@ def summary(facts: Json) -> list[str]:
             kinds = ("sampled_accuracy", "greedy_accuracy", "majority_accuracy")
             changes = [_change(old, new, kind) for kind in (*kinds, "ece_answer_prob", "ece_calibrated")]
             rises = [_rise(rows.get(name, {}).get("from_base") or {}) for name in ("rlsf", "random_pairs")]
-            ratio = _number((rows["rlsf"].get("against_base") or {}).get("ece_ratio"), 2)
-            skill = _number((rows["rlsf"].get("against_base") or {}).get("skill"))
-            lines.append(_line([task, *changes[:3], *rises, *changes[3:], ratio, skill]))
+            against = rows["rlsf"].get("against_base") or {}
+            ends = (_number(against.get("ece_ratio"), 2), _number(against.get("skill")))
+            lines.append(_line([task, *changes[:3], *rises, *changes[3:], *ends]))
     return lines
 
 
@@ -169,7 +169,7 @@ def _met(value: list[float] | None, bound: float, way: int) -> str:
 def _rise(differences: Json) -> str:
     """With its interval over questions, and with each seed's own."""
     seeds = differences.get("sampled_by_seed")
-    return _signed(differences.get("sampled")) + (f"; {', '.join(f'{s:+.3f}' for s in seeds)}" if seeds else "")
+    return signed(differences.get("sampled")) + (f"; {', '.join(f'{s:+.3f}' for s in seeds)}" if seeds else "")
 
 
 def put_summary(readme: Path, facts: Json) -> None:
@@ -195,7 +195,7 @@ def _again(found: Sequence[Json]) -> list[str]:
 
 
 def _ended(rows: Json) -> list[tuple[str, Json]]:
-    """(name, run) of each run that the guard ended, or would have if it had not been told to warn only."""
+    """(name, run) of the runs driven to collapse without the guard, and of each that the guard ended."""
     return [
         (f"{name}, seed {run['seed']}" if row["seeds"] > 1 else name, run)
         for name, row in rows.items()
@@ -251,7 +251,7 @@ def _differences(rows: Json) -> list[str]:
         share = f"{rises[0][0] / whole[0]:.2f}" if rises[0] and whole and whole[1] > 0 else "-"
         against = row.get("against_base") or {}
         ends = (_number(against.get("ece_ratio"), 2), _number(against.get("skill")))
-        lines.append(_line([name, *map(_signed, rises), share, *ends]))
+        lines.append(_line([name, *map(signed, rises), share, *ends]))
     return lines
 
 
@@ -290,5 +290,5 @@ def _number(value: list[float] | None, digits: int = 3) -> str:
     return f"{mean:.{digits}f}" if low == high else f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def _signed(value: list[float] | None) -> str:
+def signed(value: list[float] | None) -> str:
     return "-" if value is None else f"{value[0]:+.3f} [{value[1]:+.3f}, {value[2]:+.3f}]"

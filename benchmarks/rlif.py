@@ -19,6 +19,7 @@ from pathlib import Path
 
 from bench_common import machine_facts
 from evidence import PACKAGES, SHARED, TASKS
+from evidence_markdown import signed
 from matplotlib.figure import Figure
 
 from rlsf_ray import loop
@@ -227,7 +228,7 @@ def page(kept: list[Json]) -> str:
         lines += ["| version | " + " | ".join(COLUMNS) + " | rise, sampled |", "|" + " --- |" * (len(COLUMNS) + 2)]
         for p in one["points"]:
             figures = " | ".join(shown(p, key) for key in COLUMNS.values())
-            lines.append(f"| {p['version']} | {figures} | {interval(p['rises'].get(WAYS[0]))} |")
+            lines.append(f"| {p['version']} | {figures} | {signed(p['rises'].get(WAYS[0]))} |")
         lines += ["", *verdict(one)]
         for found in (one["guard"] or {}).get("verdicts") or ():
             lines.append(f"\n- version {found['version']}, {found['action']}: {'; '.join(found['reasons'])}")
@@ -244,17 +245,13 @@ def verdict(one: Json) -> list[str]:
     for way in WAYS:
         since, name = one["since_best"].get(way), way.removesuffix("_accuracy")
         word = "no fall is shown" if since is None or since[2] >= 0 else "it has fallen"
-        texts.append(f"{name} {interval(since)}: {word}")
+        texts.append(f"{name} {signed(since)}: {word}")
     last = one["points"][-1]["version"]
     told = f"Version {last} against version {one['best']}, whose sampled accuracy is the best: {'; '.join(texts)}."
     if last == one["best"]:
         told = "No fall: of the versions measured the last has the best sampled accuracy."
     learned = f" {len(one['steps'])} steps, {credited} of {one['traces']} traces with an advantage.{drawn}"
     return [told + learned, *(["", f"It ended early: {one['failed']}"] if one["failed"] else [])]
-
-
-def interval(value: list[float] | None) -> str:
-    return "-" if value is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*value)
 
 
 def shown(point: Json, key: str) -> str:

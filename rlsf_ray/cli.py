@@ -165,7 +165,7 @@ def mix(
 
     With a second model or run, (1 - alpha) A + alpha B: does the first entropy tell what a run gains?
     """
-    wanted = read_alphas(alphas or ("0,0.25,0.5,0.75,1" + ",1.25" * (other is None)))
+    wanted = read_alphas(alphas or ("0,0.25,0.5,0.75,1" if other else "0,0.25,0.5,0.75,1,1.25"))
     for_two = {"--recipe": recipe, "--set": set_, "--train": train, "--to": to}
     for_one = {"--version": version is not None}
     idle = [name for name, value in (for_two if other is None else for_one).items() if value]

@@ -56,10 +56,11 @@ def run(
     with connected(address) as embedded, _Signals() as signals:  # Ray sets a handler of its own when it connects
         found = resources()
         shares = _check_size(config, found)  # before the config is written: the cure may be another config
-        check_growing_trainers(config, (n["Resources"] for n in ray.nodes() if n["Alive"]), marks(found))
+        marked = marks(found)
+        check_growing_trainers(config, (n["Resources"] for n in ray.nodes() if n["Alive"]), marked)
         store = RunStore.create_or_resume(root, config)
         _check_shared(store)
-        job = Job(run=run_name, root=store.root, source=source_hash(), gpus=shares, marks=marks(found))
+        job = Job(run=run_name, root=store.root, source=source_hash(), gpus=shares, marks=marked)
         coordinator = _join(job, limits, webhook)
         if not embedded:
             return _follow(coordinator, run_name, signals, on_status, wait_for_drain=False)
