@@ -127,6 +127,8 @@ class Coordinator:
         rounds.hold(held)
         logger.info("%s by an operator", "paused" if held else "resumed")
         state.state = "paused" if held else "running"
+        if self._journal is not None:
+            await self._journal.save()  # an order that was taken outlives this process
 
     async def roll_back(self, version: int) -> None:
         """End the run on the content of an older version. Raises ServiceError or InputError where that cannot be."""
@@ -224,12 +226,15 @@ class Coordinator:
         self._journal = Journal(store, self._state, self._effort)
         if summary is not None and self._state.state == "done":
             return summary
+        held = self._state.state == "paused"  # by an operator, in a life that was killed
         self._state.state = "running"
         self._watch = Watch(store.config.cluster.deadline_s)
         self._crew = await asyncio.to_thread(Crew, self._job, store.config)
         self._rounds = Rounds(store, self._state, self._journal, self._crew, self._watch)
         supervision = asyncio.create_task(self._supervise(self._state, store))
         self._stage = "goes on"
+        if held:
+            await self.hold(True)
         try:
             await self._rounds.run(self._stop)
         finally:

@@ -34,6 +34,20 @@ class Hands:
     leaving: Callable[[Mapping[str, Any]], Collection[str]]
 
 
+async def replace(handles: dict[str, Any], name: str, hands: Hands, watch: Watch) -> None:
+    """Ask anew for an actor that Ray restarts no more, as soon as Ray has let go of its name.
+
+    Raises DeadlineError if nothing in the run has moved for too long.
+    """
+    dead = handles.get(name)
+    while dead is not None and handles.get(name) is dead:  # else given back, or replaced for another batch
+        try:
+            handles[name] = hands.ask(name)
+            return
+        except ValueError:
+            await watch.pause(name)
+
+
 class GivenUp(Exception):
     """A batch failed as often as it may; `reason` names the last error's type."""
 
@@ -254,9 +268,8 @@ class GeneratorPool:
         if name in self._first:
             self._watch.moved()
         await self._watch.pause(name)
-        if isinstance(error, ActorDiedError) and name in self._handles:
-            with suppress(ValueError):  # Ray has not let go of the name yet
-                self._handles[name] = self._hands.ask(name)
+        if isinstance(error, ActorDiedError):
+            await replace(self._handles, name, self._hands, self._watch)
 
     def _lost(self, name: str, error: Exception) -> None:
         """It does not come back. Raises ServiceError if it was the last."""

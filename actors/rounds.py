@@ -264,36 +264,61 @@ class Rounds:
 
     async def _batch(self, round: int, part: int, first: int, prompts: Sequence[Prompt]) -> None:
         """One batch from the generator pool to the buffer."""
+        outcomes = list[Outcome]()
         try:
-            outcomes = await self._generate_and_score(round, part, first, prompts)
-            self._state.scored(round, outcomes)
+            outcomes, failed = await self._generate_and_score(round, part, first, prompts)
         except GivenUp as error:
-            sequences = range(first, first + len(prompts))
-            given_up = self._crew.buffer.give_up.remote(round, sequences)
-            held = await self._watch.answer(given_up, "pair_buffer")  # of a scorer that died after it had put them
-            self._state.recovered(round, held)
-            self._state.ledger.failed(round, set(sequences) - {outcome.sequence for outcome in held}, error.reason)
+            failed = dict.fromkeys(range(first, first + len(prompts)), error.reason)
         finally:
             self._permits.release()
+        held = list[Outcome]()
+        if failed:
+            given_up = self._crew.buffer.give_up.remote(round, list(failed))
+            held = await self._watch.answer(given_up, "pair_buffer")  # of a scorer that died after it had put them
+        self._state.scored(round, outcomes)  # and what follows at once: a batch is saved whole or not at all
+        self._state.recovered(round, held)
+        for sequence in failed.keys() - {outcome.sequence for outcome in held}:
+            self._state.ledger.failed(round, [sequence], failed[sequence])
         await self._journal.save()
         self._watch.moved()
 
-    async def _generate_and_score(self, round: int, part: int, first: int, prompts: Sequence[Prompt]) -> list[Outcome]:
-        """Traces go from generator to scorer as a reference; only the small outcomes come here."""
-        least = self._state.admission.least_version(round)
+    async def _generate_and_score(
+        self, round: int, part: int, first: int, prompts: Sequence[Prompt]
+    ) -> tuple[list[Outcome], dict[int, str]]:
+        """(outcomes, {sequence: why it was given up}). Traces go from generator to scorer as references."""
         for _ in range(self._config.cluster.attempts):
-            groups, event = await self._pool.call(
-                "write", prompts, round, first, priority=(TRAINING, round, first), least_version=least
-            )
-            self._journal.record(event)
-            self._watch.moved()
+            boxed, failed = await self._generate(round, first, prompts)
+            if not boxed:
+                return [], failed
             try:
-                outcomes, event = await self._scorers.score(groups, round, part)
+                outcomes, event = await self._scorers.score(boxed, round, part)
                 self._journal.record(event)
-                return outcomes
+                return outcomes, failed
             except ObjectLostError as error:
                 logger.warning("round %d: the traces from prompt %d on are lost: %s", round, first, error)
         raise GivenUp("TracesLost")
+
+    async def _generate(self, round: int, first: int, prompts: Sequence[Prompt]) -> tuple[list[Any], dict[int, str]]:
+        """(references of groups, {sequence: why it was given up}).
+
+        A batch that is given up goes on prompt by prompt, one at a time: one that kills its generator takes no other
+        along.
+        """
+        least = self._state.admission.least_version(round)
+        try:
+            groups, event = await self._pool.call(
+                "write", prompts, round, first, priority=(TRAINING, round, first), least_version=least
+            )
+        except GivenUp as error:
+            if len(prompts) == 1:
+                return [], {first: error.reason}
+            logger.warning("round %d: prompts %d to %d go on alone", round, first, first + len(prompts) - 1)
+            parts = [await self._generate(round, first + n, [prompt]) for n, prompt in enumerate(prompts)]
+            failed = {sequence: reason for _, reasons in parts for sequence, reason in reasons.items()}
+            return [reference for boxed, _ in parts for reference in boxed], failed
+        self._journal.record(event)
+        self._watch.moved()
+        return [groups], {}
 
     async def _close(self, round: int, batches: Sequence[asyncio.Task[None]], size: int) -> None:
         """Every batch of the round has ended: the buffer learns its size. Without pairs the round is over."""

@@ -53,7 +53,7 @@ class ScorerWorker:
     def process(self, boxed: list[Any], round: int, part: int) -> tuple[list[Outcome], Json]:
         """Score one batch and put it into the buffer; waits while the buffer is full.
 
-        `boxed` holds the reference of a list of groups. Traces are stored before the buffer hears of them. The
+        `boxed` holds references of lists of groups. Traces are stored before the buffer hears of them. The
         coordinator watches how long this takes.
         """
         from rlsf_ray.engines.scorer import outcome
@@ -77,7 +77,8 @@ class ScorerWorker:
     def _compute(self, boxed: list[Any], round: int, part: int) -> tuple[list[ScoredGroup], list[TrainingGroup], Json]:
         """(scored groups, those with something to learn, the stage event); stores the traces."""
         self.prepare()
-        groups: list[Group] = ray.get(boxed[0], timeout=self._store.config.cluster.deadline_s)
+        lists: list[list[Group]] = ray.get(boxed, timeout=self._store.config.cluster.deadline_s)
+        groups = [group for groups in lists for group in groups]
         self._fetch(round, {group.version for group in groups})
         with self._computing, self._cores.turn():
             start = time.time()

@@ -13,7 +13,7 @@ from typing import Any
 
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError
 
-from actors.pool import LOOK_S, GivenUp, Hands
+from actors.pool import LOOK_S, GivenUp, Hands, replace
 from actors.watch import Watch
 from rlsf_ray.errors import DeadlineError
 from rlsf_ray.records import Json, Outcome
@@ -55,7 +55,7 @@ class ScorerPool:
 
         await asyncio.gather(*(build(name, scorer) for name, scorer in self._handles.items()))
 
-    async def score(self, groups: Any, round: int, part: int) -> tuple[list[Outcome], Json]:
+    async def score(self, boxed: list[Any], round: int, part: int) -> tuple[list[Outcome], Json]:
         """(the batch's outcomes, its stage event) from the least busy of the scorers that failed it least.
 
         A scorer that restarts builds itself again at its next call; waiting for that is no attempt. Raises GivenUp
@@ -67,7 +67,7 @@ class ScorerPool:
             self._queued[name] += 1
             handle = self._handles[name]
             try:
-                call = handle.process.remote([groups], round, part)
+                call = handle.process.remote(boxed, round, part)
                 outcomes, event = await self._watch.answer_while_moving(call, name)
                 return list(outcomes), event
             except RayActorError as error:
@@ -78,7 +78,7 @@ class ScorerPool:
                 failures[name] += 1
                 deaths += dead
                 if isinstance(error, ActorDiedError) and self._handles.get(name) is handle:  # no restart is left
-                    self._replace(name)
+                    await self._replace(name)
             finally:
                 if name in self._queued:
                     self._queued[name] -= 1
@@ -151,13 +151,12 @@ class ScorerPool:
             self._queued[name], self._idle_since[name] = 0, time.monotonic()
             logger.info("%s is there", name)
 
-    def _replace(self, name: str) -> None:
+    async def _replace(self, name: str) -> None:
         """A scorer that has died as often as Ray restarts it: one of the first begins anew under its name."""
-        if name not in self._first:
+        if name in self._first:
+            await replace(self._handles, name, self._hands, self._watch)
+        else:
             self._give_back(name)
-            return
-        with suppress(ValueError):  # Ray has not let go of the name yet: the next call asks again
-            self._handles[name] = self._hands.ask(name)
 
     def _give_back(self, name: str) -> None:
         """Let go of a scorer beyond the first."""

@@ -14,6 +14,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,7 @@ class RunStore:
     @staticmethod
     def _begin(storage: Storage, ours: Json) -> Json:
         """Write the config, unless another process has done so meanwhile; returns the one that counts."""
-        with storage.lock(".config.lock"):
+        with storage.lock(".config.lock") if storage.local else nullcontext():
             theirs = read_config(storage)
             if theirs is None:
                 storage.write("packages.json", to_json({"schema": SCHEMA} | packages()))

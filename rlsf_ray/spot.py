@@ -63,19 +63,24 @@ def _get(url: str, headers: Mapping[str, str], method: str = "GET") -> str | Non
 
 
 def watch(notice: Callable[[], float | None], drain: Callable[[float], None]) -> None:
-    """Return once a notice has come and Ray knows of it. A metadata service that does not answer is asked again."""
-    quiet = True
+    """Return once a notice has come and Ray knows of it. Who does not answer, the service or Ray, is asked again."""
+    answered = told = True
+    until: float | None = None
     while True:
         try:
-            until = notice()
-            quiet = True
-        except (OSError, ValueError) as error:
-            if quiet:
+            until, answered = until or notice(), True
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            if answered:
                 logger.warning("the metadata service does not answer: %s; asking on", error)
-            until, quiet = None, False
+            answered = False
         if until is not None:
-            drain(until)
-            return
+            try:
+                drain(until)
+                return
+            except (OSError, RuntimeError, ServiceError, subprocess.TimeoutExpired) as error:  # Ray restarts, perhaps
+                if told:
+                    logger.warning("Ray cannot be told that this machine goes: %s; trying on", error)
+                told = False
         time.sleep(LOOK_S)
 
 

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
+import logging
 import os
 import shutil
+import socket
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -22,7 +26,10 @@ from fsspec.implementations.local import LocalFileSystem
 
 from rlsf_ray.errors import InputError, StorageError
 
+logger = logging.getLogger(__name__)
+
 _LOCK_WAIT_S = 10.0  # a process that was told to end may still hold the lock
+_LEASE_BEAT_S = 5.0  # at a URL; one that nobody has written anew for three beats is free
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}  # some shared file systems: a run goes on without
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # disk full, quota used up, size limit of the process
 
@@ -54,6 +61,7 @@ class Storage:
                     file.flush()
                     os.fsync(file.fileno())
                 temporary.replace(target)
+                _flush(target.parent)  # else a power cut may still bring the old name back
             except OSError:
                 with suppress(OSError):
                     temporary.unlink(missing_ok=True)
@@ -94,26 +102,69 @@ class Storage:
 
     @contextmanager
     def lock(self, name: str = ".lock") -> Iterator[None]:
-        """Be the only run in this folder. The lock of a dead process is free; at a URL there is none.
+        """Be the only run in this folder. The lock of a dead process is free, at a URL after some seconds.
 
         Raises InputError if a living process has it. Another `name` is another lock.
         """
-        if not self.local:
-            yield
-            return
         with ExitStack() as held:
+            if not self.local:
+                held.enter_context(self._lease(name))
+                yield
+                return
             with self._guard("lock", name):
                 Path(self._base).mkdir(parents=True, exist_ok=True)
                 file = held.enter_context(Path(self.key(name)).open("a"))
                 until = time.monotonic() + _LOCK_WAIT_S
                 while not _locked(file.fileno()):
                     if time.monotonic() > until:
-                        raise InputError(
-                            f"another run works in {self.root}; expected to be the only one; wait for it, stop it"
-                            " (`rlsf stop`, or end its process), or give this run another --run name"
-                        )
+                        raise self._taken("a process of this machine")
                     time.sleep(0.2)
             yield
+
+    @contextmanager
+    def _lease(self, name: str) -> Iterator[None]:
+        """The lock where none is to be had: a file that its holder writes anew at every beat."""
+        mine = f"{socket.gethostname()}, process {os.getpid()}, {uuid.uuid4().hex}".encode()
+        self._until_free(name)
+        self.write(name, mine)
+        time.sleep(_LEASE_BEAT_S / 5)
+        if (found := self.read(name)) != mine:  # two at once: the last one has it
+            raise self._taken(_holder(found))
+        over = threading.Event()
+        beats = threading.Thread(target=self._beat, args=(name, mine, over), daemon=True)
+        beats.start()
+        try:
+            yield
+        finally:
+            over.set()
+            beats.join()
+            with suppress(StorageError):  # it runs out by itself
+                self.remove(name)
+
+    def _until_free(self, name: str) -> None:
+        """Return once nobody keeps the lease up. Raises InputError if somebody does so for two beats."""
+        found, beats, since = self.read(name), 0, time.monotonic()
+        while found is not None and time.monotonic() - since < 3 * _LEASE_BEAT_S:
+            time.sleep(_LEASE_BEAT_S / 5)
+            if (now := self.read(name)) != found:
+                found, beats, since = now, beats + 1, time.monotonic()
+            if found is not None and beats == 2:
+                raise self._taken(_holder(found))
+
+    def _beat(self, name: str, mine: bytes, over: threading.Event) -> None:
+        for beat in itertools.count(1):
+            if over.wait(_LEASE_BEAT_S):
+                return
+            try:
+                self.write(name, mine + b", beat %d" % beat)
+            except StorageError as error:
+                logger.warning("the lock of the run directory is not kept up: %s", error)
+
+    def _taken(self, holder: str) -> InputError:
+        return InputError(
+            f"another run works in {self.root} ({holder}); expected to be the only one; wait for it, stop it"
+            " (`rlsf stop`, or end its process), or give this run another --run name"
+        )
 
     def arrow(self) -> Any:
         """The file system for pyarrow, with paths as in `key`; None for a local folder."""
@@ -175,6 +226,13 @@ class Storage:
             raise StorageError(
                 f"cannot {verb} {path}: {error}; check that the path exists, is a folder of yours and is reachable"
             ) from error
+        except Exception as error:  # an object store's own types, which have no base in common
+            if self.local:
+                raise
+            raise StorageError(
+                f"cannot {verb} {self.path(name)}: {type(error).__name__}: {error}; check the URL, the way to it,"
+                " and the credentials here and on every node"
+            ) from error
 
 
 def damaged(path: str, why: object) -> StorageError:
@@ -200,7 +258,27 @@ def _file_system(root: str) -> tuple[Any, str]:
             f"no file system for the run directory {root}: {error}; give a folder, or install the fsspec package that"
             " serves this URL (s3fs for s3://, gcsfs for gs://)"
         ) from error
+    except Exception as error:  # an object store's own types, such as that of missing credentials
+        raise InputError(
+            f"no way to the run directory {root}: {type(error).__name__}: {error}; check the URL and the credentials"
+            " here and on every node"
+        ) from error
     return fs, base.rstrip("/")
+
+
+def _holder(lease: bytes | None) -> str:
+    """Host and process, as `_lease` writes them."""
+    return ", ".join((lease or b"?").decode(errors="replace").split(", ")[:2])
+
+
+def _flush(folder: Path) -> None:
+    """Have a folder's names on the disk; not every file system can."""
+    with suppress(OSError):
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
 
 
 def _locked(file: int) -> bool:

@@ -11,9 +11,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import ray
 from running import alive, standing_groups, training_worker, wait_for
 
 from actors.coordinator import STOP_S
+from actors.job import NAMESPACE
 from rlsf_ray import operate, service
 from rlsf_ray.config import RunConfig
 from rlsf_ray.errors import DrainedError, InputError, ServiceError
@@ -51,9 +53,15 @@ def _questions(file: Path) -> Path:
 def test_a_run_waits_goes_on_is_fed_and_goes_back(
     launch: Launch, small: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    life = launch(small(rounds=6, data={"probe": []}), tmp_path / "held")
+    config = small(rounds=6, data={"probe": []})
+    life = launch(config, tmp_path / "held")
     wait_for(lambda: "held/coordinator" in alive("held") and operate.status("held").get("version", 0) >= 1, life=life)
     operate.pause("held")
+    ray.kill(ray.get_actor("held/coordinator", namespace=NAMESPACE))
+    with pytest.raises(ServiceError, match="the coordinator is gone"):
+        life.result()
+    life = launch(config, tmp_path / "held")  # the order outlives the process that took it
+    wait_for(lambda: "held/coordinator" in alive("held") and operate.status("held")["state"] == "paused", life=life)
     before = _standstill("held")
     with ThreadPoolExecutor() as threads:
         seen: list[Json] = []
@@ -88,7 +96,7 @@ def test_a_run_waits_goes_on_is_fed_and_goes_back(
     assert counts["in_flight"] == 0
     assert counts["admitted"] == sum(counts[end] for end in ("trained", "filtered", "failed", "rolled_back"))
     lines = [row["message"] for row in Tail(store.root, "coordinator")()]
-    wanted = ["paused by an operator", "resumed by an operator", "an operator wants to go back to version 1"]
+    wanted = [*["paused by an operator"] * 2, "resumed by an operator", "an operator wants to go back to version 1"]
     assert [line for line in lines if "operator" in line] == wanted
     assert "round 1 is over: version 1" in lines
 

@@ -1,4 +1,4 @@
-"""A prompt that kills its generator each time, and one at which a generator hangs."""
+"""A prompt that kills its generator each time, among others in one call, and one at which a generator hangs."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def test_one_prompt_fails_by_name_and_a_hung_generator_comes_back(
         rounds=1,
         data={"train": [{"kind": "file", "path": str(file), "answer": None, "id": None}], "probe": []},
         rollout={"name": "own_parts:spoilt"},
-        cluster={"prompts_per_call": 1, "deadline_s": 45, "attempts": 2},
+        cluster={"prompts_per_call": 4, "deadline_s": 45, "attempts": 2},
     )
     life = launch(config, tmp_path / "spoilt")
     wait_for(lambda: (tmp_path / "marker").exists(), life=life)

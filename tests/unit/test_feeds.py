@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import uuid
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -65,20 +67,37 @@ def test_a_feed_has_the_columns_of_the_run_s_own_file(tmp_path: Path) -> None:
         take(store, EMPTY, "new.jsonl", lines("Who?"), 0)
 
 
-@pytest.mark.parametrize(
-    ("name", "data", "message"),
-    [
-        ("new.csv", b"question", "got the ending '.csv'"),
-        ("new.jsonl", b"", "is empty"),
-        ("new.jsonl", b"question", "line 1: not valid JSON"),
-        ("new.jsonl", b"\xff\xfe", "line 1: not valid JSON"),
-        ("new.parquet", b"question", "not a readable Parquet file"),
-        ("new.jsonl", lines("  "), "line 1|row 1"),
-        ("new", lines("Who?"), "got the ending ''"),
-    ],
-)
-def test_a_bad_file_is_refused_and_leaves_nothing(store: RunStore, name: str, data: bytes, message: str) -> None:
-    with pytest.raises(InputError, match=f"data file {name}.*({message})"):
+def parquet(**columns: list[Any]) -> bytes:
+    file = io.BytesIO()
+    pq.write_table(pa.table(columns), file)
+    return file.getvalue()
+
+
+# what is wrong: (the file's name, what is in it, words of the message)
+BAD = {
+    "an ending nobody reads": ("new.csv", b"question", "got the ending '.csv'"),
+    "no ending": ("new", lines("Who?"), "got the ending ''"),
+    "nothing": ("new.jsonl", b"", "is empty"),
+    "only blank lines": ("new.jsonl", b"\n \n", "is empty"),
+    "no JSON": ("new.jsonl", b"question", "line 1: not valid JSON"),
+    "a line that is cut off": ("new.jsonl", lines("Who?") + b'{"question": "W', "line 2: not valid JSON"),
+    "another encoding": ("new.jsonl", b"\xff\xfe", "line 1: not valid JSON"),
+    "a list for a row": ("new.jsonl", b"[1, 2]\n", "line 1"),
+    "null for a question": ("new.jsonl", b'{"question": null}\n', "row 1"),
+    "a blank question": ("new.jsonl", lines("  "), "row 1"),
+    "no such column": ("new.jsonl", b'{"prompt": "Who?"}\n', "no column 'question', found 'prompt'"),
+    "text called Parquet": ("new.parquet", b"question", "not a readable Parquet file"),
+    "a pickle called Parquet": ("new.parquet", pickle.dumps(["Who?"]), "not a readable Parquet file"),
+    "Parquet that is cut off": ("new.parquet", parquet(question=["Who?"])[:-9], "not a readable Parquet file"),
+    "Parquet without rows": ("new.parquet", parquet(question=[]), "is empty"),
+    "Parquet of another column": ("new.parquet", parquet(prompt=["Who?"]), "no column 'question', found 'prompt'"),
+}
+
+
+@pytest.mark.parametrize("wrong", BAD)
+def test_a_bad_file_is_refused_and_leaves_nothing(store: RunStore, wrong: str) -> None:
+    name, data, message = BAD[wrong]
+    with pytest.raises(InputError, match=f"data file {name}.*{message}"):
         take(store, EMPTY, name, data, 0)
     assert store.names("feeds") == []
 

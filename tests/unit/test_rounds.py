@@ -71,7 +71,9 @@ def unavailable() -> ActorUnavailableError:
 
 
 def score(made: Rounds) -> Any:
-    return asyncio.run(made._generate_and_score(0, 0, 0, []))
+    outcomes, failed = asyncio.run(made._generate_and_score(0, 0, 0, []))
+    assert not failed
+    return outcomes
 
 
 def make(
@@ -281,6 +283,47 @@ def test_stage_events_of_every_caller_are_written_once_and_in_order(tmp_path: Pa
 
     asyncio.run(play())
     assert [row["start"] for row in store.read_metrics("stages")] == list(range(20))
+
+
+def test_a_prompt_that_kills_its_generator_takes_no_other_of_its_batch_along(tmp_path: Path) -> None:
+    made, scorers, _ = make(tmp_path, a=fine)
+    calls, given_up = list[tuple[int, int]](), list[Any]()
+
+    async def call(method: str, prompts: list[str], round: int, first: int, **options: Any) -> tuple[str, Json]:
+        calls.append((first, len(prompts)))
+        if "poison" in prompts:
+            raise GivenUp("GeneratorDied")
+        return f"traces of {first}", EVENT
+
+    async def process(boxed: list[Any], round: int, part: int) -> tuple[list[Outcome], Json]:
+        scorers["a"].got.append(boxed)
+        return [_filtered(sequence) for sequence in (0, 2)], EVENT
+
+    async def give_up(round: int, sequences: list[int]) -> list[Outcome]:
+        given_up.append(sequences)
+        return []
+
+    made._pool = SimpleNamespace(call=call)  # type: ignore[assignment]
+    scorers["a"].process = SimpleNamespace(remote=process)
+    made._crew.buffer = SimpleNamespace(give_up=SimpleNamespace(remote=give_up))
+    made._state.ledger.admit(0, 3)
+    prompts: Any = ["fine", "poison", "fine"]
+
+    async def play() -> None:
+        await made._permits.acquire()
+        await made._batch(0, 0, 0, prompts)
+
+    asyncio.run(play())
+    assert calls == [(0, 3), (0, 1), (1, 1), (2, 1)]
+    assert scorers["a"].got == [["traces of 0", "traces of 2"]]
+    assert given_up == [[1]]
+    assert made._state.ledger.totals()["reasons"] == {"no_answers": 2, "GeneratorDied": 1}
+    assert made._state.ledger.totals()["in_flight"] == 0
+
+
+def _filtered(sequence: int) -> Outcome:
+    counts = {"num_traces": 4, "num_tokens": 9, "num_cut_off": 0, "num_parsed": 0, "num_examples": 0}
+    return Outcome(group_id=f"g{sequence}", sequence=sequence, reason="no_answers", **counts)
 
 
 def test_pairs_that_a_dead_scorer_had_put_are_not_lost(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ async def work(handles: dict[str, Any], hands: Any, most: int, batches: int, unt
         pool = ScorerPool(handles, hands, Watch(5.0), 3, tasks.create_task)
         await pool.prepare()
         keeping = tasks.create_task(pool.keep(most, 0.1))
-        found = await asyncio.gather(*(pool.score("groups", 0, part) for part in range(batches)))
+        found = await asyncio.gather(*(pool.score(["groups"], 0, part) for part in range(batches)))
         async with asyncio.timeout(5.0):
             while len(handles) != until:
                 await asyncio.sleep(0.01)
@@ -89,7 +89,7 @@ def test_a_scorer_comes_while_batches_wait_and_goes_when_idle() -> None:
         async with asyncio.TaskGroup() as tasks:
             pool = ScorerPool(handles, hands, Watch(5.0), 3, tasks.create_task)
             keeping = tasks.create_task(pool.keep(2, 1.0))
-            waves = [[pool.score("groups", 0, 4 * wave + i) for i in range(4)] for wave in range(4)]
+            waves = [[pool.score(["groups"], 0, 4 * wave + i) for i in range(4)] for wave in range(4)]
             found = [one for wave in waves for one in await asyncio.gather(*wave)]
             async with asyncio.timeout(5.0):
                 while len(handles) > 1:
@@ -156,3 +156,17 @@ def test_a_first_scorer_that_ray_restarts_no_more_is_asked_for_anew() -> None:
     handles = {"scorer-0": dead}
     assert asyncio.run(work(handles, Hired(fresh), 1, 1, until=1)) == [0]
     assert handles == {"scorer-0": fresh}
+
+
+def test_a_name_that_ray_has_not_let_go_of_is_no_attempt() -> None:
+    dead, fresh, taken = Scorer(dies=True), Scorer(), iter(range(8))
+    hands = Hired(fresh)
+    ask = hands.ask
+
+    def busy(name: str) -> Any:
+        if next(taken, None) is not None:
+            raise ValueError("the name is taken")
+        return ask(name)
+
+    hands.ask = busy  # type: ignore[method-assign]
+    assert asyncio.run(work({"scorer-0": dead}, hands, 1, 1, until=1)) == [0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 from collections.abc import Iterator
 
@@ -9,6 +10,7 @@ import pytest
 from metadata import Metadata
 
 from rlsf_ray import spot
+from rlsf_ray.errors import ServiceError
 
 
 @pytest.fixture
@@ -45,6 +47,20 @@ def test_it_watches_through_silence_until_the_notice_comes(monkeypatch: pytest.M
 
     spot.watch(notice, drained.append)
     assert (drained, len(asked)) == ([7.0], 4)
+
+
+@pytest.mark.parametrize("error", [ServiceError("no"), ConnectionError("no"), subprocess.TimeoutExpired("ray", 1.0)])
+def test_a_ray_that_cannot_be_told_is_told_again(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    monkeypatch.setattr(spot, "LOOK_S", 0.01)
+    told: list[float] = []
+
+    def drain(until: float) -> None:
+        told.append(until)
+        if len(told) < 3:
+            raise error
+
+    spot.watch(lambda: 7.0, drain)
+    assert told == [7.0, 7.0, 7.0]
 
 
 def test_another_error_of_the_metadata_service_is_told(server: Metadata) -> None:

@@ -1,9 +1,11 @@
 """Whole files or none: what a full disk leaves behind."""
 
 import errno
+import os
 import resource
 import subprocess
 import sys
+import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -96,3 +98,50 @@ def test_the_use_of_a_disk_is_a_share_and_unknown_at_a_url(tmp_path: Path) -> No
     assert used is not None
     assert 0.0 < used < 1.0
     assert Storage("memory://anything").used() is None
+
+
+class NoCredentialsError(Exception):
+    """As botocore has one: no OSError."""
+
+
+@pytest.mark.parametrize("use", ["read", "names", "write"])
+def test_an_object_store_s_own_errors_are_named_with_the_file(monkeypatch, use):
+    storage = Storage("memory://errors/run")
+
+    def fails(*args, **kwargs):
+        raise NoCredentialsError("Unable to locate credentials")
+
+    for method in ("cat_file", "ls", "pipe_file"):
+        monkeypatch.setattr(type(storage._fs), method, fails)
+    call = {"read": lambda: storage.read("a"), "names": lambda: storage.names("a")}
+    with pytest.raises(StorageError, match=r"memory://errors/run/a: NoCredentialsError: Unable .*credentials here"):
+        call.get(use, lambda: storage.write("a", b""))()
+
+
+def test_a_url_has_one_run_at_a_time_and_a_dead_one_s_lease_runs_out(monkeypatch):
+    monkeypatch.setattr(storage_module, "_LEASE_BEAT_S", 0.2)
+    storage, other = Storage("memory://leased/run"), Storage("memory://leased/run")
+    refused = pytest.raises(InputError, match=rf"another run works in memory://leased/run \(.*process {os.getpid()}\)")
+    with storage.lock(), refused, other.lock():
+        pass
+    with other.lock():
+        pass
+    assert storage.read(".lock") is None
+    storage.write(".lock", b"host, process 1, killed")
+    began = time.monotonic()
+    with other.lock():
+        assert time.monotonic() - began > 0.6
+
+
+def test_of_two_runs_that_begin_at_a_url_at_once_one_goes_on(monkeypatch):
+    monkeypatch.setattr(storage_module, "_LEASE_BEAT_S", 0.2)
+    storage = Storage("memory://raced/run")
+    whole = type(storage).write
+
+    def write(self, name, data):
+        whole(self, name, data)
+        whole(self, name, b"elsewhere, process 7, first beat")  # the other's, at once
+
+    monkeypatch.setattr(type(storage), "write", write)
+    with pytest.raises(InputError, match=r"another run works in .* \(elsewhere, process 7\)"), storage.lock():
+        pass
