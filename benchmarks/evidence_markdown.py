@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,9 @@ def _again(found: Sequence[Json]) -> list[str]:
         for metric, (first, low, high, again) in one["metrics"].items():
             inside = "yes" if low <= again <= high else "no"
             lines.append(_line([one["cell"], metric, _number([first, low, high]), f"{again:.3f}", inside]))
+    for metric in found[0]["metrics"]:
+        both = [[one["metrics"][metric][place] for one in found] for place in (0, -1)]
+        lines.append(_line(["their mean", metric, *(f"{statistics.fmean(each):.3f}" for each in both), "-"]))
     return lines
 
 
