@@ -9,8 +9,9 @@
 `sums`: of a number up to 20 and one up to 9. SmolLM2-135M fails most, and its retry repeats what its reflection ends
 in: whoever works the sum out again in the reflection is right. The answers are the check, so it has labels.
 
-First the prompts are found that the model mostly fails, of eight samples each; only those are trained on. Forgetting:
-sampled accuracy on the evidence's gcd, of which nothing was trained, before and after.
+First the prompts are found that the model fails, attempted as the run does (greedily, once); only those are trained on.
+The committed result is older: of eight samples each it took those that mostly fail. Forgetting: sampled accuracy on
+the evidence's gcd, of which nothing was trained, before and after.
 """
 
 from __future__ import annotations

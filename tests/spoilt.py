@@ -37,6 +37,9 @@ class Place:
     def plan(self, *settings: str) -> list[str]:
         return ["plan", str(self.recipe), *(part for setting in settings for part in ("--set", setting))]
 
+    def failures(self) -> list[str]:
+        return ["failures", str(self.recipe), "--to", "hard.jsonl"]
+
     def data(self, name: str, text: str, more: str = "") -> list[str]:
         """`plan` on a training file of this content."""
         return self.plan(f"data.train=[{{kind: file, path: {self.file(name, text)}{more}}}]")

@@ -31,6 +31,17 @@ LOOK_S = 0.05
 QUIET = 8  # turns of the event loop without news, after which every program waits: one wake-up passes through a few
 
 
+def turn_sampling(config: RunConfig, role: str) -> Sampling:
+    """How a turn is drawn. One that is not credited is no sample of the policy: it may be drawn closer."""
+    settings, learning = config.rollout, config.advantages
+    credited = not (learning and learning.turns) or role in (*learning.turns, *learning.held_turns)
+    closer = settings.temperature if settings.uncredited_temperature is None else settings.uncredited_temperature
+    temperature = settings.temperature if credited else closer
+    if temperature == 0.0:
+        return Sampling(method="greedy", max_tokens=settings.max_tokens)
+    return Sampling(method="sample", max_tokens=settings.max_tokens, temperature=temperature)
+
+
 class Desk:
     """Serves the programs of one batch of prompts by one version of the weights."""
 
@@ -49,16 +60,6 @@ class Desk:
     def begin(self, prompt: Prompt, index: int = 0) -> Talk:
         """The empty trace `index` of a prompt."""
         return Talk(self, prompt, index, self.engine.encode(prompt))
-
-    def sampling(self, role: str) -> Sampling:
-        """How a turn is drawn. One that is not credited is no sample of the policy: it may be drawn closer."""
-        settings, learning = self.config.rollout, self.config.advantages
-        credited = not (learning and learning.turns) or role in (*learning.turns, *learning.held_turns)
-        closer = settings.temperature if settings.uncredited_temperature is None else settings.uncredited_temperature
-        temperature = settings.temperature if credited else closer
-        if temperature == 0.0:
-            return Sampling(method="greedy", max_tokens=settings.max_tokens)
-        return Sampling(method="sample", max_tokens=settings.max_tokens, temperature=temperature)
 
     async def complete(self, request: Request) -> Completion:
         """What the engine writes for a request of one seed."""
@@ -187,7 +188,7 @@ class Talk:
             raise InputError("a program's second turn needs a reply before it: call say() before write()")
         if not self.written:
             self.said.append(np.zeros(0, dtype=np.int32))
-        sampling = self.desk.sampling(role)
+        sampling = turn_sampling(self.desk.config, role)
         context = np.concatenate([self.prompt_ids, self._token_ids(), self.said[-1]])
         seed = trace_seed(self.desk.salt, self.prompt.id, f"{self.index}/{len(self.turns)}")
         one = await self.desk.complete(Request(prompt_ids=context, seeds=(seed,), sampling=sampling))

@@ -13,7 +13,7 @@ from dataclasses import replace
 from rlsf_ray.config import RunConfig
 from rlsf_ray.engines.base import Engine
 from rlsf_ray.records import Group, Prompt
-from rlsf_ray.rollouts.desk import Desk, Program, Talk
+from rlsf_ray.rollouts.desk import Desk, Program, Talk, turn_sampling
 from rlsf_ray.rollouts.seeds import group_id
 
 REFLECT = (
@@ -29,13 +29,14 @@ VERIFY = "Is your answer correct? Reply with one word, yes or no."
 
 
 async def attempts(desk: Desk, prompt: Prompt) -> list[Talk]:
-    """K attempts, each checked: which prompts does the model fail?"""
+    """K attempts, each checked: which prompts does the model fail? One where they are greedy: all would be the same."""
 
     async def episode(talk: Talk) -> None:
         await talk.write("attempt")
         await talk.check()
 
-    return await _independent(desk, prompt, episode)
+    greedy = turn_sampling(desk.config, "attempt").method == "greedy"
+    return await _independent(desk, prompt, episode, 1 if greedy else desk.config.rollout.traces)
 
 
 async def reflect_retry(desk: Desk, prompt: Prompt) -> list[Talk]:
@@ -154,8 +155,10 @@ def says_yes(text: str) -> bool:
     return text.strip().casefold().startswith(("yes", "correct", "it is correct"))
 
 
-async def _independent(desk: Desk, prompt: Prompt, episode: Callable[[Talk], Awaitable[None]]) -> list[Talk]:
-    talks = [desk.begin(prompt, k) for k in range(desk.config.rollout.traces)]
+async def _independent(
+    desk: Desk, prompt: Prompt, episode: Callable[[Talk], Awaitable[None]], count: int | None = None
+) -> list[Talk]:
+    talks = [desk.begin(prompt, k) for k in range(count or desk.config.rollout.traces)]
     await asyncio.gather(*map(episode, talks))
     return talks
 

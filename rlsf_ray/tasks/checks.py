@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import json
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,11 +17,12 @@ from typing import Any
 from rlsf_ray.algorithms.answers import normalise
 from rlsf_ray.errors import InputError
 from rlsf_ray.records import Check, Json, ProbePrompt, Prompt
+from rlsf_ray.tasks.calls import function_call
 from rlsf_ray.tasks.equality import AnswerChecker
+from rlsf_ray.tasks.reading import asked_for, json_values, parsed
 from rlsf_ray.tasks.sandbox import check_tests, run_tests
 from rlsf_ray.tasks.verdict import Verdict
 
-LONGEST = 2000  # characters of a text that is read as code
 PATTERN_S = 1.0
 _OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add,
@@ -31,19 +31,6 @@ _OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] 
     ast.Div: operator.truediv,
 }
 _SIGNS = str.maketrans({"×": "*", "÷": "/", "−": "-", "–": "-"})
-_BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
-_OPENING = re.compile(r"[\[{]")
-_TYPES: dict[str, tuple[type, ...]] = {
-    "string": (str,),
-    "integer": (int,),
-    "float": (float, int),
-    "number": (float, int),
-    "boolean": (bool,),
-    "array": (list, tuple),
-    "tuple": (list, tuple),
-    "dict": (dict,),
-    "object": (dict,),
-}
 
 
 def check_answer(check: Check, answer: str | None) -> Verdict:
@@ -99,7 +86,7 @@ def countdown(text: str, numbers: Sequence[int], target: int) -> Verdict:
 
     As reasoning-gym asks it; its own scorer evaluates the text as Python, which is no check for what a model writes.
     """
-    tree = _parsed(_without_strays(text.translate(_SIGNS)))
+    tree = parsed(_without_strays(text.translate(_SIGNS)))
     if tree is None:
         return Verdict(False, "no expression")
     used: list[int] = []
@@ -126,46 +113,21 @@ def _without_strays(text: str) -> str:
     return bare
 
 
-def function_call(text: str, functions: Sequence[Json], expected: Sequence[Json]) -> Verdict:
-    """Is `text` the one call that is wanted? BFCL's simple calls: `name(arg=value, ...)`, or JSON with its name.
+def fits_schema(text: str, schema: Json | bool) -> Verdict:
+    """Does the JSON in `text` fit the JSON Schema? Raises InputError for a schema that is none.
 
-    `functions` describes what may be called (name, parameters with properties and required); `expected` is BFCL's
-    ground truth [{name: {argument: [values that count]}}], where "" among them means that it may be left out. Values
-    have the described type (an integer counts as a float); texts are equal but for case, spaces and punctuation.
-    """
-    (wanted,) = expected
-    ((name, accepted),) = wanted.items()
-    described = {one["name"]: one["parameters"] for one in functions}
-    if name not in described:
-        raise InputError(f"the wanted function {name} is not among those described, {sorted(described)}; mend the data")
-    properties = described[name]["properties"]
-    call = _python_call(text, list(properties)) or _json_call(text)  # a Python argument may look like a JSON call
-    if call is None:
-        return Verdict(False, "no call")
-    called, given = call
-    if called != name:
-        return Verdict(False, f"calls {called}, expected {name}")
-    if odd := sorted(given.keys() - (properties.keys() & accepted.keys())):
-        return Verdict(False, f"unknown argument {odd[0]}")
-    for argument, values in accepted.items():
-        if argument not in given:
-            if argument in described[name].get("required", ()) or "" not in values:
-                return Verdict(False, f"lacks {argument}")
-        elif not _has_type(given[argument], properties[argument]["type"]):
-            return Verdict(False, f"{argument} is no {properties[argument]['type']}")
-        elif not any(_same(given[argument], value) for value in values):
-            return Verdict(False, f"{argument} is {given[argument]!r}")
-    return Verdict(True)
-
-
-def fits_schema(text: str, schema: Json) -> Verdict:
-    """Does the last JSON object or array in `text` fit the JSON Schema? Raises InputError for a schema that is none.
-
-    A pattern that takes longer than PATTERN_S on a text breaks the check, and holds up nobody (one for the names of
-    properties has no such limit).
+    Read is the last block fenced as json, else the last without a name, else the whole text. In it counts the last
+    object or array (that of them which the schema's `type` names) that lies in no other brackets, be these JSON or
+    prose. Where a bracket stays open there is no JSON: the text was cut short. A pattern that takes longer than
+    PATTERN_S on a text breaks the check, and holds up nobody (one for the names of properties has no such limit).
     """
     kind = _validator(schema)
-    found = list(_json_values(text))
+    wanted = schema.get("type") if isinstance(schema, dict) else None
+    found = [
+        value
+        for value in json_values(asked_for(text, "json"))
+        if isinstance(value, {"object": dict, "array": list}.get(str(wanted), dict | list))
+    ]
     if not found:
         return Verdict(False, "no JSON")
     problem = next(kind(schema).iter_errors(found[-1]), None)
@@ -173,9 +135,11 @@ def fits_schema(text: str, schema: Json) -> Verdict:
 
 
 def code(text: str, tests: str) -> Verdict:
-    """Does the text's last Python block (or all of it) pass the tests, which are assertions? Run apart: sandbox.py."""
-    blocks = _BLOCK.findall(text)
-    return run_tests(blocks[-1] if blocks else text, tests)
+    """Does the text's code pass the tests, which are assertions? Run apart: sandbox.py.
+
+    That is its last block fenced as python, else the last without a name, else the whole text.
+    """
+    return run_tests(asked_for(text, "python", "python3", "py"), tests)
 
 
 def exact(text: str, accepted: Sequence[str]) -> Verdict:
@@ -256,15 +220,6 @@ def _pattern(validator: Any, pattern: str, instance: Any, schema: Json) -> Itera
         yield jsonschema.ValidationError(f"{instance[:80]!r} does not match {pattern!r}")
 
 
-def _parsed(text: str) -> ast.expr | None:
-    if len(text) > LONGEST:
-        return None
-    try:
-        return ast.parse(text, mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # what a parser says of hostile text
-        return None
-
-
 def _value(node: ast.expr, used: list[int]) -> Fraction:
     """The exact value; the whole numbers in it are added to `used`. Raises ValueError for anything but arithmetic."""
     if isinstance(node, ast.Constant) and type(node.value) is int:
@@ -275,65 +230,3 @@ def _value(node: ast.expr, used: list[int]) -> Fraction:
     if isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:
         return _OPERATIONS[type(node.op)](_value(node.left, used), _value(node.right, used))
     raise ValueError(f"holds {type(node).__name__}, expected whole numbers and + - * /")
-
-
-def _json_values(text: str) -> Iterator[Any]:
-    """Every JSON object or array in a text that does not lie inside another."""
-    decoder, at = json.JSONDecoder(), 0
-    while (match := _OPENING.search(text, at)) is not None:
-        try:
-            value, at = decoder.raw_decode(text, match.start())
-            yield value
-        except (ValueError, RecursionError):
-            at = match.start() + 1
-
-
-def _json_call(text: str) -> tuple[str, dict[str, Any]] | None:
-    for value in _json_values(text):
-        one = value[0] if isinstance(value, list) and len(value) == 1 else value
-        if isinstance(one, dict) and isinstance(one.get("name"), str):
-            arguments = one.get("arguments", one.get("parameters", {}))
-            if isinstance(arguments, dict):
-                return one["name"], arguments
-    return None
-
-
-def _python_call(text: str, order: Sequence[str]) -> tuple[str, dict[str, Any]] | None:
-    """The first line that is a call of literals; arguments without a name are taken in the order described."""
-    for line in text.strip().strip("`").splitlines():
-        node = _parsed(line.strip().strip("`").removeprefix("[").removesuffix("]"))
-        if not isinstance(node, ast.Call) or len(node.args) > len(order):
-            continue
-        try:
-            given = {name: ast.literal_eval(value) for name, value in zip(order, node.args, strict=False)}
-            given |= {str(word.arg): ast.literal_eval(word.value) for word in node.keywords}
-        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-            continue
-        return ast.unparse(node.func), given
-    return None
-
-
-def _has_type(value: Any, kind: str) -> bool:
-    if isinstance(value, bool):
-        return kind in ("boolean", "any")
-    return kind == "any" or isinstance(value, _TYPES.get(kind, (object,)))
-
-
-def _same(given: Any, value: Any) -> bool:
-    """Equal as BFCL compares: texts loosely, a dict by the list of values that count for each key, lists in order."""
-    if isinstance(given, str) and isinstance(value, str):
-        return _plain(given) == _plain(value)
-    if isinstance(given, list | tuple) and isinstance(value, list | tuple):
-        return len(given) == len(value) and all(_same(a, b) for a, b in zip(given, value, strict=True))
-    if isinstance(given, dict) and isinstance(value, Mapping):
-        return given.keys() <= value.keys() and all(_counts(given, key, values) for key, values in value.items())
-    return type(given) is not str and bool(given == value)
-
-
-def _counts(given: Mapping[str, Any], key: str, values: Any) -> bool:
-    accepted = values if isinstance(values, list) else [values]
-    return any(_same(given[key], value) for value in accepted) if key in given else "" in accepted
-
-
-def _plain(text: str) -> str:
-    return re.sub(r"[\s,./\-_*^'\"]", "", text).casefold()

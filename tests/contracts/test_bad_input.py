@@ -83,10 +83,14 @@ COMMANDS: dict[str, tuple[Make, int, str]] = {
     "an option of two for one run": (lambda p: ["mix", "a", "--train"], 2, "--train: is for two models"),
     "a confidence above 1": (lambda p: ["answer", "x", "?", "--sure", "2"], 2, "Invalid value for '--sure'"),
     "no traces at all": (lambda p: ["answer", "x", "?", "--most", "0"], 2, "Invalid value for '--most'"),
-    "a share above 1": (
-        lambda p: ["failures", "rlsf", "--to", "x.jsonl", "--most", "2"],
+    "a share above 1": (lambda p: [*p.failures(), "--most", "2"], 2, "expected a share of at least 0 and below 1"),
+    "a share of all": (lambda p: [*p.failures(), "--most", "1"], 2, "expected a share of at least 0 and below 1"),
+    "a share that is no number": (lambda p: [*p.failures(), "--most", "nan"], 2, "--most is nan, expected a share"),
+    "failures without checks": (lambda p: p.failures(), 2, "have no check, so whether the model fails them"),
+    "failures over a file that was there": (
+        lambda p: ["failures", str(p.recipe), "--to", str(p.file("mine.jsonl", GOOD))],
         2,
-        "Invalid value for '--most'",
+        "give a new file",
     ),
 }
 CONFIG: dict[str, tuple[Make, int, str]] = {

@@ -16,7 +16,6 @@ from rlsf_ray.config_loading import load_config
 from rlsf_ray.errors import InputError
 from rlsf_ray.evaluate import measure_version
 from rlsf_ray.export import pair_messages
-from rlsf_ray.failures import find_failures
 from rlsf_ray.records import Json
 from rlsf_ray.report import write_report
 from rlsf_ray.report_parts import signed
@@ -80,33 +79,6 @@ def test_the_report_shows_the_last_round_turn_by_turn(ended: tuple[RunStore, Jso
     assert rows[0]["prompt_id"] in section
     assert "First try" in page
     assert f"User: {escape(REFLECT)}" in section
-
-
-def test_the_prompts_that_are_failed_are_found_and_an_interrupted_search_goes_on(tiny: Path, tmp_path: Path) -> None:
-    config = tiny_config(tiny, **reflecting(tmp_path))
-    to = tmp_path / "hard.jsonl"
-
-    def interrupted(done: int, of: int, kept: int) -> None:
-        if done >= 8:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        find_failures(config, to, most=0.0, on_batch=interrupted)
-    assert not to.exists()
-    with (tmp_path / "hard.jsonl.judged").open("a") as file:
-        file.write('{"id": "cut off')
-    kept, judged = find_failures(config, to, most=0.0)
-    assert judged == 24
-    assert 0 < kept < judged
-    again = tmp_path / "again.jsonl"
-    assert find_failures(config, again, most=0.0) == (kept, judged)
-    assert to.read_text() == again.read_text()
-    source = {"kind": "file", "path": str(to), "messages": "messages", "check": "check", "id": "id"}
-    hard = tiny_config(tiny, **reflecting(tmp_path) | {"data": {"train": [source], "probe": []}})
-    assert len(load_sets(hard).train) == kept
-    fewer = config.model_copy(update={"rollout": config.rollout.model_copy(update={"traces": 4})})
-    with pytest.raises(InputError, match="judged with another rollout"):
-        find_failures(fewer, to, most=0.0)
 
 
 def of_recipe(name: str, tiny: Path, folder: Path, *more: str) -> RunConfig:

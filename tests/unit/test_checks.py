@@ -17,6 +17,7 @@ from rlsf_ray.errors import InputError
 from rlsf_ray.records import Check, Prompt
 from rlsf_ray.tasks.checks import check_answer, countdown, equality, fits_schema, function_call, validate
 from rlsf_ray.tasks.equality import AnswerChecker
+from rlsf_ray.tasks.verdict import Verdict
 
 DATA = Path(os.environ.get("RLSF_DATA") or Path(__file__).parents[3] / "shared" / "data") / "bfcl"
 
@@ -81,12 +82,21 @@ AREA: dict[str, Any] = {
             "unit": {"type": "string"},
             "exact": {"type": "boolean"},
             "where": {"type": "dict"},
+            "sides": {"type": "array", "items": {"type": "integer"}},
         },
         "required": ["base"],
     },
 }
-WANTED = [
-    {"geo.area": {"base": [10, 10.5], "unit": ["New York", ""], "exact": [True, ""], "where": [{"x": [1, 2]}, ""]}}
+WANTED: list[dict[str, Any]] = [
+    {
+        "geo.area": {
+            "base": [10, 10.5],
+            "unit": ["New York", ""],
+            "exact": [True, ""],
+            "where": [{"x": [1, 2]}, ""],
+            "sides": [[1, 2], ""],
+        }
+    }
 ]
 
 
@@ -106,12 +116,61 @@ WANTED = [
         ("geo.volume(base=10)", "calls geo.volume"),
         ("geo.area(base=open('x'))", "no call"),
         ("I cannot call anything", "no call"),
+        ("geo.area(\n    base=10,\n    unit='New York',  # it's there\n)", ""),
+        ("`geo.area(base=10)`", ""),
+        ("I call `geo.area(base=10)` for this.", ""),
+        ("```python\nresult = geo.area(base=10)\n```", ""),
+        ("The geo.area() function is right here:\n```\ngeo.area(base=10)\n```", ""),  # fenced, that alone is read
+        ("result = geo.area(base=10)", ""),
+        ("[geo.area(base=10)]", ""),
+        ("I use geo.area(base, unit), which takes a base (in m):\ngeo.area(base=10)", ""),
+        ("geo.area(10, unit='[(New) \"York')", "unit is"),
+        ('[{"name": "geo.area", "arguments": {"base": 10}}]', ""),
+        ('<tool_call>\n{"name": "geo.area", "arguments": {"base": 10}}\n</tool_call>', ""),
+        ("geo.area(base=10)\ngeo.area(base=11)", "2 calls, expected one"),
+        ("[geo.area(base=10), geo.volume()]", "2 calls, expected one"),
+        ("```\ngeo.area(base=10)\n```\nor\n```\ngeo.area(base=11)\n```", "2 calls, expected one"),
+        ('[{"name": "geo.area", "arguments": {"base": 10}}, {"name": "geo.area"}]', "2 calls, expected one"),
+        ("geo.area(11, base=10)", "gives base twice"),
+        ("geo.area(base=11, base=10)", "gives base twice"),
+        ("geo.area(10, 'New York', True, {'x': 1}, [1, 2], 5)", "no call"),
+        ("geo.area(base=geo.area(base=10))", "no call"),
+        ("geo.area(**{'base': 10})", "no call"),
+        ("geo.area(base=10", "no call"),
+        ('{"name": "geo.area", "arguments": {"base": 10}', "no call"),
+        ("geo.area(base=10, exact=1)", "exact is no boolean"),
+        ("geo.area(base=10, sides=[1, 2])", ""),
+        ("geo.area(base=10, sides=[True, 2])", "sides is no array of integer"),
+        ("geo.area(base=10, sides=[1.0, 2])", "sides is no array of integer"),
+        ("geo.area(base=10, where={'x': True})", "where is {'x': True}"),
+        ("geo.area(\n    base=10,  # (metres, don't ask\n)", ""),
     ],
 )
 def test_function_calls_by_name_required_arguments_types_and_values(text: str, reason: str) -> None:
     found = function_call(text, [AREA], WANTED)
-    assert found.right is (reason == "")
+    assert (found.right, found.reason == "") == (reason == "", reason == "")
     assert reason in found.reason
+
+
+def test_hostile_texts_take_no_time() -> None:
+    start = time.monotonic()
+    for text in ("f(" * 4000, "[{" * 4000, "f(" * 4000 + ")" * 4000, "f(" + '\\"' * 20_000, "[" + '\\"' * 20_000):
+        assert function_call(text, [AREA], WANTED).reason == "no call"
+        assert fits_schema(text, {}).reason == "no JSON"
+    assert time.monotonic() - start < 10.0  # looked at from each quote anew, the last two alone take longer
+
+
+def test_texts_with_brackets_and_quotes_are_arguments_like_others() -> None:
+    say = {"name": "say", "parameters": {"properties": {"what": {"type": "string"}}, "required": ["what"]}}
+    for text in ("a) b(c", "[1]", 'he said "no"', "it's", "a, b=c)", "```", "{", "print(1)"):
+        wanted = [{"say": {"what": [text]}}]
+        for call in (
+            f"say(what={text!r})",
+            f"x = say({text!r})",
+            json.dumps({"name": "say", "arguments": {"what": text}}),
+        ):
+            assert function_call(call, [say], wanted) == Verdict(True), call
+        assert not function_call(f"say(what={text + 'z'!r})", [say], wanted).right
 
 
 def test_data_that_wants_a_function_it_does_not_describe_is_no_wrong_answer() -> None:
@@ -151,13 +210,48 @@ def test_every_wanted_call_of_bfcl_passes_and_a_spoilt_one_does_not() -> None:
     assert len(rows) == 400
 
 
-def test_json_fits_its_schema() -> None:
-    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
-    assert fits_schema('Here it is: {"n": 3}', schema).right
-    assert fits_schema('First {"n": "x"}, no: {"n": 3}', schema).right  # the last one counts
-    assert "is not of type 'integer'" in fits_schema('{"n": "3"}', schema).reason
-    assert fits_schema("n = 3", schema).reason == "no JSON"
-    assert fits_schema("{" * 5000, schema).reason == "no JSON"
+SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('Here it is: {"n": 3}', ""),
+        ('First {"n": "x"}, no: {"n": 3}', ""),  # the last one counts
+        ('{"n": 3}, no: {"n": "x"}', "'x' is not of type 'integer'"),
+        ('{"n": "3"}', "is not of type 'integer'"),
+        ("n = 3", "no JSON"),
+        ("{" * 5000, "no JSON"),
+        ("[" * 5000 + "]" * 5000, "no JSON"),
+        ('{"a": {"n": 3}', "no JSON"),  # cut short: what lies inside is not the answer
+        ('{"n": 3}, or {"n": 4', "no JSON"),
+        ('{"a": "}", "b": {"n": 3}', "no JSON"),
+        ('{"a": {"n": 3},}', "no JSON"),
+        ('{such as {"n": 3}}', "no JSON"),
+        ('[for example {"n": 3}]', "no JSON"),
+        ('[see below] {"n": 3}', ""),
+        ('{"n": 3}, as told in [1].', ""),  # the schema wants an object
+        ('Sure {as asked}:\n```json\n{"n": 3}\n```\nIt has {"n": "x"} no more.', ""),
+        ('```json\n{"n": "x"}\n```\nBetter:\n```json\n{"n": 3}\n```', ""),
+        ('```json\n{"n": 3}\n```\nBetter:\n```json\n{"n": "x"}\n```', "is not of type"),
+        ('```json\n{"n": 3}\n```\nSend it:\n```\ncurl -d {} there\n```', ""),
+        ('```python\nx = {"n": "x"}\n```\nprints\n```\n{"n": 3}\n```', ""),
+        ('```json\n{"n": 3\n```', "no JSON"),
+        ('```JSON\r\n{"n": 3}\r\n```', ""),
+        ('```json {"n": 3}```', ""),
+        ('```json\n{"n": 3}', ""),  # the fence is open, the JSON is whole
+    ],
+)
+def test_json_fits_its_schema(text: str, reason: str) -> None:
+    found = fits_schema(text, SCHEMA)
+    assert found.right is (reason == "")
+    assert reason in found.reason
+
+
+def test_a_schema_says_whether_an_object_or_an_array_is_read() -> None:
+    assert fits_schema('[1, 2] for {"n": 3}', {"type": "array", "items": {"type": "integer"}}).right
+    assert fits_schema('[1, 2] for {"n": 3}', {"required": ["n"]}).right
+    assert fits_schema('{"n": 3}', True).right
     with pytest.raises(InputError, match="not a JSON Schema"):
         fits_schema("{}", {"type": "number?"})
 

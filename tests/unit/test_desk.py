@@ -18,7 +18,7 @@ from rlsf_ray.engines.tokens import asked_if_true, encode_prompt
 from rlsf_ray.engines.transformers_engine import TransformersEngine
 from rlsf_ray.errors import InputError
 from rlsf_ray.records import Check, Group, Prompt
-from rlsf_ray.rollouts.desk import Desk, Talk
+from rlsf_ray.rollouts.desk import Desk, Talk, turn_sampling
 from rlsf_ray.rollouts.programs import write_groups
 from rlsf_ray.rollouts.several import PROGRAMS, REFLECT, RETRY
 from rlsf_ray.tasks.checks import CHECKS
@@ -126,8 +126,8 @@ def test_turns_that_are_not_credited_may_be_greedy(engine: Counting, tiny: Path)
         rollout={"name": "reflect_retry", "traces": 3, "max_tokens": 8, "uncredited_temperature": 0.0},
         advantages={"turns": ["reflection"]},
     )
-    desk = Desk(engine, config, version=0, salt="")
-    assert [desk.sampling(role).method for role in ("attempt", "reflection", "retry")] == ["greedy", "sample", "greedy"]
+    roles = ("attempt", "reflection", "retry")
+    assert [turn_sampling(config, role).method for role in roles] == ["greedy", "sample", "greedy"]
     (group,) = write(engine, config, prompts(1))
     for trace in group.traces:
         for turn in trace.turns[::2]:

@@ -124,7 +124,8 @@ def test_a_server_on_this_machine_hears_nothing() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.5)
         port = server.getsockname()[1]
-        run_tests(f"import _socket; s = _socket.socket(); s.connect(('127.0.0.1', {port}))", "")
+        found = run_tests(f"import _socket; s = _socket.socket(); s.connect(('127.0.0.1', {port}))", "")
+        assert (found.right, found.reason) == (False, "PermissionError: not allowed here: socket.__new__")
         with pytest.raises(TimeoutError):
             server.accept()
 
@@ -147,3 +148,5 @@ def test_a_check_of_code_takes_the_last_block() -> None:
     assert check_answer(check, answer).right is True
     assert check_answer(check, RIGHT).right is True
     assert check_answer(check, None).reason == "no answer"
+    shown = f"The input:\n```json\n[1, 2]\n```\nThe code:\n```python\n{RIGHT}\n```\nIt prints\n```\n3\n```"
+    assert check_answer(check, shown).right is True
