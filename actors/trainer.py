@@ -7,6 +7,7 @@ import json
 import logging
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -30,6 +31,7 @@ from rlsf_ray.engines.steps import StepSize, pass_order, surest, training_steps
 from rlsf_ray.errors import DrainedError, NonFiniteLossError, StorageError, WeightsError
 from rlsf_ray.loop import step_row
 from rlsf_ray.records import Json, TrainingGroup
+from rlsf_ray.run_store import TRAINED_FILE
 from rlsf_ray.vitals import training_vitals
 
 logger = logging.getLogger(__name__)
@@ -58,6 +60,7 @@ class Worker:
         self._versions = [0]  # published before the round in work
         self._before: dict[str, np.ndarray] = {}  # the adapter at the beginning of the round
         self._left_out: list[tuple[int, int]] = []  # (sequence, pairs) of the round in work
+        self._times = Counter[str]()  # how often each example of the round in work was trained
         self._round_size = 0  # prompts of the round in work, once all have been leased
         self._gap: float | None = None  # to the generators' log-probs at the round's first step
 
@@ -70,6 +73,7 @@ class Worker:
                 del self._learner  # the reward model's: one at a time in memory
                 self._learner = self._new_learner(steps_before=steps)
             self._before, self._gap, self._left_out = self._learner.adapter(), None, []
+            self._times.clear()
             trained = self._lead(round) if self._rank == 0 else self._follow()
             if trained:
                 self._report(round, trained)
@@ -175,6 +179,7 @@ class Worker:
             found: Json = {"round": round, "pass": pass_index, "rank": self._rank, "error": str(error)}
             self._store.write_json("nonfinite.json", found | {"groups": [group.id for group in step]})
             raise
+        self._times.update(example for group in step for example in group.example_ids)
         if self._rank == 0:
             self._store.append_metrics("train", [step_row(report)])
             self._look_at_gap(step, report.logprob_gap)
@@ -208,7 +213,7 @@ class Worker:
             )
 
     def _report(self, round: int, groups: list[TrainingGroup] | bool) -> None:
-        """Save the learner, the adapter of the next version and the ids it was trained on as one checkpoint."""
+        """Save the learner, the adapter of the next version and what it was trained on as one checkpoint."""
         of_reward = self._config.trains_reward(round)  # that makes no version: the policy is still the base model
         version = None if of_reward else round + 1
         if not of_reward:
@@ -225,7 +230,6 @@ class Worker:
             "sequences": [group.sequence for group in groups],
             "left_out": self._left_out,
             "vitals": training_vitals(groups, self._gap or 0.0),
-            "ids": [group.id for group in groups],
         }
         with self._cores.turn():
             canaries = b"" if of_reward else canaries_to_bytes(self._learner.canaries(groups, self._before))
@@ -236,6 +240,8 @@ class Worker:
                 Path(folder, STATE_FILE).write_bytes(self._learner.state_bytes())
                 Path(folder, CANARY_FILE).write_bytes(canaries)
                 Path(folder, RECORD_FILE).write_text(json.dumps(record))
+                trained = {"from": checksum(self._before), "times": self._times}
+                Path(folder, TRAINED_FILE).write_text(json.dumps(trained))
             with room_in(self._store.path("checkpoints")):
                 ray.train.report(record, checkpoint=ray.train.Checkpoint.from_directory(folder))
 

@@ -11,6 +11,7 @@ from actors.job import Job
 from rlsf_ray.adapters import CANARY_FILE, canaries_from_bytes, checksum, from_peft
 from rlsf_ray.errors import WeightsError
 from rlsf_ray.records import Canary, Json, WeightsVersion
+from rlsf_ray.run_store import TRAINED_FILE
 
 ADAPTER_FILE = "adapter_model.safetensors"  # in a checkpoint
 
@@ -32,8 +33,8 @@ class WeightStore:
         """
         with boxed[0].as_directory() as folder:
             adapter = from_peft((Path(folder) / ADAPTER_FILE).read_bytes())
-            file = Path(folder) / CANARY_FILE
-            canaries = file.read_bytes() if file.exists() else b""  # of an older run
+            files = [Path(folder) / name for name in (CANARY_FILE, TRAINED_FILE)]
+            canaries, trained = (file.read_bytes() if file.exists() else b"" for file in files)  # none in an older run
         config = self._store.config
         weights = self._store.write_adapter(record["version"], adapter, config.model.name, config)
         if weights.checksum != record["checksum"]:
@@ -43,6 +44,8 @@ class WeightStore:
             )
         if canaries:
             self._store.storage.write(_canary_file(record["version"]), canaries)
+        if trained:
+            self._store.storage.write(f"versions/{record['version']:04d}/{TRAINED_FILE}", trained)
         self._hold(weights, adapter, canaries_from_bytes(canaries))
         return weights
 

@@ -224,6 +224,12 @@ class TrainingGroup:
         return len(self.pairs) or len(self.traces)
 
     @property
+    def example_ids(self) -> list[str]:
+        """A name for each example: `chosen > rejected` by the ids of the traces or, without pairs, the trace's id."""
+        ids = [trace.id for trace in self.traces]
+        return [f"{ids[pair.chosen]} > {ids[pair.rejected]}" for pair in self.pairs] or ids
+
+    @property
     def num_tokens(self) -> int:
         """Tokens one pass over this group costs when its prompt is shared."""
         return len(self.prompt_ids) + sum(len(trace.token_ids) for trace in self.traces)

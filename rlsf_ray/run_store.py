@@ -3,7 +3,8 @@
 config.yaml packages.json state.json summary.json report.html
 traces/ groups/ pairs/            round-0003/part-00007.parquet
 versions/0001/                    one adapter in PEFT format; version.json is written last and makes it count;
-                                  calibration.json: its map from one trace to a confidence
+                                  calibration.json: its map from one trace to a confidence; trained.json (of the
+                                  service): the checksum of what it was trained from, how often on which examples
 metrics/*.jsonl  tensorboard/  eval/version-0001.json  checkpoints/ (Ray Train's own)
 """
 
@@ -35,7 +36,7 @@ __all__ = ["RunStore", "checksum", "group_to_row", "pair_rows", "row_to_group", 
 
 logger = logging.getLogger(__name__)
 
-CALIBRATION_FILE = "calibration.json"
+CALIBRATION_FILE, TRAINED_FILE = "calibration.json", "trained.json"
 
 
 class RunStore:

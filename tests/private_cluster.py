@@ -60,6 +60,11 @@ class Shell:
             assert time.monotonic() < end, f"nothing within {seconds:g} s:\n{self.output}"
             time.sleep(0.02)
 
+    @property
+    def code(self) -> int | None:
+        """Its exit code; None while it runs."""
+        return self._popen.poll()
+
     def terminate(self) -> None:
         """SIGTERM to the command itself: nsenter does not pass signals on."""
         os.kill(_only_child(self._popen.pid), signal.SIGTERM)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from group_data import advantage_group
 from tiny import tiny_config
 
 from rlsf_ray.engines import objectives
@@ -17,7 +19,7 @@ from rlsf_ray.engines.objectives import objective_of
 from rlsf_ray.engines.scorer import Scorer
 from rlsf_ray.engines.steps import StepSize
 from rlsf_ray.engines.transformers_engine import TransformersEngine
-from rlsf_ray.records import Check, Prompt, TrainingGroup, Turn
+from rlsf_ray.records import Check, Pair, Prompt, TrainingGroup, Turn
 from rlsf_ray.rollouts.programs import write_groups
 
 
@@ -126,3 +128,10 @@ def test_traces_without_a_credited_turn_take_no_part(tiny: Path) -> None:
     _, group, _ = scored(tiny)
     (found,) = Scorer(config, threads=1).score([group])
     assert found.reason == "too_few_scores"
+
+
+def test_an_example_is_named_by_its_pair_of_traces_or_by_its_only_one() -> None:
+    group = advantage_group(7, 3)
+    assert group.example_ids == ["7/0", "7/1", "7/2"]
+    pairs = (Pair(chosen=2, rejected=0), Pair(chosen=2, rejected=1))
+    assert replace(group, pairs=pairs).example_ids == ["7/2 > 7/0", "7/2 > 7/1"]
