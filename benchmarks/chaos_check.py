@@ -46,7 +46,12 @@ class Accounts:
         file = self._root / "state.json"
         if time.monotonic() - self._looked >= SAMPLE_S and file.exists():
             self._looked = time.monotonic()
-            self.books(json.loads(file.read_text())["ledger"])
+            saved = json.loads(file.read_text())
+            self.books(saved["ledger"])
+            made = [version for _, version in saved["ended"] if version]
+            files = {version: self._root / f"versions/{version:04d}/{TRAINED_FILE}" for version in made}
+            lacking = [version for version, file in files.items() if not file.exists()]
+            self.violations += [f"round over, but nothing kept of version {version}" for version in lacking]
 
     def books(self, books: Books) -> None:
         """One ledger. What has ended in the one before has ended so for good."""
@@ -151,7 +156,7 @@ def table(result: Json) -> str:
             *lines,
             "",
             f"{len(counted)} kills ({len(result['kills']) - len(counted)} more left out: the run was over first); they"
-            f" fell {spread(counted)}.",
+            f" fell {spread(counted)}. {len(result['errors'])} lives ended with an error.",
             f"{found['prompts']} prompts: lost {len(found['lost_prompts'])}, doubled {len(found['doubled_prompts'])}."
             f" {found['pairs']} pairs, trained {found['times']} times: lost {len(found['lost_pairs'])}, doubled"
             f" {len(found['doubled_pairs'])}.",

@@ -42,6 +42,7 @@ ROLES = {  # as users know them: the name of the actor's class
 MOVE_S = 300.0  # a run that does not move for so long has hung
 LEAVE_S = 90.0  # a hung run that was told to end may take so long
 LOOK_S = 0.2
+FAILURES = 3
 STARTING = 0.25  # share of the lives that are killed while they start
 PAUSE_S = 2.0  # between two signs of progress there are moments as well
 STEPS = 16  # a round, at most: two pairs a prompt, two epochs, four pairs a step
@@ -80,6 +81,9 @@ class Kill:
         self.back_s = time.monotonic() - self.at
         where = f"{self.stage} round {self.round + 1} after step {self.step}"
         print(f"kill of {self.role} while {where}: moved on after {self.back_s:.1f} s", flush=True)
+
+
+Killed = tuple[list[Kill], list[str]]  # and the errors that lives of the run have ended with
 
 
 def progress(root: Path) -> int:
@@ -178,10 +182,8 @@ def _processes(role: str) -> list[psutil.Process]:
     return sorted(named, key=lambda process: process.pid)
 
 
-def kill_actors(
-    folder: Path, config: RunConfig, accounts: Accounts, kills: int, seed: int
-) -> tuple[list[Kill], list[str]]:
-    """(kills, the errors that lives of the run have ended with). Raises Hang."""
+def kill_actors(folder: Path, config: RunConfig, accounts: Accounts, kills: int, seed: int) -> Killed:
+    """One process after the other dies. Raises Hang."""
     killer, errors = Killer(folder / RUN, accounts, kills, seed), list[str]()
     with own_ray():
         killer.start()
@@ -207,53 +209,57 @@ def kill_actors(
 class Clusters:
     """Everything dies at a random moment of each life: some while they start, the others after they have moved on."""
 
-    def __init__(self, root: Path, accounts: Accounts, kills: int, seed: int, sandbox: Sandbox) -> None:
-        self._root, self._accounts, self._sandbox = root, accounts, sandbox
-        self._wanted, self._draw = kills, random.Random(seed)
+    def __init__(self, root: Path, config: RunConfig, accounts: Accounts, kills: int, seed: int) -> None:
+        self._root, self._accounts, self._wanted, self._draw = root, accounts, kills, random.Random(seed)
+        self._total = config.rounds * (config.prompts_per_round // config.cluster.prompts_per_call + STEPS)
         self._start_s = 0.0  # that a life has needed last
         self._began, self._before, self._moved = 0.0, 0, False  # of this life
-        self.kills: list[Kill] = []
+        self._failures = 0  # lives in a row that have ended by themselves and done nothing
+        self.kills, self.errors = list[Kill](), list[str]()
 
-    def run(self, most: float) -> None:
-        """Lives one after the other until the run is over; each makes up to `most` signs of progress before its kill.
-
-        Raises Hang, ServiceError where a life ends by itself before the run does.
-        """
+    def run(self, sandbox: Sandbox) -> None:
+        """Lives one after the other until the run is over. Raises Hang, ServiceError where they fail on and on."""
         # Settings of Ray itself, as RAY_worker_niceness, hold inside as well
         environment = {name: value for name, value in os.environ.items() if re.match("RAY_[a-z]", name)}
         over = False
         while not over:
             self._began, self._before, self._moved = time.monotonic(), progress(self._root), False
-            life = self._sandbox.start(sys.executable, "-c", LIFE, env=environment | {"PYTHONPATH": str(ROOT)})
+            life = sandbox.start(sys.executable, "-c", LIFE, env=environment | {"PYTHONPATH": str(ROOT)})
             try:
-                over = self._live(life, most)
+                self._live(life)
             except Hang as hang:
                 said = life.output[-800:]
                 raise Hang(f"HANG after {len(self.kills)} kills: {hang}; its last words: {said}") from hang
-            finally:
-                self._count(life)
-            self._sandbox.restart()
+            code = life.code
+            sandbox.restart()
+            self._look()
+            self._count(life)
+            if code is None:
+                self.kills.append(Kill("everything", **place(self._root, starting=not self._moved)))
+            elif code:
+                self._failed(life)
+            over = code == 0
 
-    def _live(self, life: Shell, most: float) -> bool:
-        """One life until its kill; True if the run was over before."""
+    def _live(self, life: Shell) -> None:
+        """One life until it is to be killed, or has ended by itself."""
         if len(self.kills) >= self._wanted:
             self._until(lambda: False, life, "the end of the run")
         elif self._start_s and self._draw.random() < STARTING:
             end = self._began + self._draw.uniform(0.0, self._start_s)
             self._until(lambda: time.monotonic() > end, life, "the start")
         elif self._until(lambda: self._moved, life, "the first work of this life"):
-            enough = self._before + self._draw.uniform(1.0, most)
+            share = 1.6 / (self._wanted - len(self.kills) + 1)  # of what is left: enough stays for the other lives
+            enough = self._before + self._draw.uniform(1.0, max(1.0, share * (self._total - self._before)))
             self._until(lambda: progress(self._root) >= enough, life, "more work")
             time.sleep(self._draw.uniform(0.0, PAUSE_S))
-        if life.code is not None:
-            self._look()
-            if life.code:
-                raise ServiceError(f"a life ended by itself with exit code {life.code}: {life.output[-2000:]}")
-            return True
-        self._sandbox.kill()
-        self._look()
-        self.kills.append(Kill("everything", **place(self._root, starting=not self._moved)))
-        return False
+
+    def _failed(self, life: Shell) -> None:
+        """A life has ended with an error. Raises ServiceError where one after the other does, and nothing else."""
+        self.errors.append(life.output.strip().splitlines()[-1])
+        print(f"a life ended: {self.errors[-1][:160]}", flush=True)
+        self._failures = 0 if self._moved else self._failures + 1
+        if self._failures == FAILURES:
+            raise ServiceError(f"{FAILURES} lives in a row have done nothing; the last: {life.output[-2000:]}")
 
     def _until(self, ready: Callable[[], object], life: Shell, what: str) -> bool:
         """As `watch`, with a look each time."""
@@ -281,15 +287,12 @@ class Clusters:
                     self._accounts.status(json.loads(line))
 
 
-def kill_clusters(
-    folder: Path, config: RunConfig, accounts: Accounts, kills: int, seed: int
-) -> tuple[list[Kill], list[str]]:
-    """(kills, no errors: no life may end by itself before the run does). Raises Hang, ServiceError."""
+def kill_clusters(folder: Path, config: RunConfig, accounts: Accounts, kills: int, seed: int) -> Killed:
+    """Everything dies at once, again and again. Raises Hang, ServiceError."""
     if reason := unavailable():
         sys.exit(reason)
     (folder / "chaos.yaml").write_text(dump_config(config))
-    batches = config.prompts_per_round / config.cluster.prompts_per_call
+    clusters = Clusters(folder / RUN, config, accounts, kills, seed)
     with Sandbox(folder) as sandbox:
-        clusters = Clusters(folder / RUN, accounts, kills, seed, sandbox)
-        clusters.run(most=1.6 * config.rounds / (kills + 1) * (batches + STEPS))
-    return clusters.kills, []
+        clusters.run(sandbox)
+    return clusters.kills, clusters.errors

@@ -77,7 +77,7 @@ def of_three(tmp_path: Path) -> RunConfig:
 def result_of(store: RunStore, calm: RunStore, **changes: Any) -> Json:
     kill = {"role": "scorer", "round": 1, "step": 3, "stage": "training", "back_s": 2.0, "new_life": False}
     accounts = {"samples": {"status": 5, "disk": 5}, "violations": []}
-    return {"wanted": 1, "kills": [kill], "accounts": accounts, "check": check(store, calm)} | changes
+    return {"wanted": 1, "kills": [kill], "errors": [], "accounts": accounts, "check": check(store, calm)} | changes
 
 
 def times(store: RunStore, version: int, **changes: Any) -> None:
@@ -209,6 +209,17 @@ def test_what_has_ended_on_disk_has_ended_for_good(
     accounts.books({"0": [["trained", ""], ["in_flight", ""], ["pairs", ""]]})
     accounts.books({"0": later})
     assert (accounts.samples["disk"], len(accounts.violations)) == (2, violations)
+
+
+def test_what_is_trained_on_disk_lies_in_a_version(of_three: RunConfig, tmp_path: Path) -> None:
+    store = finished(tmp_path, of_three)
+    state = store.read_json("state.json")
+    for ended, violations in (([[0, 1], [1, 2]], 0), ([[0, 1], [1, None]], 0), ([[0, 1], [1, 3]], 1)):
+        store.write_json("state.json", state | {"ended": ended})
+        accounts = Accounts(tmp_path, of_three)
+        accounts.disk()
+        accounts.disk()  # too soon
+        assert (accounts.samples["disk"], len(accounts.violations)) == (1, violations)
 
 
 def test_kills_that_the_end_of_the_run_has_overtaken_do_not_count(of_three: RunConfig, tmp_path: Path) -> None:
