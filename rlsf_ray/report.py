@@ -146,7 +146,7 @@ def _headline(run: RunData) -> str:
     if not before or not after:
         return "This run has no measurement both before and after training."
     old, new = (e["metrics"].get("sampled_accuracy") for e in (before, after))
-    interval = _interval(run)
+    interval = _interval(run, "sampled_accuracy")
     if old is None or new is None:
         return "Sampled accuracy was not measured."
     moved = "rose" if new > old else "fell"
@@ -155,9 +155,9 @@ def _headline(run: RunData) -> str:
     return f"Sampled accuracy on {after['num_questions']} held-out questions {change}{span}."
 
 
-def _interval(run: RunData) -> Sequence[float] | None:
-    """(mean, low, high) of the paired difference of sampled accuracy."""
-    return (run.summary.get("difference") or {}).get("sampled_accuracy")
+def _interval(run: RunData, metric: str) -> Sequence[float] | None:
+    """(mean, low, high) of the paired difference, for metrics that have one."""
+    return (run.summary.get("difference") or {}).get(metric)
 
 
 def _results(run: RunData) -> str:
@@ -170,7 +170,7 @@ def _results(run: RunData) -> str:
         if old.get(key) is None and new.get(key) is None:
             continue  # not asked for
         change = verdict(old.get(key), new.get(key), direction)
-        if key == "sampled_accuracy" and (interval := _interval(run)):
+        if interval := _interval(run, key):
             covers = " (includes 0)" if interval[1] <= 0 <= interval[2] else ""
             change += f'<span class="small">95 %: {signed(interval[1])} to {signed(interval[2])}{covers}</span>'
         rows.append((escape(name), _value(old, key, digits), _value(new, key, digits), change))
