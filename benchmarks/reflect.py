@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 from bench_common import machine_facts
-from evidence import PACKAGES, SHARED, measure
+from evidence import DATA, PACKAGES, SHARED, measure
 from evidence import TASKS as EVIDENCE_TASKS
 
 from rlsf_ray import loop
@@ -37,11 +37,12 @@ from rlsf_ray.measures import difference
 from rlsf_ray.records import Json
 from rlsf_ray.run_store import RunStore
 from rlsf_ray.stream.ledger import Ledger
+from rlsf_ray.tries import counts_of_tries, rises_of_tries
 from rlsf_ray.wording import TRIES
 
 RESULTS = Path(__file__).parent / "results" / "reflect"
 PAGE = Path(__file__).parent / "results" / "reflect.md"
-BFCL = Path(__file__).parents[2] / "shared" / "data" / "bfcl" / "BFCL_v4_simple_python.json"
+BFCL = DATA / "bfcl" / "BFCL_v4_simple_python.json"
 TASKS = ("sums", "countdown", "countdown_two", "bfcl")
 TWO_NUMBERS = "min_numbers: 2, max_numbers: 2, min_value: 1, max_value: 20, min_target: 1, max_target: 40"
 
@@ -74,7 +75,7 @@ def main() -> None:
 
 def run_task(task: str, seed: int, folder: Path, changes: list[str]) -> Json:
     """Train `reflect_retry_reward` on the task; what is kept of it."""
-    start = time.time()
+    start, resumed = time.time(), (folder / "hard.jsonl.judged").exists()
     settings = [*SHARED, f"seed={seed}", "eval.samples=4", "guard=warn", *settings_of(task, folder), *changes]
     every = load_config("reflect_retry_reward", [*settings, "data.calibration=0"])
     kept, judged = find_failures(every, folder / "hard.jsonl", most=0.5)
@@ -90,31 +91,39 @@ def run_task(task: str, seed: int, folder: Path, changes: list[str]) -> Json:
         "command": f"python benchmarks/reflect.py {task} --seed {seed}",
         "machine": machine_facts(*PACKAGES),
         "minutes": round((time.time() - start) / 60, 1),
+        "resumed": resumed,
         "failed": [kept, judged],
         "accounting": counts,
         "forgetting": forgot["sampled_accuracy"],
         **{
-            when: {name + end: metrics.get(name + end) for name in names for end in ("", "_low", "_high")}
-            for when, metrics in (("before", before), ("after", after))
+            when: {name + end: one["metrics"].get(name + end) for name in names for end in ("", "_low", "_high")}
+            for when, one in (("before", before), ("after", after))
         },
+        "by_question": {"before": by_question(before), "after": by_question(after)},
     }
 
 
+def by_question(evaluation: Json) -> Json:
+    """{metric: [counts, of how many]} of every question, in the order of their ids: what a paired interval needs."""
+    counts = counts_of_tries(sorted(evaluation["questions"], key=lambda row: str(row["id"])))
+    return {name: [[round(count, 6) for count in column.tolist()] for column in both] for name, both in counts.items()}
+
+
 def train(config: RunConfig, run: Path) -> tuple[Json, Json, Json]:
-    """(metrics before, after, how the prompts ended). Where no reflection ever helped, nothing changes."""
+    """(evaluation before, after, how the prompts ended). Where no reflection ever helped, nothing changes."""
     try:
         loop.run(config, str(run))
     except NoPairsError as error:
         print(f"nothing to learn from: {error}", flush=True)
     store = RunStore.open(str(run))
     before, after = (store.read_json(f"eval/version-{v:04d}.json") for v in (0, max(store.versions(), default=0)))
-    return before["metrics"], after["metrics"], Ledger.from_json(store.read_json("state.json")["ledger"]).totals()
+    return before, after, Ledger.from_json(store.read_json("state.json")["ledger"]).totals()
 
 
 def settings_of(task: str, folder: Path) -> list[str]:
     """Where the task's prompts come from, as settings."""
     if task == "countdown":
-        return []
+        return ["rounds=3", "data.train.0.count=180"]
     if task == "countdown_two":
         source = f"kind: reasoning_gym, name: countdown, options: {{{TWO_NUMBERS}}}"
         return [f"data.train=[{{{source}, count: 280}}]", f"data.probe=[{{{source}, count: 100}}]"]
@@ -124,6 +133,7 @@ def settings_of(task: str, folder: Path) -> list[str]:
             f"data.train=[{{{source}, count: 250, labels: true}}]",
             f"data.probe=[{{{source}, count: 100}}]",
             r"data.answer='regex:(?s)\s*(.*\S)\s*'",
+            "rounds=5",
         ]
     train, probe = write_sums(folder)
     source = "kind: file, check: check, path:"
@@ -150,23 +160,40 @@ def write_sums(folder: Path) -> tuple[Path, Path]:
 
 def lines_of(kept: Json) -> list[str]:
     """One result as a section of reflect.md."""
-    head = ["", f"## {kept['task']}, seed {kept['seed']}", "", f"`{kept['command']}`, {kept['minutes']} min.", ""]
+    took = f"{'its last call ' if kept.get('resumed') else ''}{kept['minutes']} min"
+    head = ["", f"## {kept['task']}, seed {kept['seed']}", "", f"`{kept['command']}`, {took}.", ""]
     counts = ", ".join(f"{count} {name}" for name, count in kept["accounting"].items() if isinstance(count, int))
+    trained = kept["accounting"]["trained"]
+    rises = rises_of_tries(*kept["by_question"].values()) if trained and "by_question" in kept else {}
     rows = [
         f"| {name} | {_shown(kept['before'], key, digits)} | {_shown(kept['after'], key, digits)} |"
+        f" {_rise(rises.get(key), digits)} |"
         for key, name, _, digits in TRIES
     ]
+    table = ["| | before | after | rise, paired |", "| --- | --- | --- | --- |", *rows, ""]
     change, low, high = kept["forgetting"]
     elsewhere = f"Sampled accuracy on gcd, of which nothing was trained: {change:+.3f} [{low:+.3f}, {high:+.3f}]."
-    failed = "{} of {} prompts are mostly failed and trained on".format(*kept["failed"])
-    return [*head, "| | before | after |", "| --- | --- | --- |", *rows, "", f"{failed}: {counts}. {elsewhere}"]
+    notes = ["{} of {} prompts are mostly failed and trained on".format(*kept["failed"]) + f": {counts}. {elsewhere}"]
+    if not trained:
+        notes.append("Nothing was learned, as no prompt had reflections that helped and others: after is before.")
+    if "by_question" not in kept:
+        notes.append(
+            "The rises of this run are not known with an interval: it was made before counts were kept by question."
+        )
+    return [*head, *table, " ".join(notes)]
 
 
 def _shown(metrics: Json, key: str, digits: int) -> str:
+    """With its interval, but for one that a bootstrap has drawn of none or all (of results kept before Wilson's)."""
     value, low, high = (metrics.get(key + end) for end in ("", "_low", "_high"))
     if value is None:
         return "-"
-    return f"{value:.{digits}f}" + (f" [{low:.{digits}f}, {high:.{digits}f}]" if low is not None else "")
+    return f"{value:.{digits}f}" + (f" [{low:.{digits}f}, {high:.{digits}f}]" if low != high else "")
+
+
+def _rise(found: list[float] | None, digits: int) -> str:
+    """A rise of 0 too has its interval."""
+    return "{:+.{d}f} [{:+.{d}f}, {:+.{d}f}]".format(*found, d=digits) if found else "-"
 
 
 def page() -> str:
@@ -176,9 +203,12 @@ def page() -> str:
         "# Reflect, Retry, Reward on SmolLM2-135M",
         "",
         "Written by `python benchmarks/reflect.py --table` from `results/reflect/`. Four episodes of each probe"
-        " question; 95 % intervals over questions. First tries are never rewarded.",
+        " question; 95 % intervals over questions, Wilson's where none or all are. First tries are never rewarded.",
     ]
-    return "\n".join([*lines, *(line for kept in found for line in lines_of(kept))]) + "\n"
+    lines += [line for kept in found for line in lines_of(kept)]
+    if missing := [task for task in TASKS if task not in {kept["task"] for kept in found}]:
+        lines += ["", f"Without a result, as no run of theirs has ended: {', '.join(missing)}."]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from rlsf_ray.algorithms import calibration, voting
 from rlsf_ray.records import Json
-from rlsf_ray.tries import counts_of_tries
+from rlsf_ray.tries import MEANS, counts_of_tries, rises_of_tries
 
 Floats = NDArray[np.float64]
 
@@ -48,10 +48,9 @@ def measure(rows: Sequence[Json]) -> Json:
         np.array([sum(map(read, row["samples"])) for row in rows], dtype=float) for read in (_right, _parsed)
     )
     shares = {"accuracy_given_parsed": (right, parsed)} | (counts_of_tries(rows) if "episodes" in rows[0] else {})
-    with np.errstate(invalid="ignore"):  # no sample of any drawn question may have an answer
-        for name, (part, whole) in shares.items():
-            drawn = part[draws].sum(axis=1) / whole[draws].sum(axis=1)
-            _put(metrics, name, float(part.sum() / whole.sum()), drawn)
+    for name, counts in shares.items():
+        interval = calibration.ratio_interval if name in MEANS else calibration.share_interval
+        _put_interval(metrics, name, *interval(*counts, resamples=RESAMPLES))
     for name in known_confidences(rows):
         confidence, correct = confidences(rows, name)
         for kind, statistic in STATISTICS.items():
@@ -102,14 +101,20 @@ def reliability(rows: Sequence[Json]) -> dict[str, list[list[float | int | None]
 
 
 def difference(before: Json, after: Json) -> Json:
-    """Paired rises over the questions both evaluations hold: {metric: [mean, low, high]}; {} if they share none."""
+    """Paired rises over the questions both evaluations hold: {metric: [mean, low, high]}; {} if they share none.
+
+    Of the accuracies and, where both have written episodes, of the shares of tries.
+    """
     first, last = ({row["id"]: row for row in one["questions"]} for one in (before, after))
     shared = sorted(first.keys() & last.keys())
     if not shared:
         return {}
-    old, new = _by_question([first[i] for i in shared]), _by_question([last[i] for i in shared])
+    rows = [[found[i] for i in shared] for found in (first, last)]
+    old, new = map(_by_question, rows)
     names = ("sampled_accuracy", "greedy_accuracy", "majority_accuracy")
-    return {name: list(calibration.paired_interval(list(old[name]), list(new[name]))) for name in names}
+    rises = {name: list(calibration.paired_interval(list(old[name]), list(new[name]))) for name in names}
+    tries = all("episodes" in row for of in rows for row in of)
+    return rises | (rises_of_tries(*map(counts_of_tries, rows)) if tries else {})
 
 
 def _by_question(rows: Sequence[Json]) -> dict[str, Floats]:
@@ -176,3 +181,9 @@ def _put(metrics: Json, name: str, value: float, drawn: Sequence[float] | Floats
     known = np.asarray(drawn)[~np.isnan(drawn)]
     if len(known):
         metrics[f"{name}_low"], metrics[f"{name}_high"] = (float(q) for q in np.quantile(known, [tail, 1.0 - tail]))
+
+
+def _put_interval(metrics: Json, name: str, value: float, low: float, high: float) -> None:
+    metrics[name] = value
+    if not np.isnan(value):  # it is of something
+        metrics[f"{name}_low"], metrics[f"{name}_high"] = low, high

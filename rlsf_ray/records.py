@@ -77,7 +77,7 @@ class Trace:
     `logprob` [T] is the log-probability of the chosen token, `top1` and `top2` [T] the two largest
     probabilities at its position. A trace of several `turns` also holds the tokens that stand between them, which
     nobody drew (their log-prob is 0); `text`, `finished` and `answer` are then those of the last turn that answers the
-    prompt.
+    prompt. `char_ends` [T]: how far each token reaches into the text of its turn, in characters, for those who show it.
     """
 
     id: str
@@ -92,11 +92,15 @@ class Trace:
     finished: bool  # False: cut off at the token limit
     answer: Answer | None = None
     turns: tuple[Turn, ...] = ()  # none: the whole trace was written in one go
+    char_ends: IntArray | None = None
 
     def __post_init__(self) -> None:
-        lengths = {len(self.token_ids), len(self.logprob), len(self.top1), len(self.top2)}
+        ends = self.token_ids if self.char_ends is None else self.char_ends
+        lengths = {len(self.token_ids), len(self.logprob), len(self.top1), len(self.top2), len(ends)}
         if len(lengths) != 1:
-            raise ValueError(f"trace {self.id}: token_ids, logprob, top1, top2 must have one length, got {lengths}")
+            raise ValueError(
+                f"trace {self.id}: token_ids, logprob, top1, top2, char_ends must have one length, got {lengths}"
+            )
         if self.answer is not None and self.answer.tokens[1] > len(self.token_ids):
             raise ValueError(f"trace {self.id}: answer span {self.answer.tokens} outside {len(self.token_ids)} tokens")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,13 +11,12 @@ from string import Template
 
 from rlsf_ray import __version__, plots
 from rlsf_ray.config import RunConfig
-from rlsf_ray.config_sections import ROLLOUT_NAMES
 from rlsf_ray.judging import between_judges
 from rlsf_ray.records import Json
 from rlsf_ray.report_course import accounting, time, training
 from rlsf_ray.report_parts import examples, facts, figure, missing, number, section, signed, swaps, table, verdict
 from rlsf_ray.report_signs import DRAWN, beside, guard, judges, mix, thought
-from rlsf_ray.report_turns import turns
+from rlsf_ray.report_turns import read_talks, turns
 from rlsf_ray.run_store import RunStore
 from rlsf_ray.wording import CONFIDENCES, METRICS, STATISTICS, TRIES, duration
 
@@ -39,7 +37,7 @@ class RunData:
     watched: Json  # {"verdicts", "rolled_back", "training_vitals"} of the guard
     train: list[Json]  # by step
     stages: list[Json]
-    last_traces: list[Json]  # of the last round
+    talks: list[Json]  # of the first and the last round, where they have several turns
 
     @property
     def ends(self) -> tuple[Json | None, Json | None]:
@@ -75,20 +73,8 @@ def read_run(store: RunStore) -> RunData:
         watched=store.read_json("state.json") or {},
         train=[train[step] for step in sorted(train)],
         stages=store.read_metrics("stages"),
-        last_traces=_last_traces(store),
+        talks=read_talks(store),
     )
-
-
-def _last_traces(store: RunStore) -> list[Json]:
-    """The rows of the last round's traces, where they have several turns."""
-    rounds = store.rounds("traces")
-    if not rounds or store.config.rollout.name in ROLLOUT_NAMES:
-        return []
-    columns = ["group_id", "prompt_id", "trace_id", "index", "turns", "score", "advantage", "reason"]
-    rows: list[Json] = store.read_table("traces", rounds[-1]).select(columns).to_pylist()
-    pairs = store.read_table("pairs", rounds[-1]).to_pylist()
-    sides = {side: Counter(pair[f"{side}_trace_id"] for pair in pairs) for side in ("chosen", "rejected")}
-    return [row | {side: count[row["trace_id"]] for side, count in sides.items()} for row in rows]
 
 
 def render(run: RunData, others: Sequence[RunData] = ()) -> str:
@@ -104,7 +90,7 @@ def render(run: RunData, others: Sequence[RunData] = ()) -> str:
             "guard", "Signs of collapse", guard(run.vitals, run.summary.get("guard") or run.watched, run.config.guard)
         ),
         section("thought", "How it reasons", thought(run.evals)),
-        section("turns", "Turn by turn", turns(run.last_traces, run.config.advantages)),
+        section("turns", "Turn by turn", turns(run.talks, run.config)),
         section("judges", "Live and frozen judge", judges(run.judged)),
         section("mix", "Between the base model and the adapter", mix(run.mix)),
         section("training", "Training", training(run.train, learned)),
@@ -146,7 +132,7 @@ def _headline(run: RunData) -> str:
     if not before or not after:
         return "This run has no measurement both before and after training."
     old, new = (e["metrics"].get("sampled_accuracy") for e in (before, after))
-    interval = _interval(run)
+    interval = _interval(run, "sampled_accuracy")
     if old is None or new is None:
         return "Sampled accuracy was not measured."
     moved = "rose" if new > old else "fell"
@@ -155,9 +141,9 @@ def _headline(run: RunData) -> str:
     return f"Sampled accuracy on {after['num_questions']} held-out questions {change}{span}."
 
 
-def _interval(run: RunData) -> Sequence[float] | None:
-    """(mean, low, high) of the paired difference of sampled accuracy."""
-    return (run.summary.get("difference") or {}).get("sampled_accuracy")
+def _interval(run: RunData, metric: str) -> Sequence[float] | None:
+    """(mean, low, high) of the paired difference, for metrics that have one."""
+    return (run.summary.get("difference") or {}).get(metric)
 
 
 def _results(run: RunData) -> str:
@@ -170,7 +156,7 @@ def _results(run: RunData) -> str:
         if old.get(key) is None and new.get(key) is None:
             continue  # not asked for
         change = verdict(old.get(key), new.get(key), direction)
-        if key == "sampled_accuracy" and (interval := _interval(run)):
+        if interval := _interval(run, key):
             covers = " (includes 0)" if interval[1] <= 0 <= interval[2] else ""
             change += f'<span class="small">95 %: {signed(interval[1])} to {signed(interval[2])}{covers}</span>'
         rows.append((escape(name), _value(old, key, digits), _value(new, key, digits), change))

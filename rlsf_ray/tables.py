@@ -48,6 +48,7 @@ _TRACES = {
     "answer_chars": _SPAN,
     "answer_tokens": _SPAN,
     "turns": pa.list_(pa.struct(list(_TURN.items()))),
+    "char_ends": _TOKENS,
     "label": pa.int32(),
     "signal": pa.string(),
     "score": pa.float64(),
@@ -120,7 +121,7 @@ def trace_rows(scored: ScoredGroup) -> list[Json]:
     numbers = (scored.scores, scored.second_scores or absent, scored.advantages or absent)
     for trace, label, *found in zip(group.traces, scored.labels, *numbers, strict=True):
         own = {name: getattr(trace, name) for name in ("index", "seed", "version", "text", "finished")}
-        arrays = {name: getattr(trace, name) for name in ("token_ids", "logprob", "top1", "top2")}
+        arrays = {name: getattr(trace, name) for name in ("token_ids", "logprob", "top1", "top2", "char_ends")}
         answer = trace.answer
         span = {
             "answer": answer and answer.text,

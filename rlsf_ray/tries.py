@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rlsf_ray.algorithms import voting
-from rlsf_ray.algorithms.answers import ANSWERING, label_answers
+from rlsf_ray.algorithms.answers import ANSWERING, label_answers, normalise
+from rlsf_ray.algorithms.calibration import ratio_rise, share_rise
 from rlsf_ray.records import Group, Json, ProbePrompt
-from rlsf_ray.tasks.checks import is_right
+from rlsf_ray.tasks.checks import equality, is_right
 from rlsf_ray.tasks.equality import AnswerChecker
 from rlsf_ray.vitals import repetition
 
-Counts = NDArray[np.float64]
+Counts = tuple[NDArray[np.float64], NDArray[np.float64]]  # (counts [Q], of how many [Q])
+MEANS = ("thought_length", "thought_repetition")  # the others are shares
 
 
 def judge_episodes(group: Group, item: ProbePrompt, checker: AnswerChecker) -> list[list[Json]]:
-    """The turns of each episode; `right` is None for those that do not answer the prompt or could not be checked."""
+    """The turns of each episode; `right` is None for those that do not answer the prompt or could not be checked.
+
+    `label` numbers the distinct answers of all episodes (-1: no answer).
+    """
+    answers = [turn.answer if turn.role in ANSWERING else None for trace in group.traces for turn in trace.turns]
+    labels = iter(label_answers(answers, equality(item.prompt, checker)))
     return [
         [
             {
                 "role": turn.role,
                 "text": turn.text,
                 "answer": turn.answer,
+                "label": next(labels),
                 "right": is_right(turn.answer, item, checker) if turn.role in ANSWERING else None,
                 "length": turn.tokens[1] - turn.tokens[0],
                 "repetition": repetition(trace.token_ids[slice(*turn.tokens)]),
@@ -35,7 +43,7 @@ def judge_episodes(group: Group, item: ProbePrompt, checker: AnswerChecker) -> l
     ]
 
 
-def counts_of_tries(rows: Sequence[Json]) -> dict[str, tuple[Counts, Counts]]:
+def counts_of_tries(rows: Sequence[Json]) -> dict[str, Counts]:
     """{metric: (counts [Q], of how many [Q])}: a share is the sum of the one over the sum of the other.
 
     `wrong_to_right` is of episodes that went on after a wrong first answer (pass on the second try given failure),
@@ -49,6 +57,12 @@ def counts_of_tries(rows: Sequence[Json]) -> dict[str, tuple[Counts, Counts]]:
             found.setdefault(name, []).append(pair)
     columns = {name: np.array(pairs, dtype=float).T for name, pairs in found.items()}
     return {name: (part, whole) for name, (part, whole) in columns.items()}
+
+
+def rises_of_tries(before: Mapping[str, Counts], after: Mapping[str, Counts]) -> Json:
+    """Paired rises of the counts of the same questions: {metric: [rise, low, high]}, without those of nothing."""
+    shared = [name for name in before if name in after and np.any(before[name][1]) and np.any(after[name][1])]
+    return {name: list((ratio_rise if name in MEANS else share_rise)(before[name], after[name])) for name in shared}
 
 
 def _of_question(episodes: Sequence[Sequence[Json]]) -> dict[str, tuple[float, float]]:
@@ -74,6 +88,9 @@ def _of_question(episodes: Sequence[Sequence[Json]]) -> dict[str, tuple[float, f
 
 def _voted(lasts: Sequence[Json]) -> bool:
     """Is the commonest answer right? Of equally common ones the first counts."""
-    labels = label_answers([turn["answer"] for turn in lasts], lambda a, b: False)
-    winner, _ = voting.majority(labels)
-    return winner >= 0 and bool(lasts[labels.index(winner)]["right"])
+    given = [turn for turn in lasts if turn["answer"] is not None]
+    labels = [turn.get("label", normalise(turn["answer"])) for turn in given]  # none where an older program measured
+    if not labels:
+        return False
+    winner, _ = Counter(labels).most_common(1)[0]
+    return bool(given[labels.index(winner)]["right"])

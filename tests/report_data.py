@@ -37,6 +37,31 @@ def bare_run(root: str) -> RunStore:
     return RunStore.create_or_resume(root, RunConfig.model_validate({"seed": 3, "data": {"train": [source]}}))
 
 
+def talking_run(root: str) -> RunStore:
+    """A run of several turns: two pairs of one group, whose sides share the attempt and the verdict's first token."""
+    source = {"kind": "file", "path": "sums.jsonl", "check": "check"}
+    settings = {"data": {"train": [source]}, "signal": "passed", "rollout": {"name": "verify_revise"}}
+    store = RunStore.create_or_resume(root, RunConfig.model_validate(settings))
+    words = ["It", " is", " 5", "No", " way", "It", " is", " 7"]
+    rows = []
+    for k, last in enumerate((" 7", " 8", " 9")):
+        turns, text = [], [*words[:4], " way" if k else " never" * 30, *words[5:7], last]
+        for role, (begin, end) in (("attempt", (0, 3)), ("verdict", (4, 6)), ("retry", (7, 10))):
+            at = begin - (begin > 3) - (begin > 6)
+            said = text[at : at + end - begin]
+            turns.append({"role": role, "tokens": [begin, end], "text": "".join(said), "said": HOSTILE if at else ""})
+            turns[-1]["passed"] = None if role == "verdict" else float(role == "retry" and not k)
+        ends = [int(n) for turn in ((2, 5, 7), (0,), (2, 2 + len(text[4])), (0,), (2, 5, 7)) for n in turn]
+        row = {"group_id": "g", "prompt_id": HOSTILE, "trace_id": str(k), "index": k, "turns": turns, "char_ends": ends}
+        rows.append(
+            row | {"sequence": 0, "score": float(not k), "token_ids": [1, 2, 3, 9, 4, 5 + (k > 0), 9, 1, 2, 7 + k]}
+        )
+    store.write_table("traces", 0, 0, rows)
+    pairs = [{"group_id": "g", "chosen_trace_id": "0", "rejected_trace_id": str(k), "weight": 1.0} for k in (1, 2)]
+    store.write_table("pairs", 0, 0, pairs)
+    return store
+
+
 def evaluation(version: int, num_questions: int) -> dict:
     rng = np.random.default_rng(version)
     metrics = dict(METRICS[version])

@@ -6,12 +6,16 @@ with confidence 0; the caller decides that. Bins hold their lower edge, [lo, hi)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
+Counts = tuple[ArrayLike, ArrayLike]  # (part [Q], whole [Q]) of Q questions
+Interval = tuple[float, float, float]  # (estimate, low, high)
 
 
 def ece(confidence: ArrayLike, correct: ArrayLike, bins: int = 10) -> float:
@@ -115,7 +119,7 @@ def bootstrap_interval(
     level: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
-) -> tuple[float, float, float]:
+) -> Interval:
     """(estimate, low, high): percentile bootstrap that draws whole questions, since their samples hang together.
 
     Of the mean over the samples [n] of all questions. Raises ValueError if there are no samples.
@@ -123,15 +127,54 @@ def bootstrap_interval(
     questions = [np.asarray(values, dtype=np.float64) for values in values_by_question]
     if sum(len(values) for values in questions) == 0:
         raise ValueError("an interval needs samples, got none; give at least one question with one sample")
-    draws = np.random.default_rng(seed).integers(len(questions), size=(resamples, len(questions)))
-    sums = np.array([values.sum() for values in questions])
-    counts = np.array([len(values) for values in questions], dtype=np.float64)
-    estimate = float(sums.sum() / counts.sum())
-    with np.errstate(invalid="ignore"):  # a draw may hold empty questions only; nan is left out below
-        estimates = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
-    tail = (1.0 - level) / 2.0
-    low, high = np.nanquantile(estimates, [tail, 1.0 - tail])
-    return estimate, float(low), float(high)
+    sums, counts = [values.sum() for values in questions], [len(values) for values in questions]
+    return ratio_interval(sums, counts, level=level, resamples=resamples, seed=seed)
+
+
+def ratio_interval(
+    part: ArrayLike, whole: ArrayLike, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> Interval:
+    """(estimate, low, high) of the sum of `part` [Q] over that of `whole` [Q], by percentile bootstrap over questions.
+
+    All three are nan where the whole is nothing.
+    """
+    return _percentiles(_ratios([(part, whole)], resamples, seed)[0], level)
+
+
+def share_interval(part: ArrayLike, whole: ArrayLike, *, resamples: int = 2000) -> Interval:
+    """`ratio_interval` at 95 % of counts: `part` [Q] of `whole` [Q] samples.
+
+    Of none or all of them a bootstrap sees no spread. Then it is Wilson's interval, in which a question counts once
+    however many samples it has, since they hang together.
+    """
+    share, low, high = ratio_interval(part, whole, resamples=resamples)
+    if share not in (0.0, 1.0):
+        return share, low, high
+    z2 = NormalDist().inv_cdf(0.975) ** 2
+    away = z2 / (float(np.count_nonzero(whole)) + z2)
+    return (0.0, 0.0, away) if share == 0.0 else (1.0, 1.0 - away, 1.0)
+
+
+def ratio_rise(before: Counts, after: Counts) -> Interval:
+    """(estimate, low, high) at 95 % of the rise from one ratio to another, both of the same Q questions.
+
+    Paired: each draw takes the same questions for both. nan where either is of nothing.
+    """
+    old, new = _ratios([before, after], 2000, 0)
+    return _percentiles(new - old, 0.95)
+
+
+def share_rise(before: Counts, after: Counts) -> Interval:
+    """`ratio_rise` of two shares. Where one of them is 0 or 1, from the interval of each by square and add.
+
+    Newcombe 1998 (Statistics in Medicine 17: 873), method 10: what has no spread cannot vary with the other, so that
+    pairing gains nothing.
+    """
+    (old, old_low, old_high), (new, new_low, new_high) = share_interval(*before), share_interval(*after)
+    if not {old, new} & {0.0, 1.0}:
+        return ratio_rise(before, after)
+    rise = new - old
+    return rise, rise - math.hypot(new - new_low, old_high - old), rise + math.hypot(new_high - new, old - old_low)
 
 
 def paired_interval(
@@ -141,13 +184,32 @@ def paired_interval(
     level: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
-) -> tuple[float, float, float]:
+) -> Interval:
     """(estimate, low, high) of the mean over questions of (mean after - mean before); the questions are the same."""
     differences = [
         np.atleast_1d(np.mean(np.asarray(after, dtype=np.float64)) - np.mean(np.asarray(before, dtype=np.float64)))
         for before, after in zip(before_by_question, after_by_question, strict=True)
     ]
     return bootstrap_interval(differences, level=level, resamples=resamples, seed=seed)
+
+
+def _ratios(counts: Sequence[Counts], resamples: int, seed: int) -> Floats:
+    """[len(counts), 1 + resamples]: the ratio of each (part [Q], whole [Q]), and of questions drawn alike for all."""
+    pairs = np.asarray(counts, dtype=np.float64)  # [n, 2, Q]
+    draws = np.random.default_rng(seed).integers(pairs.shape[-1], size=(resamples, pairs.shape[-1]))
+    sums = np.concatenate([pairs.sum(axis=-1)[..., None], pairs[..., draws].sum(axis=-1)], axis=-1)
+    with np.errstate(invalid="ignore"):  # a draw may hold empty questions only; nan is left out later
+        return np.asarray(sums[:, 0] / sums[:, 1], dtype=np.float64)
+
+
+def _percentiles(drawn: Floats, level: float) -> Interval:
+    """(estimate, low, high) of the estimate and its resamples [1 + resamples]."""
+    known = drawn[1:][~np.isnan(drawn[1:])]
+    if np.isnan(drawn[0]) or not len(known):
+        return float("nan"), float("nan"), float("nan")
+    tail = (1.0 - level) / 2.0
+    low, high = np.quantile(known, [tail, 1.0 - tail])
+    return float(drawn[0]), float(low), float(high)
 
 
 def _shared_in_ties(c: Floats, y: Floats) -> Floats:

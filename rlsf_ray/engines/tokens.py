@@ -41,8 +41,9 @@ def encode_text(tokenizer: Any, text: str) -> IntArray:
 def encode_reply(tokenizer: Any, model: ModelConfig, text: str, last: int, ends: Collection[int]) -> IntArray:
     """Token ids that stand between a written turn, whose last token is `last`, and the next: `text`, said by the user.
 
-    As the chat template has it, but for the written turn itself, which stays token by token as it was drawn. `ends`:
-    tokens that end a turn. Raises InputError for a model without turns.
+    As the chat template has it, but for the written turn itself, which stays token by token as it was drawn, with what
+    some templates drop of earlier turns, such as their thoughts. `ends`: tokens that end a turn. Raises InputError for
+    a model without turns, or a template that does not hold once what a turn says.
     """
     if model.chat == "plain":
         raise InputError(
@@ -52,11 +53,16 @@ def encode_reply(tokenizer: Any, model: ModelConfig, text: str, last: int, ends:
     messages = [("user", "?"), ("assistant", mark), ("user", text)]
     chat = [{"role": role, "content": content} for role, content in messages]
     whole = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    _, found, after = whole.partition(mark)
-    if not found:
-        raise InputError("the model's chat template drops what the assistant said; rollouts of several turns need it")
-    ids = encode_text(tokenizer, after)
-    return ids[1:] if len(ids) and int(ids[0]) in ends and last in ends else ids
+    if (times := whole.count(mark)) != 1:
+        raise InputError(
+            f"the model's chat template holds what the assistant said {times} times, expected once, as rollouts of"
+            " several turns need it; give the model another template"
+        )
+    after = whole.partition(mark)[2]
+    bare = encode_text(tokenizer, after.lstrip())  # some templates have a space before the end of a turn
+    if last in ends and len(bare) and int(bare[0]) in ends:
+        return bare[1:]
+    return encode_text(tokenizer, after)
 
 
 def check_lengths(requests: Sequence[Request], context: int) -> None:

@@ -223,6 +223,7 @@ class Talk:
             finished=last.finished,
             answer=self._answer(last, turn),
             turns=tuple(self.turns),
+            char_ends=self._joined(lambda one: one.char_spans[:, 1], np.int32(0)),
         )
 
     def _token_ids(self) -> IntArray:
@@ -231,9 +232,12 @@ class Talk:
 
     def _statistic(self, name: str) -> np.ndarray:
         """Of each token; of those that nobody drew: certain."""
-        idle = np.float32(0.0 if name in ("logprob", "top2") else 1.0)
+        return self._joined(lambda one: getattr(one, name), np.float32(0.0 if name in ("logprob", "top2") else 1.0))
+
+    def _joined(self, values: Callable[[Completion], np.ndarray], idle: Any) -> np.ndarray:
+        """[T]: the `values` of the written turns, and `idle` for what was said between."""
         parts = zip(self.said, self.written, strict=False)
-        return np.concatenate([x for said, one in parts for x in (np.full(len(said), idle), getattr(one, name))])
+        return np.concatenate([x for said, one in parts for x in (np.full(len(said), idle), values(one))])
 
     def _answered(self) -> int:
         """The last turn that answers the prompt; the last of all if none does."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.image import imread
-from report_data import bare_run, make_run
+from report_data import bare_run, make_run, talking_run
 
 from rlsf_ray.report import write_report
 
@@ -41,10 +41,9 @@ def browse(folder: Path, *arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
 
 
-@pytest.fixture(scope="module", params=["finished", "begun"])
+@pytest.fixture(scope="module", params=[make_run, bare_run, talking_run])
 def report(request, tmp_path_factory) -> Path:
-    make = make_run if request.param == "finished" else bare_run
-    return Path(write_report(make(str(tmp_path_factory.mktemp("run")))))
+    return Path(write_report(request.param(str(tmp_path_factory.mktemp("run")))))
 
 
 def test_the_page_is_drawn(report, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from html import escape
 from pathlib import Path
 
@@ -65,20 +66,32 @@ def test_a_prompt_without_a_check_is_named_before_anything_is_trained(tiny: Path
         loop.run(tiny_config(tiny, **settings), str(tmp_path / "run"))
 
 
-def test_the_report_shows_the_last_round_turn_by_turn(ended: tuple[RunStore, Json]) -> None:
-    store, _ = ended
+def turn_by_turn(store: RunStore) -> str:
+    """The report's section on turns."""
     page = Path(write_report(store)).read_text()
-    section = page.partition('<section id="turns">')[2].partition("</section>")[0]
-    rows = [row for row in store.read_table("traces", 1).to_pylist() if row["reason"] is None]
+    return page.partition('<section id="turns">')[2].partition("</section>")[0]
+
+
+def test_the_report_shows_what_each_token_counts_in_the_first_and_the_last_round(ended: tuple[RunStore, Json]) -> None:
+    store, _ = ended
+    section = turn_by_turn(store)
+    assert section.index("Round 1 of 2") < section.index("Round 2 of 2")
+    for round in (0, 1):
+        rows = [row for row in store.read_table("traces", round).to_pylist() if row["reason"] is None]
+        best, worst = (pick(row["advantage"] for row in rows) for pick in (max, min))
+        assert best > 0 > worst
+        assert rows[0]["prompt_id"] in section
+        for kind, advantage in (("up", best), ("down", worst)):
+            assert re.search(
+                f'<span class="{kind}" title="[0-9]+ tokens?, {re.escape(signed(advantage, 2))} each">', section
+            )
     assert section.count('class="turn reflection up"') > 0
     assert section.count('class="turn reflection down"') > 0
-    assert 'class="turn attempt up"' not in section  # not credited
-    assert section.count(" tokens, masked") > 0
-    credit = signed(next(row["advantage"] for row in rows), 2)
-    assert f" tokens, {credit} each" in section
-    assert rows[0]["prompt_id"] in section
-    assert "First try" in page
-    assert f"User: {escape(REFLECT)}" in section
+    assert not re.search('class="turn (attempt|retry) (up|down|held)', section)  # not credited
+    assert re.search('<div class="turn attempt ">.*?<span class="idle" title="[0-9]+ tokens?, masked">', section)
+    assert f'title="masked: said by the user">User: {escape(REFLECT)}' in section
+    assert len(section) < 60_000
+    assert "First try" in store.storage.read("report.html").decode()
 
 
 def of_recipe(name: str, tiny: Path, folder: Path, *more: str) -> RunConfig:
@@ -117,9 +130,12 @@ def test_every_recipe_of_several_turns_trains(
 def test_pairs_of_several_turns_are_exported_turn_by_turn(tiny: Path, tmp_path: Path) -> None:
     loop.run(of_recipe("self_rewarding_correction", tiny, tmp_path), str(tmp_path / "run"))
     store = RunStore.open(str(tmp_path / "run"))
-    page = Path(write_report(store)).read_text()
-    assert " tokens, in the loss" in page
-    assert "rejected in 1" in page
+    section = turn_by_turn(store)
+    assert re.search(r'<div class="turn (verdict|retry) up">', section)
+    assert re.search(r'<div class="turn (verdict|retry) down">', section)
+    # Both sides begin with one attempt: neither is made likelier or less likely by a pair
+    assert not re.search('class="turn attempt (up|down)', section)
+    assert re.search('<span class="idle" title="[0-9]+ tokens?, 0 each">', section)
     turns = {row["trace_id"]: row["turns"] for row in store.read_table("traces").to_pylist()}
     pairs = store.read_table("pairs").to_pylist()
     rows = pair_messages(store)

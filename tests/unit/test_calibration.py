@@ -25,8 +25,12 @@ from rlsf_ray.algorithms.calibration import (
     nll,
     overconfidence,
     paired_interval,
+    ratio_interval,
+    ratio_rise,
     reliability,
     scale,
+    share_interval,
+    share_rise,
 )
 
 # Six answers. Bins: [0, .1) holds 0.0 wrong; [.3, .4) 0.3 right; [.9, 1] 0.9 right, 0.9 wrong, 1.0 right, 1.0 right
@@ -189,3 +193,33 @@ def test_paired_interval_is_of_the_difference_per_question() -> None:
 def test_an_interval_needs_samples() -> None:
     with pytest.raises(ValueError, match="got none"):
         bootstrap_interval([[], []])
+
+
+def test_a_share_of_none_or_all_has_wilson_s_interval_over_questions() -> None:
+    """0 of 20 questions: z^2 / (20 + z^2) with z = 1.96, whatever the number of samples; 5 of 20 is bootstrapped."""
+    away = 3.8415 / 23.8415
+    assert share_interval([0] * 20, [4] * 20) == pytest.approx((0.0, 0.0, away), abs=1e-4)
+    assert share_interval([4] * 20, [4] * 20) == pytest.approx((1.0, 1 - away, 1.0), abs=1e-4)
+    assert share_interval([0] * 25, [4] * 20 + [0] * 5)[2] == pytest.approx(away, abs=1e-4)  # five say nothing
+    some = [[0] * 15 + [4] * 5, [4] * 20]
+    assert share_interval(*some) == ratio_interval(*some)
+    assert np.isnan(share_interval([0, 0], [0, 0])).all()
+
+
+def test_the_rise_of_a_share_is_paired() -> None:
+    """Each question gains one of four: the rise is sure, though either share alone is not."""
+    before, whole = np.random.default_rng(0).integers(0, 3, 30), np.full(30, 4)
+    assert share_rise((before, whole), (before + 1, whole)) == pytest.approx((0.25, 0.25, 0.25))
+    rise, low, high = share_rise((before, whole), (before[::-1], whole))
+    assert rise == 0.0
+    assert low < -0.05 < 0.05 < high
+
+
+def test_the_rise_from_none_is_as_wide_as_both_shares_allow() -> None:
+    none, some, whole = [0] * 20, [0] * 10 + [4] * 10, [4] * 20
+    away = 3.8415 / 23.8415
+    assert share_rise((none, whole), (none, whole)) == pytest.approx((0.0, -away, away), abs=1e-4)
+    share, low, high = share_interval(some, whole)
+    rise = share_rise((none, whole), (some, whole))
+    assert rise == pytest.approx((0.5, 0.5 - np.hypot(share - low, away), high), abs=1e-4)
+    assert np.isnan(ratio_rise(([0], [0]), ([1], [4]))).all()

@@ -20,7 +20,9 @@ from rlsf_ray.engines.scorer import Scorer
 from rlsf_ray.engines.steps import StepSize
 from rlsf_ray.engines.transformers_engine import TransformersEngine
 from rlsf_ray.records import Check, Pair, Prompt, TrainingGroup, Turn
+from rlsf_ray.report_turns import credit_by_advantage, credit_of_pairs
 from rlsf_ray.rollouts.programs import write_groups
+from rlsf_ray.tables import trace_rows
 
 
 def scored(tiny: Path, **advantages: Any) -> tuple[Any, Any, TrainingGroup]:
@@ -135,3 +137,24 @@ def test_an_example_is_named_by_its_pair_of_traces_or_by_its_only_one() -> None:
     assert group.example_ids == ["7/0", "7/1", "7/2"]
     pairs = (Pair(chosen=2, rejected=0), Pair(chosen=2, rejected=1))
     assert replace(group, pairs=pairs).example_ids == ["7/2 > 7/0", "7/2 > 7/1"]
+
+
+def test_the_report_shows_the_credit_that_the_trainer_sees(tiny: Path) -> None:
+    config, group, training = scored(tiny, held_turns=["attempt"], kl=0.1)
+    (found,) = Scorer(config, threads=1).score([group])
+    assert config.advantages is not None
+    for row, learned in zip(trace_rows(found), training.traces, strict=True):
+        np.testing.assert_array_equal(credit_by_advantage(row, config.advantages), learned.credit)
+
+
+def test_what_both_sides_of_a_pair_begin_with_counts_nothing() -> None:
+    """Two attempts alike (1 2), 9 is said, then 3 4 against 3 5 6: they part at 4 and 5. A third is in no pair."""
+    rows = [
+        {"trace_id": name, "token_ids": [1, 2, 9, *rest], "turns": [{"tokens": [0, 2]}, {"tokens": [3, 3 + len(rest)]}]}
+        for name, rest in (("a", [3, 4]), ("b", [3, 5, 6]), ("c", [7]))
+    ]
+    pairs = [{"chosen_trace_id": "a", "rejected_trace_id": "b", "weight": 0.5}]
+    chosen, rejected, other = credit_of_pairs(rows, pairs)
+    np.testing.assert_array_equal(chosen, [0, 0, np.nan, 0, 0.5])
+    np.testing.assert_array_equal(rejected, [0, 0, np.nan, 0, -0.5, -0.5])
+    assert np.isnan(other).all()

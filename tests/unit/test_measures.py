@@ -84,3 +84,35 @@ def test_rises_are_paired_over_shared_questions() -> None:
     rises = difference({"questions": ROWS}, {"questions": better})
     assert rises["sampled_accuracy"] == [0.5, 0.5, 0.5]
     assert rises["greedy_accuracy"][0] == rises["majority_accuracy"][0] == 1.0
+
+
+def told(name: str, *tries: list[bool]) -> dict[str, Any]:
+    """A question with episodes of such tries."""
+    episodes = [
+        [
+            {
+                "role": "retry" if n else "attempt",
+                "answer": str(right),
+                "label": int(right),
+                "right": right,
+                "length": 3,
+            }
+            for n, right in enumerate(one)
+        ]
+        for one in tries
+    ]
+    return question(name, sample(0, True, 0.5), episodes=episodes)
+
+
+def test_rises_of_tries_are_paired_and_none_of_them_is_no_certainty() -> None:
+    """Of the failed tries 0, then 2 of 4 are mended. Nothing was right at first, so nothing could go wrong."""
+    failed = [told(name, [False, False], [False, False]) for name in "ab"]
+    mended = [told(name, [False, True], [False, False]) for name in "ab"]
+    metrics = measure(failed)
+    away = 3.8415 / 5.8415  # Wilson's for 0 of 2 questions
+    assert [metrics[f"wrong_to_right{end}"] for end in ("", "_low", "_high")] == pytest.approx([0, 0, away], abs=1e-4)
+    rises = difference({"questions": failed}, {"questions": mended})
+    assert rises["wrong_to_right"] == rises["last_try"] == pytest.approx([0.5, 0.5 - away, 0.5], abs=1e-4)
+    assert rises["first_try"] == pytest.approx([0.0, -away, away], abs=1e-4)
+    assert "right_to_wrong" not in rises
+    assert "last_try" not in difference({"questions": failed}, {"questions": [question("a", sample(0, True, 0.5))]})

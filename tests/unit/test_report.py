@@ -4,8 +4,10 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from report_data import HOSTILE, bare_run, make_run
+from report_data import HOSTILE, bare_run, make_run, talking_run
 
 from rlsf_ray.report import read_run, render, write_report
 from rlsf_ray.report_parts import marked, verdict
@@ -272,3 +274,43 @@ def test_the_way_it_reasons_and_two_judges_are_shown_where_they_are_known():
     assert "0.750" in rows
     assert "One judge" in judges([])
     assert "Not measured" in thought([{"version": 0, "metrics": {"sampled_accuracy": 0.3}}])
+
+
+def test_what_a_token_counts_stands_on_it(tmp_path):
+    """A turn of which only a part counts is cut where the sides of the pairs part; one of an older run is whole."""
+    page = write_and_read(talking_run(str(tmp_path / "new")))
+    assert (
+        '<span class="idle" title="1 token, 0 each">No</span><span class="up" title="1 token, +2.00 each"> never'
+        in page
+    )
+    assert (
+        '<span class="idle" title="1 token, 0 each">No</span><span class="down" title="1 token, &minus;1.00 each"> way'
+        in page
+    )
+    assert '<div class="turn attempt "><span class="small">attempt: 3 tokens, 0 each; ' in page
+    assert HOSTILE not in page
+    assert page.count('<div class="turn ') == 9
+    store = talking_run(str(tmp_path / "old"))
+    rows = store.read_table("traces", 0).drop(["char_ends"])
+    store.storage.write(f"traces/round-0000/{store.names('traces/round-0000')[0]}", without(rows))
+    assert 'title="1 token, +2.00 each">No never' in write_and_read(store)
+
+
+def test_a_group_that_was_left_out_for_surer_ones_is_not_called_learned_from(tmp_path):
+    store = talking_run(str(tmp_path))
+    store.write_json("state.json", {"ledger": {"0": [["filtered", "less_sure"]]}})
+    page = write_and_read(store)
+    assert "0 of 1 prompts are learned from, 1 shown" in page
+    assert '<span class="note">less_sure</span>' in page
+    assert 'class="turn retry up"' not in page
+
+
+def write_and_read(store) -> str:
+    return Path(write_report(store)).read_text()
+
+
+def without(table) -> bytes:
+    """The bytes of a table as an older program has written it."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    return sink.getvalue().to_pybytes()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rlsf_ray.records import Json
-from rlsf_ray.tries import counts_of_tries
+from rlsf_ray.records import Check, Group, Json, ProbePrompt, Prompt, Trace, Turn
+from rlsf_ray.tasks.equality import AnswerChecker
+from rlsf_ray.tries import counts_of_tries, judge_episodes
 
 
 def episode(*tries: tuple[str, bool], thought: int = 10) -> list[Json]:
@@ -52,3 +53,44 @@ def test_the_vote_is_over_the_last_answers() -> None:
     wins = [episode(("9", False), ("4", True)), episode(("4.0", True)), episode(("5", False))]
     loses = [episode(("4", True)), episode(("5", False)), episode(("4", True), ("5", False))]
     assert shares(wins, loses)["voted_tries"] == 0.5
+
+
+def written(check: Check | None, *episodes: tuple[str, ...]) -> list[list[Json]]:
+    """Episodes of such answers, judged as the probe set's are; the right answer is 0.5."""
+    none = np.zeros(0, dtype=np.float32)
+    empty = {"token_ids": none.astype(np.int32), "logprob": none, "top1": none, "top2": none}
+    traces = [
+        Trace(
+            id=str(k),
+            index=k,
+            seed=k,
+            version=0,
+            text=answers[-1],
+            finished=True,
+            turns=tuple(
+                Turn(role="retry" if n else "attempt", tokens=(0, 0), text=answer, answer=answer)
+                for n, answer in enumerate(answers)
+            ),
+            **empty,
+        )
+        for k, answers in enumerate(episodes)
+    ]
+    prompt = Prompt(id="p", messages=(("user", "1 / 2 ="),), task="t", key="k", check=check)
+    group = Group(
+        id="g", round=-1, sequence=0, version=0, prompt=prompt, prompt_ids=empty["token_ids"], traces=tuple(traces)
+    )
+    with AnswerChecker() as checker:
+        return judge_episodes(group, ProbePrompt(prompt=prompt, gold="0.5"), checker)
+
+
+def test_answers_that_the_task_calls_equal_are_one_in_the_vote() -> None:
+    """0.5 and 1/2 outvote a 3 that is written twice; the words of a check that reads texts stay apart."""
+    same = written(None, ("3",), ("4", "0.5"), ("1/2",), ("3",), (".50",))
+    assert shares(same)["voted_tries"] == 1.0
+    tied = written(None, ("0.5", "3"), ("3", "1/2"))
+    assert shares(tied)["voted_tries"] == 0.0  # 3 is the first of the last answers
+    exact = Check(kind="exact", data={"accepted": ["0.5", "1/2"]})
+    apart = written(exact, ("3",), ("0.5",), ("1/2",), ("3",))
+    assert shares(apart)["voted_tries"] == 0.0
+    older = [[{key: value for key, value in turn.items() if key != "label"} for turn in turns] for turns in same]
+    assert shares(older)["voted_tries"] == 0.0  # by their texts: .50 and 0.5 are one, but 3 came first
