@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import shutil
+import subprocess
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,8 @@ import chaos_kills
 import numpy as np
 import pytest
 from chaos_check import Accounts, check, faults, lineage, table, unequal
-from chaos_kills import Hang, watch
+from chaos_kills import Hang, Killer, watch
+from running import wait_for
 from tiny import tiny_config
 
 from rlsf_ray.config import RunConfig
@@ -257,3 +261,48 @@ def test_a_run_that_moves_has_not_hung(tmp_path: Path, monkeypatch: pytest.Monke
         return len(parts) > 5
 
     assert watch(tmp_path, ready, lambda: False, "the end")
+
+
+def scorer() -> subprocess.Popen[bytes]:
+    """A process that Ray's title makes a scorer."""
+    return subprocess.Popen(["ray::ScorerWorker.score", "300"], executable=shutil.which("sleep"))
+
+
+@pytest.mark.parametrize("over", [False, True])
+def test_a_kill_counts_once_the_process_is_back_and_the_run_has_moved_on(
+    of_three: RunConfig, tmp_path: Path, over: bool
+) -> None:
+    store = RunStore.create_or_resume(str(tmp_path), of_three)
+    killer, first = Killer(tmp_path, Accounts(tmp_path, of_three), 1, 0), scorer()
+    with ThreadPoolExecutor(1) as thread:
+        killing = thread.submit(killer._kill, "scorer")
+        assert first.wait(10) == -9
+        second = scorer()
+        try:
+            with pytest.raises(AssertionError, match="nothing within"):  # it is back, but the run stands still
+                wait_for(killing.done, 1.0)
+            if over:
+                killer.over.set()
+            else:
+                store.write_table("traces", 0, 0, [])
+            killing.result(10)
+        finally:
+            killer.over.set()
+            second.kill()
+            second.wait(10)
+    (kill,) = killer.kills
+    assert (kill.back_s is None) == over
+
+
+def test_a_run_that_hangs_after_a_kill_is_said_to_hang(
+    of_three: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(chaos_kills, "MOVE_S", 0.5)
+    killer, signals = Killer(tmp_path, Accounts(tmp_path, of_three), 1, 0), list[int]()
+    monkeypatch.setattr(chaos_kills.os, "kill", lambda process, number: (signals.append(number), killer.over.set()))
+    killer.look({"message": "waiting for the trainer"})
+    killer.run()
+    assert "HANG in life 0: the run has not moved for 0.5 s; waited for work after the start" in killer.hung
+    assert "'message': 'waiting for the trainer'" in killer.hung
+    assert killer.hung in capsys.readouterr().out
+    assert signals == [15]
