@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError
+from ray.exceptions import ActorUnavailableError, RayActorError
 
 from actors.watch import Watch
 from rlsf_ray.errors import DeadlineError, EngineError, ServiceError, WeightsError
@@ -32,20 +32,6 @@ class Hands:
     ask: Callable[[str], Any]
     end: Callable[[Any, bool], None]
     leaving: Callable[[Mapping[str, Any]], Collection[str]]
-
-
-async def replace(handles: dict[str, Any], name: str, hands: Hands, watch: Watch) -> None:
-    """Ask anew for an actor that Ray restarts no more, as soon as Ray has let go of its name.
-
-    Raises DeadlineError if nothing in the run has moved for too long.
-    """
-    dead = handles.get(name)
-    while dead is not None and handles.get(name) is dead:  # else given back, or replaced for another batch
-        try:
-            handles[name] = hands.ask(name)
-            return
-        except ValueError:
-            await watch.pause(name)
 
 
 class GivenUp(Exception):
@@ -253,7 +239,9 @@ class GeneratorPool:
                     return
                 if hangs:
                     self._hands.end(self._handles[name], True)
-                await self._again(name, error)
+                if name in self._first:
+                    self._watch.moved()
+                await self._watch.pause(name)
                 continue
             if version == self._newest:
                 self._ready(name, version, swap)
@@ -263,14 +251,6 @@ class GeneratorPool:
         """Is this the engine's first start? What is wrong is wrong with the config then."""
         return isinstance(error, EngineError) and name not in self._worked
 
-    async def _again(self, name: str, error: Exception) -> None:
-        """A generator that has died as often as Ray restarts it is replaced by a new one of the same name."""
-        if name in self._first:
-            self._watch.moved()
-        await self._watch.pause(name)
-        if isinstance(error, ActorDiedError):
-            await replace(self._handles, name, self._hands, self._watch)
-
     def _lost(self, name: str, error: Exception) -> None:
         """It does not come back. Raises ServiceError if it was the last."""
         logger.warning("%s is gone for good: %s", name, error)
@@ -278,6 +258,7 @@ class GeneratorPool:
             self._give_back(name)
             return
         self._fleet.died(name)
+        self._hands.end(self._handles[name], False)
         if not self._fleet.names(*(state for state in State if state is not State.DEAD)):
             raise ServiceError(f"every generator died, the last one so: {error}; see its log") from error
 

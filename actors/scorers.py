@@ -11,9 +11,9 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any
 
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError
+from ray.exceptions import RayActorError, RayError
 
-from actors.pool import LOOK_S, GivenUp, Hands, replace
+from actors.pool import LOOK_S, GivenUp, Hands
 from actors.watch import Watch
 from rlsf_ray.errors import DeadlineError
 from rlsf_ray.records import Json, Outcome
@@ -43,6 +43,7 @@ class ScorerPool:
         self._idle_since = dict.fromkeys(handles, time.monotonic())
         self._numbers = itertools.count(len(handles))
         self._left: set[str] = set()  # ended because their nodes go
+        self._away: set[str] = set()  # broken, and not back yet
 
     async def prepare(self) -> None:
         """Build every scorer. One that dies meanwhile builds itself again at its first batch."""
@@ -58,33 +59,50 @@ class ScorerPool:
     async def score(self, boxed: list[Any], round: int, part: int) -> tuple[list[Outcome], Json]:
         """(the batch's outcomes, its stage event) from the least busy of the scorers that failed it least.
 
-        A scorer that restarts builds itself again at its next call; waiting for that is no attempt. Raises GivenUp
-        after `attempts` deaths.
+        Waiting for one that restarts is no attempt. Raises GivenUp after `attempts` failures.
         """
-        deaths, failures = 0, Counter[str]()
-        while deaths < self._attempts:
-            name = min(self._queued, key=lambda scorer: (failures[scorer], self._queued[scorer]))
+        failures = Counter[str]()
+        while failures.total() < self._attempts:
+            there = self._queued.keys() - self._away
+            if not there:
+                await self._watch.pause("every scorer")
+                continue
+            name = min(sorted(there), key=lambda scorer: (failures[scorer], self._queued[scorer]))
             self._queued[name] += 1
-            handle = self._handles[name]
             try:
-                call = handle.process.remote(boxed, round, part)
+                call = self._handles[name].process.remote(boxed, round, part)
                 outcomes, event = await self._watch.answer_while_moving(call, name)
                 return list(outcomes), event
             except RayActorError as error:
                 logger.warning("%s broke while scoring: %s", name, error)
-                dead = not isinstance(error, ActorUnavailableError)
-                if dead or not failures:
-                    self._watch.moved()  # how long it may be away counts from here
                 failures[name] += 1
-                deaths += dead
-                if isinstance(error, ActorDiedError) and self._handles.get(name) is handle:  # no restart is left
-                    await self._replace(name)
+                self._bring_back(name)
             finally:
                 if name in self._queued:
                     self._queued[name] -= 1
                     self._idle_since[name] = time.monotonic()
-            await self._watch.pause(name)
         raise GivenUp("ScorerDied")
+
+    def _bring_back(self, name: str) -> None:
+        """No more work for a broken scorer until it has built itself again."""
+        if name not in self._away:
+            self._away.add(name)
+            self._watch.moved()  # how long it may be away counts from here
+            self._start_task(self._return(name))
+
+    async def _return(self, name: str) -> None:
+        """See `_bring_back`. Raises DeadlineError if it stays away and the run stands still."""
+        while name in self._handles:
+            try:
+                await self._watch.answer(self._handles[name].prepare.remote(), name)
+                break
+            except RayActorError:
+                await self._watch.pause(name)
+            except DeadlineError as error:
+                logger.warning("%s is ended and starts again: %s", name, error)
+                self._hands.end(self._handles[name], True)
+                await self._watch.pause(name)
+        self._away.remove(name)
 
     async def keep(self, most: int, idle_s: float) -> None:
         """As long as the pool works: at most `most` scorers, those beyond the first given back once idle."""
@@ -150,13 +168,6 @@ class ScorerPool:
         if name in self._handles:
             self._queued[name], self._idle_since[name] = 0, time.monotonic()
             logger.info("%s is there", name)
-
-    async def _replace(self, name: str) -> None:
-        """A scorer that has died as often as Ray restarts it: one of the first begins anew under its name."""
-        if name in self._first:
-            await replace(self._handles, name, self._hands, self._watch)
-        else:
-            self._give_back(name)
 
     def _give_back(self, name: str) -> None:
         """Let go of a scorer beyond the first."""

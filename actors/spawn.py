@@ -23,7 +23,6 @@ from rlsf_ray.config import RunConfig
 from rlsf_ray.config_sections import PoolConfig
 from rlsf_ray.errors import DeadlineError
 
-RESTARTS = 3
 LOOK_S = 60.0  # for every node to answer one question
 ON_HEAD = {"node:__internal_head__": 0.001}  # what only steers must not keep a worker node from being given back
 MOST_SLOTS = {"transformers": 1, "vllm": 4}  # batches that a generator works on at once
@@ -83,11 +82,13 @@ class Crew:
         return {name: self._member(cls, pool, name) for name in names}
 
     def _member(self, cls: type, pool: str, name: str) -> Any:
-        """One actor of a pool, restarted a few times."""
+        """One actor of a pool. Ray restarts it as often as it dies (it would keep the name of one that it lets go); how
+        often that may be is the pool's to say.
+        """
         resources = dict(self._job.marks.get(pool, {}))
         settings: PoolConfig = getattr(self._cluster, pool)
         calls = self._calls[pool]
-        return self._spawn(cls, name, pool=settings, resources=resources, max_restarts=RESTARTS, max_concurrency=calls)
+        return self._spawn(cls, name, pool=settings, resources=resources, max_restarts=-1, max_concurrency=calls)
 
     def hands(self, pool: Literal["generators", "scorers"]) -> Hands:
         """What a pool may do; Ray's autoscaler sees an actor that waits for a node, if it takes something."""

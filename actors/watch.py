@@ -19,7 +19,8 @@ RETRY_S = 0.3  # a restarting actor is asked again this often
 class Watch:
     """Deadlines of one run. `moved` says that something happened, and lets `until` look again.
 
-    While the run is `held`, nothing has to move.
+    While the run is `held`, nothing has to move; nor while somebody is asked who has a deadline of its own: a generator
+    that hangs, alone at work, is to be ended and not the run.
 
     Waits are bounded by `asyncio.timeout` and not by `wait_for`: that of Python 3.11 drops a cancellation that comes in
     the moment in which the awaited thing is done, and the failure of another task would be heard at the deadline only.
@@ -29,6 +30,7 @@ class Watch:
         self.deadline_s, self._clock = deadline_s, clock
         self._moved_at = clock()
         self.held = False
+        self._asked = 0  # calls without an answer yet
         self._event = asyncio.Event()
 
     def hold(self, held: bool) -> None:
@@ -38,7 +40,7 @@ class Watch:
 
     def _remaining_s(self) -> float:
         """Until something has to have moved."""
-        return self.deadline_s - (0.0 if self.held else self._clock() - self._moved_at)
+        return self.deadline_s - (0.0 if self.held or self._asked else self._clock() - self._moved_at)
 
     def moved(self) -> None:
         """Something made progress."""
@@ -48,11 +50,14 @@ class Watch:
 
     async def answer(self, call: Any, who: str) -> Any:
         """The result of one call, which must come within the deadline. Raises DeadlineError or the call's own error."""
+        self._asked += 1
         try:
             async with asyncio.timeout(self.deadline_s):
                 result = await asyncio.ensure_future(call)
         except TimeoutError:
             raise self.late(who, "has not answered") from None
+        finally:
+            self._asked -= 1
         self.moved()
         return result
 

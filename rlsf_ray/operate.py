@@ -137,6 +137,13 @@ def connected(address: str | None) -> Iterator[bool]:
             f"no Ray answers at {address or 'this machine'} ({error}); start one with `ray start --head`, correct"
             " --address or RAY_ADDRESS, or leave both out for a Ray of our own"
         ) from error
+    except Exception as error:
+        if type(error) is not Exception:  # Ray has no type of its own for a start that takes too long (2.60)
+            raise
+        raise DeadlineError(
+            f"Ray has not started on this machine in its own time ({error}); it is overloaded, perhaps: run the same"
+            " command again, or start one with `ray start --head` and name its --address"
+        ) from error
     try:
         yield address is None
     finally:

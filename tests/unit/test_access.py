@@ -11,7 +11,7 @@ from ray.exceptions import AuthenticationError
 
 from rlsf_ray import operate
 from rlsf_ray.access import own_token
-from rlsf_ray.errors import InputError
+from rlsf_ray.errors import DeadlineError, InputError
 from rlsf_ray.operate import connected
 
 
@@ -85,3 +85,15 @@ def test_a_connection_says_what_is_wrong_with_the_token(home: Path, monkeypatch:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(InputError, match=r"asks for a token, .*copy the cluster's"), connected(address):
             pass
+
+
+def test_a_ray_that_takes_too_long_to_start_is_a_deadline(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(*args: object, **options: object) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(operate.ray, "init", late)
+    with (
+        pytest.raises(DeadlineError, match=r"has not started .* timed out during startup.*the same command"),
+        connected(None),
+    ):
+        pass

@@ -5,7 +5,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError
+from ray.exceptions import ActorUnavailableError, RayActorError
 
 from actors import pool, watch
 from actors.pool import GeneratorPool, GivenUp
@@ -311,28 +311,3 @@ def test_a_generator_that_is_given_back_with_a_batch_in_flight_fails_that_batch_
             return (await call)[0]
 
     assert asyncio.run(play()) == "groups"
-
-
-def test_a_generator_is_asked_for_anew_until_ray_has_let_go_of_its_name() -> None:
-    """As after a prompt that has killed it more often than Ray restarts it: that is not the end of the run."""
-    hands, taken = Hired(), iter(range(8))
-    ask = hands.ask
-
-    def busy(name: str) -> Handle:
-        if next(taken, None) is not None:
-            raise ValueError("the name is taken")
-        return ask(name)
-
-    hands.ask = busy  # type: ignore[method-assign]
-    handles = {"g": Handle(prepare=lambda call: died())}
-
-    async def play() -> None:
-        async with asyncio.TaskGroup() as tasks:
-            await GeneratorPool(handles, hands, Watch(5.0), 1, tasks.create_task, print).prepare(0)
-
-    asyncio.run(play())
-    assert next(taken, None) is None
-
-
-def died() -> ActorDiedError:
-    return ActorDiedError()

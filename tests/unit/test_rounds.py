@@ -33,11 +33,13 @@ EVENT = {"role": "scorer", "actor": "s", "stage": "score", "start": 0.0, "end": 
 
 
 class Scorer:
-    """Its n-th call raises what `reply(n)` gives, else it answers with one outcome, its own name."""
+    """Its n-th call raises what `reply(n)` gives, else it answers with its own name; `back`: the same of its start."""
 
     def __init__(self, name: str, reply: Reply) -> None:
         self._name, self._reply, self.got = name, reply, list[Any]()
-        self.process = SimpleNamespace(remote=self._call)
+        self.back: Reply = fine
+        self.built = 0
+        self.process, self.prepare = SimpleNamespace(remote=self._call), SimpleNamespace(remote=self._build)
 
     async def _call(self, boxed: list[Any], round: int, part: int) -> tuple[list[str], Json]:
         self.got.append(boxed[0])
@@ -45,6 +47,12 @@ class Scorer:
         if error is not None:
             raise error
         return [self._name], EVENT
+
+    async def _build(self) -> None:
+        self.built += 1
+        error = self.back(self.built)
+        if error is not None:
+            raise error
 
 
 class Pool:
@@ -71,9 +79,16 @@ def unavailable() -> ActorUnavailableError:
 
 
 def score(made: Rounds) -> Any:
-    outcomes, failed = asyncio.run(made._generate_and_score(0, 0, 0, []))
-    assert not failed
-    return outcomes
+    async def play() -> Any:
+        async with asyncio.TaskGroup() as made._tasks:
+            outcomes, failed = await made._generate_and_score(0, 0, 0, [])
+        assert not failed
+        return outcomes
+
+    try:
+        return asyncio.run(play())
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
 
 
 def make(
@@ -102,9 +117,10 @@ def test_a_dead_scorer_gives_its_batch_to_another_with_the_same_traces(tmp_path:
 
 
 def test_a_restarting_scorer_is_waited_for_without_counting_attempts(tmp_path: Path) -> None:
-    made, scorers, pool = make(tmp_path, a=lambda call: unavailable() if call < 8 else None)
+    made, scorers, pool = make(tmp_path, a=lambda call: unavailable() if call == 1 else None)
+    scorers["a"].back = lambda call: unavailable() if call < 8 else None
     assert score(made) == ["a"]
-    assert (len(scorers["a"].got), pool.written) == (8, 1)
+    assert (len(scorers["a"].got), scorers["a"].built, pool.written) == (2, 8, 1)
 
 
 def test_a_scorer_that_never_comes_back_ends_the_wait_by_name(tmp_path: Path) -> None:
@@ -114,10 +130,11 @@ def test_a_scorer_that_never_comes_back_ends_the_wait_by_name(tmp_path: Path) ->
         now[0] += 0.4 * DEADLINE_S
         return unavailable()
 
-    made, scorers, _ = make(tmp_path, clock=lambda: now[0], a=away)
-    with pytest.raises(DeadlineError, match=r"^a has been unavailable"):
+    made, scorers, _ = make(tmp_path, clock=lambda: now[0], a=lambda call: unavailable())
+    scorers["a"].back = away
+    with pytest.raises(DeadlineError, match=r"^(a|every scorer) has been unavailable"):
         score(made)
-    assert len(scorers["a"].got) == 4  # its deadline began at the first failure
+    assert scorers["a"].built == 3  # its deadline began at the first failure
 
 
 def test_a_scorer_that_is_away_for_long_does_not_end_a_run_that_moves(tmp_path: Path) -> None:
@@ -129,9 +146,10 @@ def test_a_scorer_that_is_away_for_long_does_not_end_a_run_that_moves(tmp_path: 
         made._watch.moved()
         return unavailable() if call < 10 else None
 
-    made, scorers, _ = make(tmp_path, clock=lambda: now[0], a=away)
+    made, scorers, _ = make(tmp_path, clock=lambda: now[0], a=lambda call: unavailable() if call == 1 else None)
+    scorers["a"].back = away
     assert score(made) == ["a"]
-    assert len(scorers["a"].got) == 10  # five times as long as the deadline
+    assert scorers["a"].built == 10  # five times as long as the deadline
 
 
 def test_a_version_is_measured_once_whoever_asks(tmp_path: Path) -> None:
@@ -344,7 +362,8 @@ def test_pairs_that_a_dead_scorer_had_put_are_not_lost(tmp_path: Path) -> None:
 
     async def play() -> None:
         await made._permits.acquire()
-        await made._batch(0, 0, 0, prompts)
+        async with asyncio.TaskGroup() as made._tasks:
+            await made._batch(0, 0, 0, prompts)
 
     asyncio.run(play())
     assert asked == [(0, [0, 1])]

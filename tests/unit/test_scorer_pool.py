@@ -148,25 +148,3 @@ def test_a_scorer_on_a_node_that_goes_starts_again_or_is_given_back() -> None:
     assert asyncio.run(work({"scorer-0": first}, hands, 2, 8, until=1)) == list(range(8))
     assert hands.ended[:2] == [(first, True), (second, False)]
     assert first not in dict(hands.ended[1:]), "once"
-
-
-def test_a_first_scorer_that_ray_restarts_no_more_is_asked_for_anew() -> None:
-    """Else every later batch would be given up, and the run would end as done."""
-    dead, fresh = Scorer(dies=True), Scorer()
-    handles = {"scorer-0": dead}
-    assert asyncio.run(work(handles, Hired(fresh), 1, 1, until=1)) == [0]
-    assert handles == {"scorer-0": fresh}
-
-
-def test_a_name_that_ray_has_not_let_go_of_is_no_attempt() -> None:
-    dead, fresh, taken = Scorer(dies=True), Scorer(), iter(range(8))
-    hands = Hired(fresh)
-    ask = hands.ask
-
-    def busy(name: str) -> Any:
-        if next(taken, None) is not None:
-            raise ValueError("the name is taken")
-        return ask(name)
-
-    hands.ask = busy  # type: ignore[method-assign]
-    assert asyncio.run(work({"scorer-0": dead}, hands, 1, 1, until=1)) == [0]

@@ -85,3 +85,23 @@ def test_a_held_run_need_not_move_and_its_deadline_counts_anew_from_the_end() ->
         return now[0]
 
     assert asyncio.run(run()) == 311.0
+
+
+def test_whoever_is_asked_alone_is_late_before_the_run_is_said_to_stand_still() -> None:
+    """A generator that hangs with the last batch of a round is ended and replaced; the round waits for that."""
+    watch, told = Watch(deadline_s=0.3), list[str]()
+
+    async def ask() -> None:
+        await asyncio.sleep(0.1)  # after the run has last moved
+        with pytest.raises(DeadlineError, match=r"^the generator has not answered"):
+            await watch.answer(asyncio.sleep(30.0), "the generator")
+        told.append("ended")
+        watch.moved()
+
+    async def run() -> None:
+        asking = asyncio.ensure_future(ask())
+        await watch.until(lambda: bool(told), "the trainer")
+        await asking
+
+    asyncio.run(run())
+    assert told == ["ended"]
