@@ -91,16 +91,18 @@ class ScorerPool:
             self._start_task(self._return(name))
 
     async def _return(self, name: str) -> None:
-        """See `_bring_back`. Raises DeadlineError if it stays away and the run stands still."""
-        while name in self._handles:
+        """See `_bring_back`. Raises DeadlineError if it hangs and no other works, or is away while nothing moves."""
+        while (scorer := self._handles.get(name)) is not None:  # else given back
             try:
-                await self._watch.answer(self._handles[name].prepare.remote(), name)
+                await self._watch.answer(scorer.prepare.remote(), name)
                 break
             except RayActorError:
                 await self._watch.pause(name)
             except DeadlineError as error:
+                if self._queued.keys() <= self._away:
+                    raise
                 logger.warning("%s is ended and starts again: %s", name, error)
-                self._hands.end(self._handles[name], True)
+                self._hands.end(scorer, True)
                 await self._watch.pause(name)
         self._away.remove(name)
 

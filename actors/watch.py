@@ -55,6 +55,7 @@ class Watch:
             async with asyncio.timeout(self.deadline_s):
                 result = await asyncio.ensure_future(call)
         except TimeoutError:
+            self.moved()  # what becomes of it is for the caller to say
             raise self.late(who, "has not answered") from None
         finally:
             self._asked -= 1

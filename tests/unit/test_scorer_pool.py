@@ -148,3 +148,28 @@ def test_a_scorer_on_a_node_that_goes_starts_again_or_is_given_back() -> None:
     assert asyncio.run(work({"scorer-0": first}, hands, 2, 8, until=1)) == list(range(8))
     assert hands.ended[:2] == [(first, True), (second, False)]
     assert first not in dict(hands.ended[1:]), "once"
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_scorer_that_hangs_as_it_comes_back_is_ended_or_alone_ends_the_run(alone: bool) -> None:
+    """It dies at its first batch, and its next start never ends."""
+    broken, fine, hands = Scorer(dies=True), Scorer(), Hired()
+    handles: dict[str, Any] = {"scorer-0": broken} | ({} if alone else {"scorer-1": fine})
+
+    async def play() -> list[int]:
+        async with asyncio.TaskGroup() as tasks:
+            pool = ScorerPool(handles, hands, Watch(0.2), 3, tasks.create_task)
+            await pool.prepare()
+            broken.prepare = SimpleNamespace(remote=lambda: asyncio.sleep(30.0))
+            (found,), _ = await pool.score(["groups"], 0, 0)
+            await asyncio.sleep(0.3)
+            handles.clear()  # the run is over
+            return [found]
+
+    if alone:
+        with pytest.raises(ExceptionGroup) as errors:
+            asyncio.run(play())
+        assert "scorer-0 has not answered" in str(errors.value.exceptions[0])
+    else:
+        assert asyncio.run(play()) == [0]
+        assert set(hands.ended) == {(broken, True)}

@@ -95,6 +95,7 @@ def test_whoever_is_asked_alone_is_late_before_the_run_is_said_to_stand_still() 
         await asyncio.sleep(0.1)  # after the run has last moved
         with pytest.raises(DeadlineError, match=r"^the generator has not answered"):
             await watch.answer(asyncio.sleep(30.0), "the generator")
+        await asyncio.sleep(0.1)
         told.append("ended")
         watch.moved()
 
