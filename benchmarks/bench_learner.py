@@ -28,6 +28,7 @@ from safetensors.numpy import load_file
 
 from rlsf_ray.config import RunConfig
 from rlsf_ray.config_loading import load_config
+from rlsf_ray.engines.models import load_tokenizer
 from rlsf_ray.records import Json, Pair, TrainingGroup, TrainingTrace
 from rlsf_ray.tables import encode, group_to_row
 
@@ -86,15 +87,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def config_of(case: Case, model: str, overrides: Sequence[str]) -> RunConfig:
     """What both sides train with: plain DPO or GRPO, a constant learning rate."""
     recipe = "rlif_majority" if case.grpo else "rlsf"
-    size = f"advantages.traces_per_step={case.step}" if case.grpo else f"learner.pairs_per_step={case.step}"
+    own = [f"learner.pairs_per_step={case.step}", "loss.nll=0"]
+    if case.grpo:
+        own = [f"advantages.traces_per_step={case.step}"]
     same = [
-        "loss.nll=0",
         "learner.warmup_steps=0",
         "rollout.temperature=1",
         f"model.dtype={case.dtype}",
         f"model.name={model}",
     ]
-    return load_config(recipe, [*same, size, f"rollout.traces={case.traces}", *overrides])
+    return load_config(recipe, [*same, *own, f"rollout.traces={case.traces}", *overrides])
 
 
 def measure(case: Case, options: argparse.Namespace, turns: int) -> Json:
@@ -165,7 +167,7 @@ def _same(turn: Json, adapters: Sequence[dict[str, np.ndarray]]) -> Json:
 def made(case: Case, config: RunConfig) -> list[TrainingGroup]:
     """Twice the case's groups: the second half is held out."""
     draw = np.random.default_rng(0)
-    texts = drawn(case, draw) if case.lengths else written(case, config)
+    texts = drawn(case, draw, len(load_tokenizer(config.model))) if case.lengths else written(case, config)
     return [_group(number, prompt, traces, case, draw) for number, (prompt, traces) in enumerate(texts)]
 
 
@@ -173,16 +175,16 @@ Trace = tuple[np.ndarray, np.ndarray]  # tokens [T], and their log-probs by who 
 Texts = list[tuple[np.ndarray, list[Trace]]]  # a prompt's tokens, and its traces
 
 
-def drawn(case: Case, draw: np.random.Generator) -> Texts:
+def drawn(case: Case, draw: np.random.Generator, vocabulary: int) -> Texts:
     """Tokens by chance; traces of half to one and a half times the length, where there are several pairs of them."""
     prompt, trace = case.lengths or (0, 0)
     spread = trace // 2 if case.all_pairs else 0
     sizes = draw.integers(trace - spread, trace + spread + 1, (2 * case.groups, case.traces)).tolist()
-    return [(_tokens(draw, prompt), [(_tokens(draw, size), np.zeros(size)) for size in row]) for row in sizes]
 
+    def tokens(size: int) -> np.ndarray:
+        return draw.integers(vocabulary // 2, vocabulary, size).astype(np.int32)
 
-def _tokens(draw: np.random.Generator, size: int) -> np.ndarray:
-    return draw.integers(100, 20_000, size).astype(np.int32)
+    return [(tokens(prompt), [(tokens(size), np.zeros(size)) for size in row]) for row in sizes]
 
 
 def written(case: Case, config: RunConfig) -> Texts:

@@ -150,6 +150,7 @@ def trl_grpo(config: RunConfig, groups: Sequence[TrainingGroup], clock: Clock) -
     parameters = [p for p in trainer.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learner.learning_rate, weight_decay=0.0)
     traces = [(group.prompt_ids, trace) for group in groups for trace in group.traces]
+    trainer.current_gradient_accumulation_steps = 1  # the parts of a step are weighed below
     losses = []
     with clock.of("train"):
         for first in range(0, len(traces), size):
