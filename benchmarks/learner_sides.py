@@ -6,6 +6,7 @@ python benchmarks/learner_sides.py ours|trl JOB.json    # prints what it measure
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 import time
@@ -110,7 +111,7 @@ def trl_dpo(config: RunConfig, groups: Sequence[TrainingGroup], clock: Clock) ->
 
     rows = [row(group, pair) for group in groups for pair in group.pairs]
     settings = config.learner
-    micro = min(MICRO, settings.pairs_per_step)
+    micro = math.gcd(MICRO, settings.pairs_per_step)
     arguments = DPOConfig(
         output_dir=str(Path(sys.argv[2]).parent / "trl"), loss_type=["sigmoid"], beta=config.loss.beta,
         per_device_train_batch_size=micro, gradient_accumulation_steps=settings.pairs_per_step // micro,

@@ -1,11 +1,13 @@
-"""The benchmarks of swaps, on the tiny model and its own engine; with vLLM they are run by hand."""
+"""The benchmarks of swaps and of the learner, on the tiny model; with vLLM they are run by hand."""
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 from pathlib import Path
 
 import bench_false_alarms
+import bench_learner
 import bench_swap
 import bench_vllm
 import pytest
@@ -41,3 +43,19 @@ def test_the_swap_benchmark_counts_what_its_swaps_proved(tiny: Path, tmp_path: P
 def test_a_ratio_compares_the_writers_turn_by_turn() -> None:
     writers = {"a": {"tokens_per_s": [90.0, 120.0, 50.0]}, "b": {"tokens_per_s": [100.0, 100.0, 100.0]}}
     assert bench_vllm.ratio(writers, "a", "b") == {"median": 0.9, "low": 0.5, "high": 1.2}
+
+
+@pytest.mark.parametrize("grpo", [False, True])
+def test_the_learner_and_trl_train_the_same(tiny: Path, grpo: bool) -> None:
+    """In float32; DPO on drawn traces of several lengths, GRPO on written ones, whose log-probs are real."""
+    lengths, step = (None, 8) if grpo else ((12, 8), 12)
+    case = bench_learner.Case(groups=2, traces=4, step=step, lengths=lengths, dtype="float32", grpo=grpo)
+    options = argparse.Namespace(model=str(tiny), set=["learner.max_tokens_per_pass=64"])
+    found = bench_learner.measure(case, options, turns=1)
+    assert found["trained"]["pairs or traces"] == step
+    same = found["same"]
+    assert same["largest weight that was zero"] > 1e-5
+    assert same["largest difference of weights"] < 1e-6
+    assert same["largest difference of losses"] < 1e-5
+    assert found["speed"]["median"] > 0
+    assert "a case" in bench_learner.line("a case", found)
