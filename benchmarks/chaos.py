@@ -2,6 +2,7 @@
 
     python benchmarks/chaos.py actors  [--kills 30] [--seed 0]    SIGKILL of one process after the other, of every role
     python benchmarks/chaos.py cluster [--kills 20] [--seed 0]    SIGKILL of everything at once, again and again
+    python benchmarks/chaos.py page                               results/chaos.md from the committed results
 
 Where a death ends the run, the same command is given again, as a supervisor would. At the end every prompt has one end,
 every pair behind the last adapter was trained as often as the recipe says, and all is as in a run in one process that
@@ -35,6 +36,8 @@ from rlsf_ray.records import Json  # noqa: E402
 from rlsf_ray.run_store import RunStore  # noqa: E402
 
 PROMPTS, BATCH = 16, 2
+RESULTS = ROOT / "benchmarks" / "results"
+HEADS = {"actors": "One process after the other, of every role", "cluster": "Everything at once"}
 
 
 def config_of(model: Path, rounds: int) -> RunConfig:
@@ -61,6 +64,7 @@ def measure(folder: Path, options: argparse.Namespace) -> tuple[Json, list[str]]
     store, calm = (RunStore.open(str(folder / name)) for name in (RUN, "calm"))
     arguments = f"--kills {options.kills} --seed {options.seed} --rounds {options.rounds}"
     result = {
+        "what": options.what,
         "command": f"python benchmarks/chaos.py {options.what} {arguments}",
         "machine": machine_facts(),
         "minutes": minutes,
@@ -73,17 +77,42 @@ def measure(folder: Path, options: argparse.Namespace) -> tuple[Json, list[str]]
     return result, faults(result, config)
 
 
+def page(results: Sequence[Json]) -> str:
+    """chaos.md, from the committed results."""
+    lines = [
+        "# Kills while a run goes on",
+        "",
+        "Written by `python benchmarks/chaos.py page`. The real service trains a tiny model in float32, in strict"
+        " rounds, while its processes are killed (SIGKILL); where a death ends the run, the same command is given"
+        " again. Recovered: a process of the role stands there again and the run has then moved on. Compared with a run that"
+        " nobody disturbed.",
+    ]
+    for result in results:
+        machine = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
+        told = f"`{result['command']}`: {result['minutes']:.0f} min on {machine}."
+        lines += ["", f"## {HEADS[result['what']]}", "", told, "", table(result), "", *result["faults"]]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def write_page() -> None:
+    found = [RESULTS / f"chaos_{what}.json" for what in HEADS]
+    kept = [json.loads(file.read_text()) for file in found if file.exists()]
+    (RESULTS / "chaos.md").write_text(page(kept))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=("actors", "cluster"))
+    parser.add_argument("what", choices=(*HEADS, "page"), help="page: only write chaos.md anew")
     parser.add_argument("--kills", type=int, help="[default: 30 of actors, 20 of clusters]")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=60, help="of the run: enough to outlive the kills")
     parser.add_argument("--out", type=Path, help="JSON file [default: in benchmarks/results]")
     options = parser.parse_args(arguments)
+    if options.what == "page":
+        return write_page()
     options.kills = options.kills or (30 if options.what == "actors" else 20)
-    out: Any = options.out or ROOT / "benchmarks" / "results" / f"chaos_{options.what}.json"
+    out: Any = options.out or RESULTS / f"chaos_{options.what}.json"
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         try:
             result, wrong = measure(Path(name), options)
@@ -93,6 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.exit(f"the run has not come to its end: {type(error).__name__}: {error}")
     print(table(result))
     out.write_text(json.dumps(result | {"faults": wrong}, indent=2) + "\n")
+    write_page()
     sys.exit("\n".join(["FAULTS:", *wrong]) if wrong else 0)
 
 
