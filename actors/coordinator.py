@@ -233,9 +233,9 @@ class Coordinator:
         self._rounds = Rounds(store, self._state, self._journal, self._crew, self._watch)
         supervision = asyncio.create_task(self._supervise(self._state, store))
         self._stage = "goes on"
-        if held:
-            await self.hold(True)
         try:
+            if held and not self._stop.done():
+                await self.hold(True)
             await self._rounds.run(self._stop)
         finally:
             self._stage = "ends"

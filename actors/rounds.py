@@ -9,11 +9,10 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict, astuple
 from typing import Any
 
-from ray.exceptions import ObjectLostError
-
+from actors.batches import Batches
 from actors.journal import Journal
-from actors.measuring import TRAINING, Collapse, Measuring
-from actors.pool import GeneratorPool, GivenUp
+from actors.measuring import Collapse, Measuring
+from actors.pool import GeneratorPool
 from actors.scorers import CROWDED, ScorerPool
 from actors.spawn import MOST_SLOTS, SCORER_THREADS, Crew
 from actors.watch import Watch
@@ -41,6 +40,7 @@ class Rounds:
         hands = crew.hands("generators")
         self._pool = GeneratorPool(crew.generators, hands, watch, cluster.attempts, self._start, self._swapped, slots)
         self._scorers = ScorerPool(crew.scorers, crew.hands("scorers"), watch, cluster.attempts, self._start)
+        self._batches = Batches(state, journal, crew, self._pool, self._scorers, watch, cluster.attempts)
         wanted = (slots + 1) * cluster.generators.at_most + CROWDED * cluster.scorers.at_most
         self._permits = asyncio.Semaphore(min(wanted, SCORER_THREADS - 1))  # all may meet at one scorer, which answers
         self._commits: asyncio.Queue[tuple[Json | None, list[Any]]] = asyncio.Queue()
@@ -263,62 +263,11 @@ class Rounds:
         self._start(self._close(round, batches, len(prompts)))
 
     async def _batch(self, round: int, part: int, first: int, prompts: Sequence[Prompt]) -> None:
-        """One batch from the generator pool to the buffer."""
-        outcomes = list[Outcome]()
+        """One batch on its way, which has a permit."""
         try:
-            outcomes, failed = await self._generate_and_score(round, part, first, prompts)
-        except GivenUp as error:
-            failed = dict.fromkeys(range(first, first + len(prompts)), error.reason)
+            await self._batches.run(round, part, first, prompts)
         finally:
             self._permits.release()
-        held = list[Outcome]()
-        if failed:
-            given_up = self._crew.buffer.give_up.remote(round, list(failed))
-            held = await self._watch.answer(given_up, "pair_buffer")  # of a scorer that died after it had put them
-        self._state.scored(round, outcomes)  # and what follows at once: a batch is saved whole or not at all
-        self._state.recovered(round, held)
-        for sequence in failed.keys() - {outcome.sequence for outcome in held}:
-            self._state.ledger.failed(round, [sequence], failed[sequence])
-        await self._journal.save()
-        self._watch.moved()
-
-    async def _generate_and_score(
-        self, round: int, part: int, first: int, prompts: Sequence[Prompt]
-    ) -> tuple[list[Outcome], dict[int, str]]:
-        """(outcomes, {sequence: why it was given up}). Traces go from generator to scorer as references."""
-        for _ in range(self._config.cluster.attempts):
-            boxed, failed = await self._generate(round, first, prompts)
-            if not boxed:
-                return [], failed
-            try:
-                outcomes, event = await self._scorers.score(boxed, round, part)
-                self._journal.record(event)
-                return outcomes, failed
-            except ObjectLostError as error:
-                logger.warning("round %d: the traces from prompt %d on are lost: %s", round, first, error)
-        raise GivenUp("TracesLost")
-
-    async def _generate(self, round: int, first: int, prompts: Sequence[Prompt]) -> tuple[list[Any], dict[int, str]]:
-        """(references of groups, {sequence: why it was given up}).
-
-        A batch that is given up goes on prompt by prompt, one at a time: one that kills its generator takes no other
-        along.
-        """
-        least = self._state.admission.least_version(round)
-        try:
-            groups, event = await self._pool.call(
-                "write", prompts, round, first, priority=(TRAINING, round, first), least_version=least
-            )
-        except GivenUp as error:
-            if len(prompts) == 1:
-                return [], {first: error.reason}
-            logger.warning("round %d: prompts %d to %d go on alone", round, first, first + len(prompts) - 1)
-            parts = [await self._generate(round, first + n, [prompt]) for n, prompt in enumerate(prompts)]
-            failed = {sequence: reason for _, reasons in parts for sequence, reason in reasons.items()}
-            return [reference for boxed, _ in parts for reference in boxed], failed
-        self._journal.record(event)
-        self._watch.moved()
-        return [groups], {}
 
     async def _close(self, round: int, batches: Sequence[asyncio.Task[None]], size: int) -> None:
         """Every batch of the round has ended: the buffer learns its size. Without pairs the round is over."""

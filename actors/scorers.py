@@ -59,10 +59,11 @@ class ScorerPool:
     async def score(self, boxed: list[Any], round: int, part: int) -> tuple[list[Outcome], Json]:
         """(the batch's outcomes, its stage event) from the least busy of the scorers that failed it least.
 
-        Waiting for one that restarts is no attempt. Raises GivenUp after `attempts` failures.
+        Raises GivenUp once one has failed it `attempts` times: that others restart just now must not use these up, and
+        Ray does not tell who died of this batch from who was away.
         """
         failures = Counter[str]()
-        while failures.total() < self._attempts:
+        while max(failures.values(), default=0) < self._attempts:
             there = self._queued.keys() - self._away
             if not there:
                 await self._watch.pause("every scorer")
@@ -149,12 +150,13 @@ class ScorerPool:
 
     async def _crowded(self) -> bool:
         """Do batches wait to be computed at every scorer? Those that wait for room in the buffer do not count."""
+        there = self._queued.keys() - self._away
         try:
             async with asyncio.timeout(ANSWER_S):
-                backlogs = await asyncio.gather(*(self._handles[name].backlog.remote() for name in self._queued))
+                backlogs = await asyncio.gather(*(self._handles[name].backlog.remote() for name in there))
         except (RayActorError, TimeoutError):  # one that restarts, perhaps
             return False
-        return min(backlogs) >= CROWDED
+        return min(backlogs, default=0) >= CROWDED
 
     async def _take_in(self, name: str) -> None:
         """Let a new scorer take work once it is built. It may wait for a node as long as it likes."""

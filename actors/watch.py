@@ -19,8 +19,8 @@ RETRY_S = 0.3  # a restarting actor is asked again this often
 class Watch:
     """Deadlines of one run. `moved` says that something happened, and lets `until` look again.
 
-    While the run is `held`, nothing has to move; nor while somebody is asked who has a deadline of its own: a generator
-    that hangs, alone at work, is to be ended and not the run.
+    While the run is `held`, nothing has to move. While somebody is asked who has a deadline of its own, twice as long
+    may pass: a generator that hangs, alone at work, is to be ended and not the run.
 
     Waits are bounded by `asyncio.timeout` and not by `wait_for`: that of Python 3.11 drops a cancellation that comes in
     the moment in which the awaited thing is done, and the failure of another task would be heard at the deadline only.
@@ -40,7 +40,8 @@ class Watch:
 
     def _remaining_s(self) -> float:
         """Until something has to have moved."""
-        return self.deadline_s - (0.0 if self.held or self._asked else self._clock() - self._moved_at)
+        limit = 2 * self.deadline_s if self._asked else self.deadline_s
+        return limit - (0.0 if self.held else self._clock() - self._moved_at)
 
     def moved(self) -> None:
         """Something made progress."""
@@ -55,7 +56,6 @@ class Watch:
             async with asyncio.timeout(self.deadline_s):
                 result = await asyncio.ensure_future(call)
         except TimeoutError:
-            self.moved()  # what becomes of it is for the caller to say
             raise self.late(who, "has not answered") from None
         finally:
             self._asked -= 1

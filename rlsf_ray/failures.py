@@ -69,7 +69,9 @@ def find_failures(
                 rows |= {row["id"]: row for row in new}
                 on_batch(len(rows), len(asked), len(_failed(list(rows.values()), most)))
     kept = _failed([rows[prompt.id] for prompt in asked], most)
-    to.write_text(_lines(kept), encoding="utf-8")
+    half_made = to.with_name(to.name + ".tmp")
+    half_made.write_text(_lines(kept), encoding="utf-8")
+    half_made.replace(to)
     return len(kept), len(rows)
 
 

@@ -89,9 +89,11 @@ def drain_this_node(until: float) -> None:
     import ray
 
     ray.init("auto", logging_level=logging.ERROR)
-    context = ray.get_runtime_context()
-    node, address = context.get_node_id(), context.gcs_address
-    ray.shutdown()
+    try:
+        context = ray.get_runtime_context()
+        node, address = context.get_node_id(), context.gcs_address
+    finally:
+        ray.shutdown()
     seconds = max(1, int(until - time.time()))
     ray_command = Path(sys.executable).parent / "ray"
     command = [str(ray_command), "drain-node", "--address", address, "--node-id", node]

@@ -36,10 +36,10 @@ def function_call(text: str, functions: Sequence[Json], expected: Sequence[Json]
     Read: Python calls of literals, `name(...)` without a space, over any number of lines, and JSON objects {name,
     arguments}, alone or in an array. Prose, backticks, an assignment or square brackets may stand around them; where
     blocks are fenced, only these are read. Two calls are wrong, even if one of them is the right one, and so is an
-    argument given twice. A call with anything but literals, `**`, too many arguments or an open bracket is none.
-    Arguments without a name (which BFCL does not take) are in the order described. Values have the described type, as
-    have the items of an array: an integer counts as a float, never a boolean as a number. Texts are equal but for case,
-    spaces and punctuation.
+    argument given twice; a mention, `name()` in the prose, is a call too. A call with anything but literals, `**`, too
+    many arguments or an open bracket is none. Arguments without a name (which BFCL does not take) are in the order
+    described. Values have the described type, as have the items of an array: an integer counts as a float, never a
+    boolean as a number. Texts are equal but for case, spaces and punctuation.
     """
     (wanted,) = expected
     ((name, accepted),) = wanted.items()

@@ -45,6 +45,12 @@ def _standstill(run: str) -> list[object]:
     raise AssertionError(f"{run} does not come to a standstill: {found}")
 
 
+def _stands(run: str) -> bool:
+    """Is it paused, with all its actors there?"""
+    found = operate.status(run)
+    return found["state"] == "paused" and found["message"] not in ("", "starting actors")
+
+
 def _questions(file: Path) -> Path:
     file.write_text("".join(json.dumps({"question": f"Say {word}"}) + "\n" for word in ("yes", "no")))
     return file
@@ -61,7 +67,7 @@ def test_a_run_waits_goes_on_is_fed_and_goes_back(
     with pytest.raises(ServiceError, match="the coordinator is gone"):
         life.result()
     life = launch(config, tmp_path / "held")  # the order outlives the process that took it
-    wait_for(lambda: "held/coordinator" in alive("held") and operate.status("held")["state"] == "paused", life=life)
+    wait_for(lambda: "held/coordinator" in alive("held") and _stands("held"), life=life)
     before = _standstill("held")
     with ThreadPoolExecutor() as threads:
         seen: list[Json] = []

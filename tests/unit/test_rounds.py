@@ -81,7 +81,7 @@ def unavailable() -> ActorUnavailableError:
 def score(made: Rounds) -> Any:
     async def play() -> Any:
         async with asyncio.TaskGroup() as made._tasks:
-            outcomes, failed = await made._generate_and_score(0, 0, 0, [])
+            outcomes, failed = await made._batches._generate_and_score(0, 0, 0, [])
         assert not failed
         return outcomes
 
@@ -101,7 +101,7 @@ def make(
     state = RunState("run", config)
     made = Rounds(store, state, Journal(store, state, Effort({})), crew, Watch(DEADLINE_S, clock))
     pool = Pool()
-    made._pool = pool  # type: ignore[assignment]
+    made._batches._pool = pool  # type: ignore[assignment]
     return made, scorers, pool
 
 
@@ -255,11 +255,24 @@ def _next_life(made: Rounds) -> Rounds:
     return Rounds(made._store, state, Journal(made._store, state, Effort({})), made._crew, Watch(DEADLINE_S))
 
 
-def test_a_batch_that_kills_every_scorer_is_given_up_after_three_attempts(tmp_path: Path) -> None:
+def test_a_batch_is_given_up_once_it_has_killed_one_scorer_three_times(tmp_path: Path) -> None:
     made, scorers, _ = make(tmp_path, a=dead, b=dead)
-    with pytest.raises(GivenUp, match="ScorerDied"):
-        score(made)
-    assert (len(scorers["a"].got), len(scorers["b"].got)) == (2, 1)
+
+    async def play() -> Any:
+        async with asyncio.TaskGroup() as made._tasks:
+            return await made._batches._generate_and_score(0, 0, 4, ["one", "two"])
+
+    assert asyncio.run(play()) == ([], {4: "ScorerDied", 5: "ScorerDied"})
+    assert (len(scorers["a"].got), len(scorers["b"].got)) == (3, 2)
+
+
+def test_scorers_that_restart_together_use_up_no_attempts(tmp_path: Path) -> None:
+    """As after the loss of their node."""
+    once: Reply = lambda call: unavailable() if call == 1 else None  # noqa: E731
+    made, scorers, _ = make(tmp_path, a=once, b=once, c=once)
+    for scorer in scorers.values():
+        scorer.back = lambda call: unavailable() if call < 3 else None
+    assert score(made)[0] in scorers
 
 
 def test_lost_traces_are_written_again(tmp_path: Path) -> None:
@@ -321,7 +334,7 @@ def test_a_prompt_that_kills_its_generator_takes_no_other_of_its_batch_along(tmp
         given_up.append(sequences)
         return []
 
-    made._pool = SimpleNamespace(call=call)  # type: ignore[assignment]
+    made._batches._pool = SimpleNamespace(call=call)  # type: ignore[assignment]
     scorers["a"].process = SimpleNamespace(remote=process)
     made._crew.buffer = SimpleNamespace(give_up=SimpleNamespace(remote=give_up))
     made._state.ledger.admit(0, 3)

@@ -158,12 +158,15 @@ def test_a_scorer_that_hangs_as_it_comes_back_is_ended_or_alone_ends_the_run(alo
 
     async def play() -> list[int]:
         async with asyncio.TaskGroup() as tasks:
-            pool = ScorerPool(handles, hands, Watch(0.2), 3, tasks.create_task)
+            watch = Watch(0.2)
+            pool = ScorerPool(handles, hands, watch, 3, tasks.create_task)
             await pool.prepare()
             broken.prepare = SimpleNamespace(remote=lambda: asyncio.sleep(30.0))
             (found,), _ = await pool.score(["groups"], 0, 0)
-            await asyncio.sleep(0.3)
-            handles.clear()  # the run is over
+            for _ in range(6):  # while the run goes on
+                watch.moved()
+                await asyncio.sleep(0.05)
+            handles.clear()  # and is over
             return [found]
 
     if alone:
