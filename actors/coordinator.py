@@ -20,7 +20,7 @@ from actors.notices import Notices
 from actors.rounds import Rounds
 from actors.spawn import Crew
 from actors.watch import Watch, plain
-from rlsf_ray.errors import DrainedError, RlsfError, ServiceError
+from rlsf_ray.errors import DrainedError, RlsfError, ServiceError, StorageError
 from rlsf_ray.records import Json
 from rlsf_ray.run_store import RunStore
 from rlsf_ray.stream.effort import Effort, devices
@@ -249,6 +249,10 @@ class Coordinator:
             await asyncio.sleep(LOOK_S)
             if reached := self._limits.reached(state.seconds, state.counts["tokens"]):
                 self._end(DrainedError(f"run {self._job.run} {reached}; the same command with a higher limit resumes"))
+            try:
+                store.storage.check_lock()
+            except StorageError as error:
+                self._end(error)
             try:
                 await self._tell(look, gauges, state, store)
             # Supervision: of Ray's tables, a disk, a package of metrics. The limits above must go on being looked at

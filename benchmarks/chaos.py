@@ -85,7 +85,8 @@ def page(results: Sequence[Json]) -> str:
         "Written by `python benchmarks/chaos.py page`. The real service trains a tiny model in float32, in strict"
         " rounds, while its processes are killed (SIGKILL); where a death ends the run, the same command is given"
         " again. Recovered: a process of the role stands there again and the run has then moved on. Compared with a run"
-        " that nobody disturbed.",
+        " that nobody disturbed. Two generators, one scorer, five attempts a batch. A sample of the status is right"
+        " if its sums close, one of the disk if what has ended stays so.",
     ]
     for result in results:
         machine = ", ".join(f"{key} {value}" for key, value in result["machine"].items())

@@ -91,6 +91,7 @@ def all_rounds(parts: Parts) -> None:
     """The rounds that are left, then the last version's measure. Raises NoPairsError if none has made a version."""
     state, config = parts.state, parts.config
     while (round := state.admission.rounds_ended) < config.rounds:
+        parts.store.storage.check_lock()
         # Of a version in between a few questions; the base is measured on all, like the last
         if evaluate(parts, config.eval.during if state.admission.newest else None) == "stop":
             roll_back(parts)

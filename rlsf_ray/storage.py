@@ -41,6 +41,7 @@ class Storage:
         self._fs, self._base = _file_system(root)
         self.local = isinstance(self._fs, LocalFileSystem)
         self.root = self._base if self.local else root.rstrip("/")
+        self.lost = ""  # who holds the lease that was ours
 
     def path(self, name: str) -> str:
         """The absolute path or URL of a file."""
@@ -130,7 +131,7 @@ class Storage:
         time.sleep(_LEASE_BEAT_S / 5)
         if (found := self.read(name)) != mine:  # two at once: the last one has it
             raise self._taken(_holder(found))
-        over = threading.Event()
+        over, self.lost = threading.Event(), ""
         beats = threading.Thread(target=self._beat, args=(name, mine, over), daemon=True)
         beats.start()
         try:
@@ -138,8 +139,9 @@ class Storage:
         finally:
             over.set()
             beats.join()
-            with suppress(StorageError):  # it runs out by itself
-                self.remove(name)
+            if not self.lost:
+                with suppress(StorageError):  # it runs out by itself
+                    self.remove(name)
 
     def _until_free(self, name: str) -> None:
         """Return once nobody keeps the lease up. Raises InputError if somebody does so for two beats."""
@@ -156,9 +158,20 @@ class Storage:
             if over.wait(_LEASE_BEAT_S):
                 return
             try:
+                if not (found := self.read(name) or b"").startswith(mine):
+                    self.lost = _holder(found)
+                    return
                 self.write(name, mine + b", beat %d" % beat)
             except StorageError as error:
                 logger.warning("the lock of the run directory is not kept up: %s", error)
+
+    def check_lock(self) -> None:
+        """Raises StorageError if another run has taken the lease: this one had not kept it up for three beats."""
+        if self.lost:
+            raise StorageError(
+                f"the run directory {self.root} was not reached for too long, and now another run works there"
+                f" ({self.lost}); that one goes on: look at it with `rlsf watch`"
+            )
 
     def _taken(self, holder: str) -> InputError:
         return InputError(

@@ -145,3 +145,15 @@ def test_of_two_runs_that_begin_at_a_url_at_once_one_goes_on(monkeypatch):
     monkeypatch.setattr(type(storage), "write", write)
     with pytest.raises(InputError, match=r"another run works in .* \(elsewhere, process 7\)"), storage.lock():
         pass
+
+
+def test_a_run_that_was_away_for_too_long_hears_that_another_has_its_lease(monkeypatch):
+    monkeypatch.setattr(storage_module, "_LEASE_BEAT_S", 0.2)
+    storage, other = Storage("memory://stalled/run"), Storage("memory://stalled/run")
+    with storage.lock():
+        storage.check_lock()
+        other.write(".lock", b"elsewhere, process 7, 0123")
+        time.sleep(0.5)
+        with pytest.raises(StorageError, match=r"another run works there \(elsewhere, process 7\); that one goes on"):
+            storage.check_lock()
+    assert other.read(".lock") == b"elsewhere, process 7, 0123"
