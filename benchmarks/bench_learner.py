@@ -114,8 +114,8 @@ def measure(case: Case, options: argparse.Namespace, turns: int) -> Json:
             **{file: str(folder / f"{file}.parquet") for file in ("groups", "held_out")},
         }
         (folder / "job.json").write_text(json.dumps(job))
-        found = [{side: _side(side, folder / "job.json") for side in SIDES} for _ in range(turns)]
-        adapters = [load_file(found[0][side]["adapter"]) for side in SIDES]
+        found = [_turn(folder / "job.json", turn) for turn in range(turns)]
+        adapters = [load_file(found[-1][side]["adapter"]) for side in SIDES]
     return {
         "turns": [{side: turn[side] | {"margins": None, "adapter": None} for side in SIDES} for turn in found],
         "trained": {
@@ -126,8 +126,13 @@ def measure(case: Case, options: argparse.Namespace, turns: int) -> Json:
         "speed with references": None if case.grpo else _ratio(found, ("train", "reference")),
         "memory": statistics.median(turn["ours"]["peak_gb"] / turn["trl"]["peak_gb"] for turn in found),
         "target": case.target,
-        "same": _same(found[0], adapters),
+        "same": _same(found[-1], adapters),
     }
+
+
+def _turn(job: Path, number: int) -> dict[str, Json]:
+    """Both sides, who is first in turns."""
+    return {side: _side(side, job) for side in (SIDES if number % 2 == 0 else SIDES[::-1])}
 
 
 def _side(side: str, job: Path) -> Json:

@@ -97,10 +97,14 @@ def trl_dpo(config: RunConfig, groups: Sequence[TrainingGroup], clock: Clock) ->
     from trl import DPOConfig, DPOTrainer
 
     class FromIds(DPOTrainer):
-        """Takes token ids, and keeps their order."""
+        """Takes token ids, keeps their order, and tells how long the reference log-probs take."""
 
         def _prepare_dataset(self, dataset: Any, *args: Any, **options: Any) -> Any:
             return dataset
+
+        def _precompute_ref_logps(self, *args: Any, **options: Any) -> Any:
+            with clock.of("reference"):
+                return super()._precompute_ref_logps(*args, **options)
 
         def _get_train_sampler(self, dataset: Any = None) -> Any:
             return SequentialSampler(dataset if dataset is not None else self.train_dataset)
@@ -120,12 +124,10 @@ def trl_dpo(config: RunConfig, groups: Sequence[TrainingGroup], clock: Clock) ->
         precompute_ref_log_probs=True, gradient_checkpointing=False, bf16=False, report_to=[], save_strategy="no",
         logging_steps=1, disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
-    model = trl_model(config)
-    with clock.of("reference"):
-        trainer = FromIds(
-            model=model, args=arguments, train_dataset=Dataset.from_list(rows),
-            processing_class=load_tokenizer(config.model),
-        )  # fmt: skip
+    trainer = FromIds(
+        model=trl_model(config), args=arguments, train_dataset=Dataset.from_list(rows),
+        processing_class=load_tokenizer(config.model),
+    )  # fmt: skip
     with clock.of("train"):
         trainer.train()
     return trainer.model, [float(found["loss"]) for found in trainer.state.log_history if "loss" in found]

@@ -117,6 +117,7 @@ def test_limits_and_a_stop_in_haste_leave_a_run_that_goes_on_to_its_end(
     assert written > 1
 
     life = launch(config, root)
+    wait_for(lambda: "limited/coordinator" in alive("limited"), life=life)
     wait_for(lambda: operate.status("limited").get("steps", 0) > 0, life=life)
     os.kill(training_worker(), signal.SIGSTOP)  # its step does not end
     began = time.monotonic()
