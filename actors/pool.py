@@ -189,6 +189,7 @@ class GeneratorPool:
         """A generator that does not answer starts again."""
         logger.warning("%s is ended and starts again: %s", name, error)
         self._hands.end(handle, True)
+        self._watch.moved()  # how long it may be away counts from here
         self._bring_back(name, restarts=True)
 
     def _bring_back(self, name: str, *, restarts: bool = False) -> None:

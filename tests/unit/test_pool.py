@@ -311,3 +311,23 @@ def test_a_generator_that_is_given_back_with_a_batch_in_flight_fails_that_batch_
             return (await call)[0]
 
     assert asyncio.run(play()) == "groups"
+
+
+def test_the_only_generator_that_hangs_once_starts_again_and_writes() -> None:
+    """Its start takes a while: that nothing has moved for as long as it hung does not end the run."""
+    hands, handle = Hired(), Handle()
+    hangs, writes = Hangs(lambda call: None), handle.write
+
+    async def starts_again() -> None:
+        await asyncio.sleep(0.1)
+        handle.write = writes
+
+    async def play() -> Any:
+        async with asyncio.TaskGroup() as tasks:
+            generators = GeneratorPool({"a": handle}, hands, Watch(0.2), 2, tasks.create_task, print)
+            await generators.prepare(0)
+            handle.write, handle.prepare = hangs, Method(lambda call: starts_again)
+            return await generators.call("write", priority=(0,), least_version=0)
+
+    assert asyncio.run(play())[0] == "groups"
+    assert hands.ended == [(handle, True)]
