@@ -9,6 +9,8 @@
 A cell trains with a recipe (or not at all: the base model) and then measures the last version on the task's probe set.
 It is kept under results/evidence/ when it is done, so an interrupted call goes on where it stopped. The train and the
 probe set of a task share no question, not even with operands swapped; the probe set is the same for every cell.
+A cell computes on one core (the first it may use; `taskset` says which), as sums depend on how many threads share them:
+on processors of one kind a cell that is run again gives the same traces.
 """
 
 from __future__ import annotations
@@ -103,7 +105,7 @@ ROWS = {
     "collapse": Row("rlsf", TOO_FAR),
     "collapse_guarded": Row("rlsf", (*TOO_FAR, "guard=roll_back"), seeds=(0, 1)),
 }
-# A cell on one core of two; others as below
+# A cell; others as below
 MINUTES = {"rlsf_paper": 40.0, "collapse": 40.0, "collapse_guarded": 30.0, "rlsf_best_worst": 25.0}
 MINUTES_UNTRAINED, MINUTES_OF_A_RUN = 4.0, 15.0
 
@@ -142,6 +144,7 @@ def settings_of(cell: str, *, training: bool) -> tuple[str | None, list[str]]:
 
 def run_cell(cell: str, runs: Path, *, anew: bool, to: Path = RESULTS) -> None:
     """Train, measure, keep in the folder `to`. `anew`: from the beginning, whatever is there."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     start, run = time.time(), runs / cell
     if anew:
         shutil.rmtree(run, ignore_errors=True)
@@ -244,7 +247,7 @@ def run_missing(names: Sequence[str], runs: Path) -> None:
             f"left out, as {CSQA}_*.jsonl is not there (set RLSF_DATA to its folder): {', '.join(without)}", flush=True
         )
     minutes = sum(minutes_of(name.split("/")[1]) for name in missing)
-    print(f"{len(missing)} of {len(names)} cells to run, about {minutes / 60:.1f} h on two cores", flush=True)
+    print(f"{len(missing)} of {len(names)} cells to run, about {minutes / 60:.1f} h", flush=True)
     for name in missing:
         start = time.time()
         command = [sys.executable, str(Path(__file__)), "--cell", name, "--runs", str(runs), "--go-on"]

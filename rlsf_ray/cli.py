@@ -24,6 +24,7 @@ from rlsf_ray.cli_operations import operations
 from rlsf_ray.cli_options import (
     MOST_ALPHA,
     Address,
+    Like,
     MaxHours,
     MaxTokens,
     Name,
@@ -40,6 +41,7 @@ from rlsf_ray.cli_options import (
     make_console,
     open_run,
     read_alphas,
+    resources_at,
 )
 from rlsf_ray.errors import InputError, RlsfError
 from rlsf_ray.stream.limits import NO_LIMITS, Limits
@@ -106,18 +108,17 @@ def demo(
 
 
 @app.command()
-def plan(recipe: Recipe, set_: Set = None, address: Address = None, seed: Seed = None) -> None:
+def plan(
+    recipe: Recipe, set_: Set = None, address: Address = None, seed: Seed = None, like: Like = None, root: Root = "runs"
+) -> None:
     """Print the resolved config, what the run needs and what is missing; start nothing."""
-    from rlsf_ray.plan import check_input, describe, local_resources
+    from rlsf_ray.forecast import describe_forecast, rates_of
+    from rlsf_ray.plan import check_input, describe
 
-    checked = check_input(load(recipe, set_, seed))
-    address = address or os.environ.get("RAY_ADDRESS")  # as `rlsf run` has it
-    if not address:
-        print(describe(checked, local_resources(), "this machine"))
-    else:
-        from rlsf_ray.operate import cluster_resources
-
-        print(describe(checked, cluster_resources(address), f"the cluster at {address}"))
+    checked, (there, where) = check_input(load(recipe, set_, seed)), resources_at(address)
+    print(describe(checked, there, where))
+    if like:
+        print(describe_forecast(checked, rates_of(open_run(like, root), checked.config, there), there))
 
 
 @app.command("eval")

@@ -35,6 +35,10 @@ Address = Annotated[
     str | None, typer.Option(help="Ray's address, such as auto; else RAY_ADDRESS; else a Ray of its own.")
 ]
 Seed = Annotated[int | None, typer.Option(help="Short for --set seed=N.")]
+Like = Annotated[
+    str | None,
+    typer.Option(metavar="RUN", help="Say what to expect by the rates of this finished run on machines of the kind."),
+]
 Version = Annotated[int | None, typer.Option(help="Version of the adapter.  [default: the newest]")]
 
 MaxHours = Annotated[
@@ -52,6 +56,18 @@ def load(recipe: str, overrides: list[str] | None, seed: int | None) -> RunConfi
     from rlsf_ray.config_loading import load_config
 
     return load_config(recipe, [*(overrides or []), *([] if seed is None else [f"seed={seed}"])])
+
+
+def resources_at(address: str | None) -> tuple[dict[str, float], str]:
+    """(what a run would find, where): of the cluster there or at RAY_ADDRESS, else of this machine."""
+    from rlsf_ray.plan import local_resources
+
+    address = address or os.environ.get("RAY_ADDRESS")  # as `rlsf run` has it
+    if not address:
+        return local_resources(), "this machine"
+    from rlsf_ray.operate import cluster_resources
+
+    return cluster_resources(address), f"the cluster at {address}"
 
 
 def make_console() -> Console:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,6 +19,7 @@ from rlsf_ray.report_parts import examples, facts, figure, missing, number, sect
 from rlsf_ray.report_signs import DRAWN, beside, guard, judges, mix, thought
 from rlsf_ray.report_turns import read_talks, turns
 from rlsf_ray.run_store import RunStore
+from rlsf_ray.timeline import chrome_trace
 from rlsf_ray.wording import CONFIDENCES, METRICS, STATISTICS, TRIES, duration
 
 NUM_EXAMPLES = 10
@@ -52,9 +54,13 @@ class RunData:
 def write_report(store: RunStore, others: Sequence[RunStore] = ()) -> str:
     """Write `report.html` from what the run directory holds now, compared with `others`; returns its path.
 
-    A part whose data is missing says so. Raises `StorageError` for files that are damaged or cannot be written.
+    Beside it `trace.json`, where the run has stage events. A part whose data is missing says so. Raises `StorageError`
+    for files that are damaged or cannot be written.
     """
-    return store.write_text("report.html", render(read_run(store), [read_run(other) for other in others]))
+    run = read_run(store)
+    if run.stages:
+        store.write_text("trace.json", json.dumps(chrome_trace(run.stages)))
+    return store.write_text("report.html", render(run, [read_run(other) for other in others]))
 
 
 def read_run(store: RunStore) -> RunData:

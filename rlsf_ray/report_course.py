@@ -57,7 +57,8 @@ def time(stages: Sequence[Json]) -> str:
         notes.append(f"The first {MAX_LANES} of {len(line.lanes)} actors are drawn.")
     if line.pause_s > 0:
         notes.append(f"{duration(line.pause_s)} in which nothing ran (the run was resumed) are left out.")
-    note = f'<p class="note">{" ".join(notes)}</p>' if notes else ""
+    notes.append("<code>trace.json</code> beside this page holds every piece of work: ui.perfetto.dev opens it.")
+    note = f'<p class="note">{" ".join(notes)}</p>'
     head = ("role", "actors", "busy", "idle", "tokens")
     return "".join(_lanes(line)) + f'<div class="lane"><span></span>{axis}</div>' + note + table(head, rows)
 

@@ -1,4 +1,4 @@
-"""Where the time went: rows of `metrics/stages.jsonl` -> busy spans of each actor, idle share of each role.
+"""Where the time went: rows of `metrics/stages.jsonl` -> busy spans of each actor, idle shares, a trace to look at.
 
 Seconds throughout. A stage whose name begins with `wait` or `idle` is not work.
 """
@@ -81,6 +81,32 @@ def make_timeline(stages: Sequence[Json], *, longest_pause_s: float = 300.0) -> 
     whole = sessions[-1][1] - sessions[0][0] if sessions else 0.0
     moved = (replace(lane, spans=tuple(_move(span, sessions) for span in lane.spans)) for lane in lanes)
     return Timeline(lanes=tuple(moved), length_s=length, pause_s=whole - length)
+
+
+def chrome_trace(stages: Sequence[Json]) -> Json:
+    """The rows in the form that ui.perfetto.dev and chrome://tracing open: a process for each role, a track for each
+    actor, and more tracks for what it does at the same time. Complete events of Chrome's "Trace Event Format",
+    microseconds since the first work.
+    """
+    began, roles = min((row["start"] for row in stages), default=0.0), list(dict.fromkeys(r["role"] for r in stages))
+    free: dict[str, list[float]] = {}  # when each track of an actor is free again
+    tracks: dict[tuple[str, str], int] = {}  # (role, what the track is called) -> its number
+    events = list[Json]()
+    for row in sorted(stages, key=lambda row: (row["start"], row["end"])):
+        taken = free.setdefault(row["actor"], [])
+        track = next((i for i, until in enumerate(taken) if until <= row["start"]), len(taken))
+        taken[track : track + 1] = [row["end"]]
+        name = f"{row['actor']} ({track + 1})" if track else row["actor"]
+        place = {"pid": roles.index(row["role"]), "tid": tracks.setdefault((row["role"], name), len(tracks))}
+        times = {"ts": 1e6 * (row["start"] - began), "dur": 1e6 * (row["end"] - row["start"])}
+        more = {key: value for key, value in row.items() if key not in ("time", "role", "actor", "start", "end")}
+        events.append({"ph": "X", "name": row["stage"], "cat": row["role"], "args": more} | place | times)
+    for number, role in enumerate(roles):
+        events.append({"ph": "M", "name": "process_name", "pid": number, "args": {"name": role}})
+    for (role, name), number in tracks.items():
+        place = {"pid": roles.index(role), "tid": number}
+        events.append({"ph": "M", "name": "thread_name", "args": {"name": name}} | place)
+    return {"traceEvents": events}
 
 
 def merge(spans: Iterable[Span], *, gap_s: float = 0.0) -> tuple[Span, ...]:

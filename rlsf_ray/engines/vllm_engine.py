@@ -18,7 +18,6 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from rlsf_ray.adapters import checksum, to_peft
@@ -29,7 +28,8 @@ from rlsf_ray.engines.models import context_length, find_model, generation_confi
 from rlsf_ray.engines.scratch import Scratch
 from rlsf_ray.engines.tokens import check_lengths, completion, encode_prompt, encode_reply, encode_text, eos_ids
 from rlsf_ray.engines.version_turn import VersionTurn
-from rlsf_ray.engines.vllm_params import TOP, read_output, sampling_params
+from rlsf_ray.engines.vllm_batch import Together
+from rlsf_ray.engines.vllm_params import Ask, begun, first_asks, read_output, read_prompt, sampling_params
 from rlsf_ray.engines.vllm_start import Statistics, engine_arguments, start
 from rlsf_ray.errors import EngineError, WeightsError
 from rlsf_ray.records import FloatArray, IntArray, Json, Prompt
@@ -80,6 +80,7 @@ class VLLMEngine:
                 f"vLLM has not started within {deadline_s:g} s; its log says more; raise cluster.deadline_s"
             )
         self._llm = starts.result()
+        self._together = Together(self._llm)
 
     def _ask(self, work: Coroutine[Any, Any, Any]) -> Any:
         """The result of `work` on the event loop.
@@ -207,50 +208,50 @@ class VLLMEngine:
 
         async def everything() -> list[list[Completion]]:
             async with self._at(version):
-                return await asyncio.gather(*(self._group(request, version, lora) for request in requests))
+                asked = [first_asks(request) for request in requests]
+                outputs = iter(await self._outputs([ask for asks in asked for ask in asks], version, lora))
+                groups = [[next(outputs) for _ in asks] for asks in asked]
+                return await self._completed(requests, groups, version, lora)
 
         written: list[list[Completion]] = self._ask(everything())
         return written
 
-    async def _group(self, request: Request, version: int, lora: Any) -> list[Completion]:
-        sampling, prompt = request.sampling, request.prompt_ids.tolist()
-        if sampling.method == "branch":
-            return await self._branches(request, version, lora)
-        temperature = sampling.temperature if sampling.method == "sample" else 0.0
-        all_params = [
-            sampling_params(sampling.max_tokens, temperature=temperature, seed=seed) for seed in request.seeds
-        ]
-        outputs = await asyncio.gather(*(self._run(prompt, params, version, lora) for params in all_params))
-        return [completion(self._tokenizer, *read_output(output.outputs[0])) for output in outputs]
+    async def _completed(
+        self, requests: Sequence[Request], groups: Sequence[Sequence[Any]], version: int, lora: Any
+    ) -> list[list[Completion]]:
+        """Traces from vLLM's outputs; those of CoT-decoding go on from their first token."""
+        branches = {
+            (index, k): branch
+            for index, (request, group) in enumerate(zip(requests, groups, strict=True))
+            if request.sampling.method == "branch"
+            for k, branch in enumerate(begun(request, group[0].outputs[0], self._eos))
+        }
+        open_ones = {place: branch for place, branch in branches.items() if branch.goes_on}
+        outputs = await self._outputs([branch.ask for branch in open_ones.values()], version, lora)
+        for branch, output in zip(open_ones.values(), outputs, strict=True):
+            branch.add(*read_output(output.outputs[0]))
+        written: list[list[Completion]] = [[] for _ in requests]
+        for (index, _), branch in branches.items():
+            written[index].append(completion(self._tokenizer, branch.ids, branch.values, branch.finished))
+        for index, group in enumerate(groups):
+            if requests[index].sampling.method != "branch":
+                written[index] = [completion(self._tokenizer, *read_output(one.outputs[0])) for one in group]
+        return written
 
-    async def _branches(self, request: Request, version: int, lora: Any) -> list[Completion]:
-        """CoT-decoding: one call for the first tokens, then one greedy continuation of each (2402.10200)."""
-        prompt, count = request.prompt_ids.tolist(), len(request.seeds)
-        first = await self._run(prompt, sampling_params(1, top=max(TOP, count)), version, lora)
-        ranked = sorted(first.outputs[0].logprobs[0].items(), key=lambda item: item[1].rank)[:count]
-        best = np.exp([alternative.logprob for _, alternative in ranked[:TOP]])
-        left = request.sampling.max_tokens - 1
+    async def _outputs(self, asks: Sequence[Ask], version: int, lora: Any) -> list[Any]:
+        """vLLM's output of each request. The prefix cache is salted: no adapter reads what another has left there."""
+        salt = self._salts.get(version, "base")
 
-        async def continued(token: int, logprob: float) -> Completion:
-            ids, values, finished = [token], np.array([[logprob, *best]], dtype=np.float32), token in self._eos
-            if not finished and left:
-                output = await self._run([*prompt, token], sampling_params(left), version, lora)
-                more, more_values, finished = read_output(output.outputs[0])
-                ids, values = [*ids, *more], np.concatenate([values, more_values])
-            return completion(self._tokenizer, ids, values, finished)
+        async def output(ask: Ask) -> Any:
+            ids = {"type": "token", "prompt_token_ids": ask.ids, "cache_salt": salt}
+            asked = self._llm.generate(ids, ask.params, str(next(self._ids)), lora_request=lora)
+            (final,) = [output async for output in asked]
+            return final
 
-        return list(await asyncio.gather(*(continued(token, alternative.logprob) for token, alternative in ranked)))
-
-    async def _run(self, prompt: list[int], params: Any, version: int, lora: Any) -> Any:
-        """vLLM's output of one request. The prefix cache is salted: no adapter reads what another has left there."""
-        ids = {"prompt_token_ids": prompt, "cache_salt": self._salts.get(version, "base")}
-        final = None
         try:
-            async for output in self._llm.generate(ids, params, str(next(self._ids)), lora_request=lora):
-                final = output
+            return await self._together.run([output(ask) for ask in asks])
         except Exception as error:  # a dead core process, arguments it refuses: each of vLLM's own type
             raise EngineError(f"vLLM could not write: {type(error).__name__}: {error}; its log says more") from None
-        return final
 
     # --- reading ------------------------------------------------------------------------------------------------
 
@@ -258,16 +259,14 @@ class VLLMEngine:
         """For each (prompt ids, trace ids): the log-probs [T] that `version` gives to the trace's tokens."""
         lora, params = self._lora(version), sampling_params(1, prompt_logprobs=0)
 
-        async def one(prompt_ids: IntArray, token_ids: IntArray) -> FloatArray:
-            ids = [*prompt_ids.tolist(), *token_ids.tolist()]
-            output = await self._run(ids, params, version, lora)
-            start = len(prompt_ids)
-            read = [output.prompt_logprobs[start + t][token].logprob for t, token in enumerate(ids[start:])]
-            return np.asarray(read, dtype=np.float32)
-
         async def all_of_them() -> list[FloatArray]:
             async with self._at(version):
-                return await asyncio.gather(*(one(*text) for text in texts))
+                asks = [Ask([*prompt.tolist(), *trace.tolist()], params) for prompt, trace in texts]
+                outputs = await self._outputs(asks, version, lora)
+                return [
+                    read_prompt(output, ask.ids, len(prompt))
+                    for output, ask, (prompt, _) in zip(outputs, asks, texts, strict=True)
+                ]
 
         return self._ask(all_of_them())
 

@@ -122,6 +122,17 @@ def test_each_trace_follows_its_seed_and_carries_the_raw_distribution(engine: VL
     assert np.abs(read - np.concatenate([trace.logprob for trace in traces])).mean() < 0.05
 
 
+def test_the_same_call_gives_the_same_tokens_again(engine: VLLMEngine) -> None:
+    """To the last bit: all requests begin in one batch. What the prefix cache holds would make other batches."""
+    asked, written = requests(engine, SAMPLE, 8), []
+    for _ in range(2):
+        engine._ask(engine._llm.reset_prefix_cache())
+        written.append([trace for group in engine.generate(asked, 0) for trace in group])
+    for once, again in zip(*written, strict=True):
+        assert once.token_ids.tolist() == again.token_ids.tolist()
+        assert once.logprob.tolist() == again.logprob.tolist()
+
+
 def test_branches_begin_with_the_likeliest_tokens_and_go_on_greedily(engine: VLLMEngine, other: Any) -> None:
     (ours, *_), (theirs, *_) = (one.generate(requests(one, BRANCH, 5)[:1], 0) for one in (engine, other))
     first = [completion.token_ids[0] for completion in ours]
