@@ -14,7 +14,9 @@ from tiny import WATCHED, collapsing
 from rlsf_ray import loop, operate, service
 from rlsf_ray.config import RunConfig
 from rlsf_ray.errors import ServiceError
+from rlsf_ray.forecast import forecast, rates_of
 from rlsf_ray.logs import Tail
+from rlsf_ray.plan import check_input
 from rlsf_ray.records import Json
 from rlsf_ray.run_store import RunStore
 
@@ -97,6 +99,18 @@ def looped(small: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFac
 
 def train_rows(store: RunStore) -> list[Json]:
     return [{key: row[key] for key in row if key != "time"} for row in store.read_metrics("train")]
+
+
+def test_a_finished_run_foretells_itself(runs: dict[str, Ended]) -> None:
+    store, summary = runs["strict"]
+    there, plan = {"CPU": 12.0}, check_input(store.config)
+    told = forecast(plan, rates_of(store, store.config, there), there)
+    trained = [row for row in store.read_metrics("stages") if row["stage"] == "train"]
+    assert told.tokens["generate"] == pytest.approx(summary["training"]["tokens"])
+    assert told.examples == pytest.approx(summary["training"]["pairs"])
+    assert told.tokens["train"] == pytest.approx(sum(row["tokens"] for row in trained))
+    assert told.seconds["train"] == pytest.approx(sum(row["end"] - row["start"] for row in trained))
+    assert told.total_s == pytest.approx(summary["seconds"]["total"], rel=0.25)
 
 
 def test_strict_rounds_give_the_pairs_and_the_adapters_of_the_loop(runs: dict[str, Ended], looped: RunStore) -> None:

@@ -1,5 +1,6 @@
 """The report page: everything is on it, nothing on it comes from elsewhere, and missing data is named."""
 
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,7 +13,7 @@ from report_data import HOSTILE, bare_run, make_run, talking_run
 from rlsf_ray.report import read_run, render, write_report
 from rlsf_ray.report_parts import marked, verdict
 from rlsf_ray.report_signs import judges, thought
-from rlsf_ray.timeline import make_timeline, merge
+from rlsf_ray.timeline import chrome_trace, make_timeline, merge
 
 SECTIONS = [
     "results",
@@ -257,6 +258,32 @@ def test_a_pause_between_two_sessions_is_cut_out():
     assert (line.length_s, line.pause_s) == (30, 990)
     assert line.lanes[0].spans == ((0, 10), (15, 30))
     assert line.lanes[1].spans == ((10, 20),)
+
+
+def test_the_trace_shows_every_piece_of_work_on_a_track_of_its_actor():
+    """In microseconds; what an actor does at the same time stands on a second track, which is used again."""
+    stages = [stage("g0", 5, 8), stage("g0", 6, 9), stage("g0", 8.5, 9.5), stage("t0", 9, 10, "trainer", "train")]
+    events = chrome_trace(stages)["traceEvents"]
+    work = [(e["name"], e["pid"], e["tid"], e["ts"], e["dur"], e["args"]) for e in events if e["ph"] == "X"]
+    assert work == [
+        ("generate", 0, 0, 0, 3e6, {"stage": "generate", "tokens": 10}),
+        ("generate", 0, 1, 1e6, 3e6, {"stage": "generate", "tokens": 10}),
+        ("generate", 0, 0, 3.5e6, 1e6, {"stage": "generate", "tokens": 10}),
+        ("train", 1, 2, 4e6, 1e6, {"stage": "train", "tokens": 10}),
+    ]
+    names = [(e["name"], e["pid"], e.get("tid"), e["args"]["name"]) for e in events if e["ph"] == "M"]
+    assert names == [
+        ("process_name", 0, None, "generator"),
+        ("process_name", 1, None, "trainer"),
+        ("thread_name", 0, 0, "g0"),
+        ("thread_name", 0, 1, "g0 (2)"),
+        ("thread_name", 1, 2, "t0"),
+    ]
+
+
+def test_the_trace_lies_beside_the_page(tmp_path):
+    write_report(make_run(str(tmp_path)))
+    assert len(json.loads((tmp_path / "trace.json").read_text())["traceEvents"]) > 20
 
 
 def test_the_way_it_reasons_and_two_judges_are_shown_where_they_are_known():
