@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -186,15 +185,14 @@ def _change(old: Json, new: Json, metric: str) -> str:
 
 
 def _again(found: Sequence[Json]) -> list[str]:
-    """Each cell that was run a second time: does it fall inside the first one's interval over questions?"""
-    lines = [_line(["cell", "metric", "first", "again", "inside"]), _line(["---"] * 5)]
+    """Each cell that was run a second time: is it the same, or inside the first one's interval over questions?"""
+    head = ["cell", "questions that differ", "metric", "first", "again", "inside"]
+    lines = [_line(head), _line(["---"] * len(head))]
     for one in found:
         for metric, (first, low, high, again) in one["metrics"].items():
             inside = "yes" if low <= again <= high else "no"
-            lines.append(_line([one["cell"], metric, _number([first, low, high]), f"{again:.3f}", inside]))
-    for metric in found[0]["metrics"]:
-        both = [[one["metrics"][metric][place] for one in found] for place in (0, -1)]
-        lines.append(_line(["their mean", metric, *(f"{statistics.fmean(each):.3f}" for each in both), "-"]))
+            differ = f"{one['differ']} of {one['of']}"
+            lines.append(_line([one["cell"], differ, metric, _number([first, low, high]), f"{again:.3f}", inside]))
     return lines
 
 

@@ -48,7 +48,9 @@ def write_table(folder: Path) -> Json:
 
 
 def _repeated(folder: Path) -> list[Json]:
-    """Cells that were run a second time (`evidence.py --again`): {metric: [first, low, high, again]}."""
+    """Cells that were run a second time (`evidence.py --again`): in how many questions they differ, and
+    {metric: [first, low, high, again]}.
+    """
     found = []
     for path in sorted((folder / "again").glob("*.json")):
         second, first = json.loads(path.read_text()), json.loads((folder / path.name).read_text())
@@ -57,7 +59,8 @@ def _repeated(folder: Path) -> list[Json]:
             name: [*(first["metrics"][name + end] for end in ("", "_low", "_high")), second["metrics"][name]]
             for name in names
         }
-        found.append({"cell": second["cell"], "metrics": metrics})
+        differ = sum(a != b for a, b in zip(first["questions"], second["questions"], strict=True))
+        found.append({"cell": second["cell"], "of": len(first["questions"]), "differ": differ, "metrics": metrics})
     return found
 
 
