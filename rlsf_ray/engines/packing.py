@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from rlsf_ray.engines.chunked import token_logprobs, token_logprobs_and_entropies
 from rlsf_ray.engines.lora import body_and_head
 from rlsf_ray.records import FloatArray, IntArray
 
 _STATEFUL = {"mamba", "mamba2", "rwkv", "jamba", "zamba2", "recurrent_gemma", "bamba"}  # state flows past any mask
 _PADDING = -1
-LOGITS = 1 << 25  # logits of one tile where no gradient is asked for: 128 MiB of float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +49,7 @@ def trace_logprobs(model: Any, rows: Sequence[Row], temperature: float = 1.0) ->
     """
     hidden, targets = hidden_states(model, rows)
     _, head = body_and_head(model)
-    size = len(targets) if torch.is_grad_enabled() else max(1, LOGITS // head.weight.shape[0])
-    parts = zip(hidden.split(size), targets.split(size), strict=True)
-    nll = [
-        torch.nn.functional.cross_entropy(head(part).float() / temperature, chosen, reduction="none")
-        for part, chosen in parts
-    ]
-    return by_trace(-torch.cat(nll), rows)
+    return by_trace(token_logprobs(head, hidden, targets, temperature), rows)
 
 
 def trace_logprobs_and_entropies(
@@ -64,10 +58,8 @@ def trace_logprobs_and_entropies(
     """`trace_logprobs`, and the entropy [N] of every token's distribution; `gradient`: through the entropies too."""
     hidden, targets = hidden_states(model, rows)
     _, head = body_and_head(model)
-    logs = (head(hidden).float() / temperature).log_softmax(-1)
-    with torch.set_grad_enabled(gradient and torch.is_grad_enabled()):
-        entropy = -(logs.exp() * logs).sum(-1)
-    return by_trace(logs.gather(1, targets[:, None])[:, 0], rows), entropy
+    logprobs, entropy = token_logprobs_and_entropies(head, hidden, targets, temperature, gradient=gradient)
+    return by_trace(logprobs, rows), entropy
 
 
 def hidden_states(model: Any, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:

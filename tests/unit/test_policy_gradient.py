@@ -90,12 +90,13 @@ def test_importance_weights_are_cut_at_the_top_only_and_pass_no_gradient() -> No
 
 @pytest.fixture(scope="module")
 def policy(tiny: Path) -> Any:
-    """A model that has moved away from its reference, all of whose weights train."""
+    """A model that has moved away from its reference, all of whose weights train but the head."""
     model = load_model(tiny_config(tiny).model, device="cpu").requires_grad_(True)
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
+    model.get_output_embeddings().weight.requires_grad_(False)
     return model
 
 
