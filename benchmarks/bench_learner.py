@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from bench_common import ROOT, base_parser, machine_facts, parse, write_result
+from bench_common import ROOT, Ratio, base_parser, machine_facts, parse, write_result
 from safetensors.numpy import load_file
 
 from rlsf_ray.config import RunConfig
@@ -52,9 +52,11 @@ class Case:
     target: float | None = None
 
 
+REGRESSION = "6 pairs of one prompt"  # what a test measures anew
 CASES = {
     "28 pairs a prompt": Case(groups=4, step=56, turns=None, target=30.0),
     "one pair a prompt": Case(groups=24, traces=2, all_pairs=False, step=8, turns=None, target=3.0),
+    REGRESSION: Case(groups=1, traces=4, step=6, turns=None),
     "GRPO": Case(groups=4, step=16, grpo=True, turns=None, target=1.5),
     "equal, 28 pairs a prompt": Case(groups=2, step=56, dtype="float32"),
     "equal, one pair a prompt": Case(groups=16, traces=2, all_pairs=False, step=8, dtype="float32"),
@@ -73,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, write."""
     parser = base_parser(__doc__, OUT)
     parser.add_argument("--only", choices=list(CASES), help="this case, beside the results that are there")
-    parser.add_argument("--turns", type=int, default=3, metavar="N", help="of the first three cases")
+    parser.add_argument("--turns", type=int, default=3, metavar="N", help="of the first four cases")
     options = parse(parser, arguments)
     cases = {options.only: CASES[options.only]} if options.only else CASES
     known: Json = json.loads(options.out.read_text()) if options.only and options.out.exists() else {}
@@ -233,6 +235,14 @@ def _group(
         ),
         pairs=() if case.grpo else pairs,
     )
+
+
+def ratios(result: Json) -> list[Ratio]:
+    """What speed.py shows."""
+    return [
+        Ratio(f"learner against TRL, {name}", **found["speed"], target=found["target"])
+        for name, found in result["cases"].items()
+    ]
 
 
 def line(name: str, found: Json) -> str:

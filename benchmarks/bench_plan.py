@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench_common import base_parser, machine_facts, parse, write_result
+from bench_common import Ratio, base_parser, machine_facts, parse, write_result
 
 from rlsf_ray import service
 from rlsf_ray.config import RunConfig
@@ -71,6 +71,13 @@ def compared(expected: Forecast, store: RunStore) -> Json:
         name: {"expected": round(told, 1), "measured": round(found, 1), "ratio": round(found / max(told, 1e-9), 3)}
         for name, (told, found) in pairs.items()
     }
+
+
+def ratios(result: Json) -> list[Ratio]:
+    """What speed.py shows: the smaller of measured and expected over the larger."""
+    found = {name: row["ratio"] for name, row in result["quantities"].items() if row["measured"]}
+    near = {name: min(ratio, 1 / ratio) for name, ratio in found.items()}
+    return [Ratio(f"`rlsf plan --like`: {name}, expected against measured", *[x] * 3, 0.8) for name, x in near.items()]
 
 
 def as_text(result: Json) -> str:

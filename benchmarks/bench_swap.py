@@ -23,6 +23,7 @@ import numpy as np
 import ray
 from bench_common import (
     BenchPool,
+    Ratio,
     base_parser,
     bench_pool,
     drawn_adapter,
@@ -205,6 +206,12 @@ def quantiles(seconds: Sequence[float]) -> Json:
     """{"p50", "p95", "max"}"""
     p50, p95 = np.quantile(seconds, [0.5, 0.95])
     return {name: round(float(value), 2) for name, value in (("p50", p50), ("p95", p95), ("max", max(seconds)))}
+
+
+def ratios(result: Json) -> list[Ratio]:
+    """What speed.py shows."""
+    what = f"tokens/s with a swap in each block of {result['block_s']:.0f} s over without"
+    return [Ratio(what, *[result["ratio"]] * 3)]
 
 
 def as_text(result: Json) -> str:

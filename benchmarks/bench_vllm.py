@@ -22,6 +22,7 @@ from typing import Any
 
 from bench_common import (
     BenchPool,
+    Ratio,
     base_parser,
     bench_pool,
     drawn_adapter,
@@ -164,6 +165,15 @@ def ratio(writers: Json, one: str, other: str) -> Json:
     pairs = zip(writers[one]["tokens_per_s"], writers[other]["tokens_per_s"], strict=True)
     found = [a / b for a, b in pairs]
     return {"median": round(statistics.median(found), 3), "low": round(min(found), 3), "high": round(max(found), 3)}
+
+
+def ratios(result: Json) -> list[Ratio]:
+    """What speed.py shows."""
+    names = {"pool_over_bare": ("bare vLLM", 0.9), "pool_over_transformers": ("a pool with transformers", None)}
+    return [
+        Ratio(f"tokens/s of the generator pool with vLLM over {other}", **result[key], target=target)
+        for key, (other, target) in names.items()
+    ]
 
 
 def as_text(result: Json) -> str:
