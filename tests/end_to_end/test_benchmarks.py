@@ -6,14 +6,18 @@ import argparse
 import asyncio
 from pathlib import Path
 
+import bench_end_to_end
 import bench_false_alarms
 import bench_learner
 import bench_swap
 import bench_vllm
+import end_to_end_judge
+import numpy as np
 import pytest
 from bench_common import own_ray
 from tiny import tiny_config
 
+from rlsf_ray.algorithms.preferences import Candidates, Limits
 from rlsf_ray.engines.build import build_engine
 
 
@@ -59,3 +63,68 @@ def test_the_learner_and_trl_train_the_same(tiny: Path, grpo: bool) -> None:
     assert same["largest difference of losses"] < 1e-5
     assert found["speed"]["median"] > 0
     assert "a case" in bench_learner.line("a case", found)
+
+
+END_TO_END = [
+    "model.dtype=float32",
+    "rollout.max_tokens=12",
+    "data.suffix=''",
+    "cluster.deadline_s=180",
+    *(f"cluster.{pool}={{cpus: 0.5, threads: 1}}" for pool in ("generators", "scorers", "trainers")),
+]
+
+
+def end_to_end(tiny: Path, *more: str) -> argparse.Namespace:
+    return argparse.Namespace(model=str(tiny), set=[*END_TO_END, *more], turns=1, prompts=8)
+
+
+def test_the_judge_takes_the_longer_trace_and_of_equal_ones_the_first() -> None:
+    def pairs(*lengths: int) -> list[tuple[int, int, float]]:
+        size = len(lengths)
+        candidates = Candidates(
+            scores=np.array(lengths, dtype=np.float64),
+            labels=np.full(size, -1),
+            lengths=np.array(lengths),
+            finished=np.zeros(size, dtype=np.bool_),  # cut off, and still judged: so does TRL
+        )
+        decision = end_to_end_judge.outer_pairs(candidates, Limits(max_pairs=3), np.random.default_rng(0))
+        return [(chosen, rejected, margin) for chosen, rejected, _, margin in decision.pairs]
+
+    assert pairs(3, 5) == [(1, 0, 2.0)]
+    assert pairs(5, 3) == [(0, 1, 2.0)]
+    assert pairs(4, 4) == [(0, 1, 0.0)]
+    assert pairs(1, 8, 2, 7, 3, 6, 4, 5) == [(1, 0, 7.0), (3, 2, 5.0), (5, 4, 3.0)]  # eight traces, at most three pairs
+    assert end_to_end_judge.num_tokens([5, 6, 9, 9], {9, 10}) == 3  # the second 9 is padding
+    assert end_to_end_judge.num_tokens([5, 6, 7], {9, 10}) == 3  # cut off
+
+
+def test_the_loop_and_trl_train_the_same_pairs_of_the_same_prompts(tiny: Path) -> None:
+    options = end_to_end(tiny)
+    names = ["TRL", "loop, transformers"]
+    turn = {name: bench_end_to_end.run_row(bench_end_to_end.ROWS[name], options) for name in names}
+    bench_end_to_end.check_same(turn)
+    for name, found in turn.items():
+        assert found["pairs"] == len(set(found["prompts"])) == 8, name  # one pair a prompt, and no prompt twice
+        assert found["margin"] == pytest.approx(found["spread"], abs=1e-3), name  # the longer is chosen in each pair
+        assert found["spread"] > 0, name  # there was something to judge
+        assert 16 < found["tokens"] <= 8 * 2 * 12, name
+        assert min(found["start_s"], found["warm_s"], found["seconds"]) > 0, name
+    rows = {name: bench_end_to_end.summed(name, {name: [found] for name, found in turn.items()}) for name in names}
+    assert rows["TRL"]["speed"] is None
+    assert "| loop, transformers | 8 |" in bench_end_to_end.as_text({"rows": rows})
+    turn["TRL"]["prompts"][0] = "another"
+    with pytest.raises(SystemExit, match="loop, transformers: prompts are"):
+        bench_end_to_end.check_same(turn)
+
+
+@pytest.mark.cluster
+def test_overlap_is_measured_with_the_share_and_the_bound_of_each_stage(tiny: Path) -> None:
+    found = bench_end_to_end.measure(["overlap on"], end_to_end(tiny, "engine=transformers"))["overlap on"]
+    (turn,), overlap = found["turns"], found["overlap"]
+    assert turn["pairs"] == turn["prompts"] == 4 * 8
+    assert turn["margin"] == pytest.approx(turn["spread"])
+    assert found["speed"] is None  # what it is compared with was not measured
+    busy = overlap["busy_s"]
+    assert overlap["bound_s"] == max(busy["generator"], busy["trainer"]) < overlap["sum_s"]
+    assert all(0.0 <= idle <= 1.0 for idle in overlap["idle"].values())
+    assert "| overlap on |" in bench_end_to_end.as_text({"rows": {"overlap on": found}}).splitlines()[-1]
