@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench_common import ROOT, base_parser, machine_facts, parse, write_result
+from bench_common import ROOT, Ratio, base_parser, machine_facts, parse, write_result
 
 from rlsf_ray.config import RunConfig
 from rlsf_ray.config_loading import load_config
@@ -194,6 +194,15 @@ def overlap(turns: Sequence[Json]) -> Json:
         "bound_s": max(busy["generator"], busy["trainer"]),
         "sum_s": sum(busy.values()),
     }
+
+
+def ratios(result: Json) -> list[Ratio]:
+    """What speed.py shows."""
+    return [
+        Ratio(f"{name}, against {row['against']}", **row["speed"], target=row["target"])
+        for name, row in result["rows"].items()
+        if row["speed"]
+    ]
 
 
 def line(name: str, row: Json) -> str:
