@@ -16,6 +16,7 @@ import ray
 from actors.cores import Cores, give_memory_back
 from actors.job import Job, device, event
 from rlsf_ray.engines.base import Engine, logprob_noise
+from rlsf_ray.engines.build import build_engine
 from rlsf_ray.errors import EngineError, WeightsError
 from rlsf_ray.records import Canary, Group, Json, Prompt, WeightsVersion
 from rlsf_ray.rollouts.programs import write_calibration_groups, write_groups, write_probe_groups
@@ -43,8 +44,6 @@ class Generator:
     def _build(self) -> None:
         """Build the engine if there is none: at the first call, or at the first call after a restart."""
         if self._engine is None:
-            from rlsf_ray.engines.build import build_engine
-
             store = self._job.enter(self._name, threads=0)
             self._config = store.config
             pool = self._config.cluster.generators

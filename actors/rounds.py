@@ -13,8 +13,8 @@ from actors.batches import Batches
 from actors.journal import Journal
 from actors.measuring import Collapse, Measuring
 from actors.pool import GeneratorPool
-from actors.scorers import CROWDED, ScorerPool
-from actors.spawn import MOST_SLOTS, SCORER_THREADS, Crew
+from actors.scorers import ScorerPool
+from actors.spawn import MOST_SLOTS, Crew, most_batches
 from actors.watch import Watch
 from rlsf_ray.errors import InputError, ServiceError, StorageError
 from rlsf_ray.feeds import Feed
@@ -41,8 +41,7 @@ class Rounds:
         self._pool = GeneratorPool(crew.generators, hands, watch, cluster.attempts, self._start, self._swapped, slots)
         self._scorers = ScorerPool(crew.scorers, crew.hands("scorers"), watch, cluster.attempts, self._start)
         self._batches = Batches(state, journal, crew, self._pool, self._scorers, watch, cluster.attempts)
-        wanted = (slots + 1) * cluster.generators.at_most + CROWDED * cluster.scorers.at_most
-        self._permits = asyncio.Semaphore(min(wanted, SCORER_THREADS - 1))  # all may meet at one scorer, which answers
+        self._permits = asyncio.Semaphore(most_batches(self._config))
         self._commits: asyncio.Queue[tuple[Json | None, list[Any]]] = asyncio.Queue()
         self._trainer_at: int | None = None  # the round that the trainer goes on with
         self._feeds: list[Feed] | None = None  # None: not read yet

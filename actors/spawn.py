@@ -17,6 +17,7 @@ from actors.nodes import leaving
 from actors.pair_buffer import PairBuffer
 from actors.pool import Hands
 from actors.scorer import ScorerWorker
+from actors.scorers import CROWDED
 from actors.train_driver import TrainDriver
 from actors.weight_store import WeightStore
 from rlsf_ray.config import RunConfig
@@ -26,7 +27,7 @@ from rlsf_ray.errors import DeadlineError
 LOOK_S = 60.0  # for every node to answer one question
 ON_HEAD = {"node:__internal_head__": 0.001}  # what only steers must not keep a worker node from being given back
 MOST_SLOTS = {"transformers": 1, "vllm": 4}  # batches that a generator works on at once
-SCORER_THREADS = 64  # batches that wait for room in the buffer; more are never in flight
+BESIDE = 100  # calls that the buffer must hear while every batch waits in it
 
 # Phases overlap on few cores: idle OpenMP threads may spin for a moment only (with none at all generation loses a
 # third of its speed). With these two thresholds malloc gives large blocks back, at no cost in speed (measured in
@@ -59,20 +60,30 @@ def spawn_coordinator(job: Job, environment: dict[str, str]) -> Any:
     return ray.remote(Coordinator).options(**options).remote(job)
 
 
+def most_batches(config: RunConfig) -> int:
+    """How many batches may be on their way at once: at every generator as many as it takes and one that comes next, at
+    every scorer as many as make it crowded.
+    """
+    generators, scorers = config.cluster.generators.at_most, config.cluster.scorers.at_most
+    return (MOST_SLOTS[config.engine] + 1) * generators + CROWDED * scorers
+
+
 class Crew:
     """Every actor of one run but the coordinator, which owns them: they die with it."""
 
     def __init__(self, job: Job, config: RunConfig) -> None:
         self._job = job
         self._cluster = config.cluster
+        batches = most_batches(config)
+        waiting = batches * config.cluster.attempts  # a call to the buffer outlives the scorer that made it
         steering: Any = {"pool": PoolConfig(), "resources": ON_HEAD}
         self.weights = self._spawn(WeightStore, "weight_store", **steering)
-        self.buffer = self._spawn(PairBuffer, "pair_buffer", max_concurrency=200, **steering)
+        self.buffer = self._spawn(PairBuffer, "pair_buffer", max_concurrency=waiting + BESIDE, **steering)
         self.evaluator = self._spawn(Evaluator, "evaluator", **steering)
         self.driver = self._spawn(TrainDriver, "train_driver", **steering)
         slots = MOST_SLOTS[config.engine]
         calls = slots + 1 if slots > 1 else 1  # with vLLM a version is loaded beside them
-        self._calls = {"generators": calls, "scorers": SCORER_THREADS}
+        self._calls = {"generators": calls, "scorers": batches + 1}  # all may meet at one scorer, which answers
         self.generators = self._pool(Generator, "generators")
         self.scorers = self._pool(ScorerWorker, "scorers")
 
