@@ -18,7 +18,9 @@ class Journal:
 
     def __init__(self, store: RunStore, state: RunState, effort: Effort) -> None:
         self._store, self._state, self._effort = store, state, effort
-        self._writer = ThreadPoolExecutor(1)  # one thread keeps the order
+        self._writer = ThreadPoolExecutor(1)  # of its own: others may be busy for long
+        self._turn = asyncio.Lock()
+        self._next: asyncio.Task[None] | None = None  # waits for its turn
         self._events: list[Json] = []  # stage events that are not written yet
 
     def record(self, event: Json) -> None:
@@ -27,10 +29,21 @@ class Journal:
         self._events.append(event)
 
     async def save(self) -> None:
-        """Write the stage events and state.json. A write that has begun is finished, even if the run is stopped."""
-        events, self._events = self._events, []
-        state = self._state.to_json()
-        await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._writer, self._write, events, state))
+        """Write the stage events and state.json as they are now, or a little later.
+
+        Calls that come while a write goes on share the next one: state.json names every prompt, and a batch must not
+        wait for a write of its own. A write that has begun is finished, even if the run is stopped.
+        """
+        if self._next is None:
+            self._next = asyncio.create_task(self._write_next())
+        await asyncio.shield(self._next)
+
+    async def _write_next(self) -> None:
+        async with self._turn:
+            self._next = None  # whoever calls from here on has news
+            events, self._events = self._events, []
+            state = self._state.to_json()
+            await asyncio.get_running_loop().run_in_executor(self._writer, self._write, events, state)
 
     def _write(self, events: list[Json], state: Json) -> None:
         if events:
