@@ -1,4 +1,4 @@
-"""The benchmarks of swaps and of the learner, on the tiny model; with vLLM they are run by hand."""
+"""The benchmarks of swaps, of the learner and of scale, on tiny models; with vLLM they are run by hand."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import bench_end_to_end
 import bench_false_alarms
 import bench_learner
+import bench_scale
 import bench_swap
 import bench_vllm
 import end_to_end_judge
@@ -128,3 +129,24 @@ def test_overlap_is_measured_with_the_share_and_the_bound_of_each_stage(tiny: Pa
     assert overlap["bound_s"] == max(busy["generator"], busy["trainer"]) < overlap["sum_s"]
     assert all(0.0 <= idle <= 1.0 for idle in overlap["idle"].values())
     assert "| overlap on |" in bench_end_to_end.as_text({"rows": {"overlap on": found}}).splitlines()[-1]
+
+
+@pytest.mark.cluster
+def test_the_scale_benchmark_steers_a_simulated_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One generator and two in a process, at a tenth of a second: versions are proved, and generators hold no torch."""
+    monkeypatch.setattr(bench_scale, "ROUND_S", 2.0)
+    overrides = ["cluster.prompts_per_call=1", "rollout.traces=4", "cluster.deadline_s=180"]
+    options = argparse.Namespace(processes=1, rounds=4, batches=1, set=overrides)
+    points = bench_scale.with_efficiency([bench_scale.measure(size, 0.1, options) for size in (1, 2)])
+    for point in points:
+        assert point["groups_per_s"] <= 1.05 * point["generators"] / 0.1
+        assert point["swap"]["verdicts"].keys() == {"proved"}
+        assert point["staleness"].keys() <= {"0", "1"}
+        assert sum(point["staleness"].values()) == 2 * 20 * point["generators"]
+        assert point["cores"].keys() >= {"coordinator", "pair_buffer", "weight_store", "generator", "scorer", "trainer"}
+        assert point["memory_mb"]["generator"] < 0.6 * point["memory_mb"]["scorer"]
+    assert points[0]["groups_per_s"] > 2.0
+    assert points[1]["efficiency"] > 0.6  # the second slot of the process is used
+    settings = {"prompts_per_call": 1, "service_s": 0.1, "service_from": "the test"}
+    printed = bench_scale.as_text({"machine": {"cores": 1}, "settings": settings, "points": points, "sweep": points})
+    assert "busiest process" in printed
