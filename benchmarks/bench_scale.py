@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench_common import machine_facts, own_ray, write_result
+from bench_common import Ratio, machine_facts, own_ray, write_result
 from bench_swap import quantiles
 from scale_samples import Sample, busy, memory
 from simulated import simulated
@@ -216,6 +216,14 @@ def with_efficiency(points: Sequence[Json]) -> list[Json]:
             "target": TARGETS.get(point["generators"]),
         }
         for point in points
+    ]
+
+
+def ratios(result: Json) -> list[Ratio]:
+    """What speed.py shows."""
+    return [
+        Ratio(f"efficiency at {point['generators']} generators, simulated", *[point["efficiency"]] * 3, point["target"])
+        for point in result["points"][1:]
     ]
 
 

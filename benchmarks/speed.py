@@ -21,7 +21,7 @@ from bench_common import Ratio
 from rlsf_ray.records import Json
 
 RESULTS = Path(__file__).parent / "results"
-BENCHES = ("bench_learner", "bench_end_to_end", "bench_plan", "bench_vllm", "bench_swap")
+BENCHES = ("bench_learner", "bench_end_to_end", "bench_scale", "bench_plan", "bench_vllm", "bench_swap")
 FALL = 0.15
 
 
