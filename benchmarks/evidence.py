@@ -144,7 +144,6 @@ def settings_of(cell: str, *, training: bool) -> tuple[str | None, list[str]]:
 
 def run_cell(cell: str, runs: Path, *, anew: bool, to: Path = RESULTS) -> None:
     """Train, measure, keep in the folder `to`. `anew`: from the beginning, whatever is there."""
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     start, run = time.time(), runs / cell
     if anew:
         shutil.rmtree(run, ignore_errors=True)
@@ -276,6 +275,8 @@ def main() -> None:
             parser.error(f"got cell {name!r}, expected one of: {' '.join(cells())}")
     if not cells(options.only):
         parser.error(f"no cell begins with {options.only!r}, expected a part of one of: {' '.join(cells())}")
+    if options.cell or options.again:
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     if options.table:
         put_summary(Path(__file__).parents[1] / "README.md", write_table(RESULTS))
     elif options.cell:

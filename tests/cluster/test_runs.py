@@ -157,7 +157,7 @@ def test_a_second_scorer_comes_while_batches_wait(runs: dict[str, Ended]) -> Non
     store = runs["crowded"].store
     scored = [row["actor"] for row in store.read_metrics("stages") if row["stage"] == "score"]
     assert len(scored) == 45
-    assert set(scored) == {"scorer-0", "scorer-1"}
+    assert len(set(scored)) == 2, set(scored)  # one that comes too late is given back, and another one asked for
     told = [row["message"] for row in Tail(store.root, "coordinator")() if "scorer-1" in row["message"]]
     steps = ["batches wait at every scorer", "scorer-1 is there", "scorer-1 is given back"]
     said = [line.split(":")[0] for line in told]

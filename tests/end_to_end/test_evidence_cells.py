@@ -59,7 +59,7 @@ def test_a_cell_is_trained_measured_kept_and_taken_up_where_it_stopped(
     table = write_table(small)
     assert table["again"][0]["metrics"]["sampled_accuracy"][0] == table["again"][0]["metrics"]["sampled_accuracy"][3]
     assert table["again"][0]["differ"] == 0
-    assert "| t/rlsf/0 | sampled_accuracy |" in (small.parent / "evidence.md").read_text()
+    assert "| t/rlsf/0 | 0 of 6 | sampled_accuracy |" in (small.parent / "evidence.md").read_text()
     with pytest.raises(AssertionError, match="trained again"):
         evidence.run_cell("t/rlsf/0", tmp_path / "runs", anew=True, to=small)
 
