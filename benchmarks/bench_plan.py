@@ -19,13 +19,13 @@ from bench_common import Ratio, base_parser, machine_facts, parse, write_result
 from rlsf_ray import service
 from rlsf_ray.config import RunConfig
 from rlsf_ray.config_loading import load_config
-from rlsf_ray.forecast import NAMES, Forecast, forecast, rates_of
+from rlsf_ray.forecast import NAMES, Forecast, busy_seconds, forecast, rates_of
 from rlsf_ray.plan import check_input, local_resources
 from rlsf_ray.records import Json
 from rlsf_ray.run_store import RunStore
 
 OUT = Path(__file__).parent / "results" / "bench_plan.json"
-WITHIN = 0.25
+NEAR = 0.8  # the smaller over the larger: within 25 %
 SHORT = ("rounds=1", "prompts_per_round=16", "eval.during=0", "data.calibration=20")
 LONG = ("rounds=3", "prompts_per_round=48", "eval.during=20", "data.calibration=40", "learner.epochs=2")
 
@@ -58,7 +58,7 @@ def config_of(options: argparse.Namespace, own: Sequence[str], name: str) -> Run
 def compared(expected: Forecast, store: RunStore) -> Json:
     """The run in `store` beside what was expected of it."""
     summary, stages = store.read_json("summary.json"), store.read_metrics("stages")
-    busy = {stage: sum(row["end"] - row["start"] for row in stages if row["stage"] == stage) for stage in NAMES}
+    busy = busy_seconds(stages)
     read = sum(row["tokens"] for row in stages if row["stage"] == "train")
     pairs = {
         "seconds, whole run": (expected.total_s, summary["seconds"]["total"]),
@@ -75,16 +75,16 @@ def compared(expected: Forecast, store: RunStore) -> Json:
 
 def ratios(result: Json) -> list[Ratio]:
     """What speed.py shows: the smaller of measured and expected over the larger."""
-    found = {name: row["ratio"] for name, row in result["quantities"].items() if row["measured"]}
-    near = {name: min(ratio, 1 / ratio) for name, ratio in found.items()}
-    return [Ratio(f"`rlsf plan --like`: {name}, expected against measured", *[x] * 3, 0.8) for name, x in near.items()]
+    found = {name: row["ratio"] for name, row in result["quantities"].items()}
+    near = {name: min(ratio, 1 / ratio) if ratio else 0.0 for name, ratio in found.items()}
+    return [Ratio(f"`rlsf plan --like`: {name}, expected against measured", *[x] * 3, NEAR) for name, x in near.items()]
 
 
 def as_text(result: Json) -> str:
     """The table."""
     lines = ["| | expected | measured | ratio | within 25 % |", "|---|---|---|---|---|"]
     for name, row in result["quantities"].items():
-        within = "yes" if abs(row["ratio"] - 1.0) <= WITHIN else "no"
+        within = "yes" if NEAR <= row["ratio"] <= 1 / NEAR else "no"
         lines.append(f"| {name} | {row['expected']:,} | {row['measured']:,} | {row['ratio']:.2f} | {within} |")
     return "\n".join(lines)
 

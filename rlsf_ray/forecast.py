@@ -6,7 +6,7 @@ work, and what no stage explains (starting, publishing). Reckoned anew: how much
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rlsf_ray.config import RunConfig
@@ -14,9 +14,10 @@ from rlsf_ray.config_sections import SEVERAL_TURNS
 from rlsf_ray.errors import InputError
 from rlsf_ray.placement import gpu_shares, placed
 from rlsf_ray.plan import Plan, pools
+from rlsf_ray.records import Json
 from rlsf_ray.rollouts.programs import CALIBRATION_TRACES
 from rlsf_ray.run_store import RunStore
-from rlsf_ray.timeline import make_timeline
+from rlsf_ray.timeline import make_timeline, merge
 from rlsf_ray.wording import duration
 
 ROLES = {"generate": "generator", "score": "scorer", "train": "trainer", "probe": "generator"}  # by stage
@@ -55,17 +56,15 @@ def rates_of(store: RunStore, config: RunConfig, there: Mapping[str, float]) -> 
     """
     summary, like = store.read_json("summary.json"), _placed(store.config, there)
     stages = [row for row in store.read_metrics("stages") if row["stage"] in ROLES]
-    if summary is None or not any(row["stage"] == "train" for row in stages):
+    tokens = {stage: sum(r["tokens"] for r in stages if r["stage"] == stage) for stage in ROLES}
+    if summary is None or not tokens["generate"] or not tokens["train"]:
         raise InputError(f"{store.root} cannot say how long a run takes: expected a finished run of `rlsf run`")
     _check_alike(store, config)
-    line, written = make_timeline(stages), summary["training"]["tokens"]
-    busy = {stage: sum(r["end"] - r["start"] for r in stages if r["stage"] == stage) for stage in ROLES}
-    tokens = {stage: sum(r["tokens"] for r in stages if r["stage"] == stage) for stage in ROLES}
-    workers = {"train": like.cluster.trainers.count}  # one of them tells the time of all, who shared the tokens
-    per_token = {stage: busy[stage] * workers.get(stage, 1) / tokens[stage] for stage in ROLES if tokens[stage]}
-    worked = _together(
-        like, {stage: s / (1 if stage in workers else _sharers(like, stage)) for stage, s in busy.items()}
-    )
+    line, written, busy = make_timeline(stages), summary["training"]["tokens"], busy_seconds(stages)
+    rounds = len({row["round"] for row in stages if row["stage"] == "generate"})
+    worked = _together(like, busy | {s: busy[s] / _sharers(like, s) for s in busy if s != "train"})
+    busy["train"] *= like.cluster.trainers.count  # one worker tells the time of all, who shared the tokens
+    per_token = {stage: busy[stage] / tokens[stage] for stage in ROLES if tokens[stage]}
     learnt = sum(summary["training"].get(kind, 0) for kind in ("pairs", "credited traces"))
     return Rates(
         run=store.root,
@@ -74,16 +73,16 @@ def rates_of(store: RunStore, config: RunConfig, there: Mapping[str, float]) -> 
         read_per_token=tokens["train"] / _passes(like) / written,
         seconds_per_token={"probe": per_token["generate"], "score": 0.0, **per_token},
         start_s=max(0.0, summary["seconds"]["total"] - line.length_s),
-        gap_s=max(0.0, (line.length_s - worked) / like.rounds),
+        gap_s=max(0.0, (line.length_s - worked) / rounds),
     )
 
 
 def forecast(plan: Plan, rates: Rates, there: Mapping[str, float]) -> Forecast:
     """What the planned run will take on a cluster with the resources `there`, of the kind `rates` was measured on."""
     config = _placed(plan.config, there)
-    written = plan.traces * min(rates.tokens_per_trace, config.rollout.max_tokens * config.rollout.most_turns)
+    length = min(rates.tokens_per_trace, config.rollout.max_tokens * config.rollout.most_turns)
+    written, measured = plan.traces * length, _measured_traces(plan) * length
     read = written * rates.read_per_token * _passes(config)
-    measured = _measured_traces(plan) * rates.tokens_per_trace
     tokens = {"generate": written, "score": written, "train": read, "probe": measured}
     device_s = {stage: amount * rates.seconds_per_token[stage] for stage, amount in tokens.items()}
     seconds = {stage: spent / _sharers(config, stage) for stage, spent in device_s.items()}
@@ -109,9 +108,20 @@ def describe_forecast(plan: Plan, rates: Rates, there: Mapping[str, float]) -> s
             f"Learns   from about {found.examples:,.0f} {'credited traces' if config.advantages else 'pairs'}",
             f"Time     about {duration(found.total_s)}: {by_stage}, {how}",
             f"Balance  {apart}about {ratio:.2g} generators keep one training worker busy",
-            f"Rates    of {rates.run}, on machines like those it ran on",
+            f"Rates    of {rates.run}, on machines like those it ran on; the base model measured anew",
         ]
     )
+
+
+def busy_seconds(stages: Sequence[Json]) -> dict[str, float]:
+    """Seconds of work by stage, over all actors. What one actor does at the same time (vLLM) counts once."""
+    spans: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for row in stages:
+        spans.setdefault((row["stage"], row["actor"]), []).append((row["start"], row["end"]))
+    return {
+        stage: sum(end - start for (its, _), own in spans.items() if its == stage for start, end in merge(own))
+        for stage in ROLES
+    }
 
 
 def _check_alike(store: RunStore, config: RunConfig) -> None:
@@ -138,8 +148,10 @@ def _in_turns(config: RunConfig) -> bool:
 
 
 def _sharers(config: RunConfig, stage: str) -> int:
-    """How many actors do a stage's work at once. Those that take turns are no faster for being more."""
-    return 1 if _in_turns(config) else pools(config)[ROLES[stage]].count
+    """How many actors do a stage's work at once. Those that take turns are no faster for being more; training workers
+    take none among each other.
+    """
+    return 1 if _in_turns(config) and stage != "train" else pools(config)[ROLES[stage]].count
 
 
 def _together(config: RunConfig, seconds: Mapping[str, float]) -> float:

@@ -11,7 +11,7 @@ import pytest
 from rlsf_ray.config import RunConfig
 from rlsf_ray.config_loading import load_config, override_config
 from rlsf_ray.errors import InputError
-from rlsf_ray.forecast import describe_forecast, forecast, rates_of
+from rlsf_ray.forecast import busy_seconds, describe_forecast, forecast, rates_of
 from rlsf_ray.plan import Plan
 from rlsf_ray.run_store import RunStore
 
@@ -107,6 +107,22 @@ def test_on_gpus_of_their_own_stages_overlap_where_versions_may_lag(tmp_path: Pa
     found = forecast(replace(plan, config=two), rates, {"CPU": 8.0, "GPU": 3.0})
     assert found.seconds["generate"] == pytest.approx(20.0)
     assert found.total_s == pytest.approx(40 + 2 * rates.gap_s + 60)
+
+
+def test_what_one_actor_does_at_once_counts_once() -> None:
+    """vLLM works on several batches: 4 s and 4 s that share 2, beside 5 s of another generator."""
+    rows = [row("generator", "generate", 0, 0, 4, 1), row("generator", "generate", 0, 2, 4, 1)]
+    other = row("generator", "generate", 0, 0, 5, 1) | {"actor": "generator-1"}
+    assert busy_seconds([*rows, other])["generate"] == 6 + 5
+
+
+def test_training_workers_do_not_take_turns(tmp_path: Path, config: RunConfig) -> None:
+    """What two workers needed 60 s for takes two workers 60 s again, and one 120 s."""
+    two = override_config(config, ["cluster.trainers.count=2"])
+    rates = rates_of(finished(tmp_path / "run", two), two, CORES)
+    assert rates.gap_s == pytest.approx(2.0)
+    assert forecast(plan_of(two, 20), rates, CORES).seconds["train"] == pytest.approx(60)
+    assert forecast(plan_of(config, 20), rates, CORES).seconds["train"] == pytest.approx(120)
 
 
 def test_the_text_says_by_whose_rates(tmp_path: Path, config: RunConfig) -> None:
