@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 import platform
+import statistics
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -39,6 +40,11 @@ class Ratio(NamedTuple):
     low: float  # of its turns; of one turn all three are the same
     high: float
     target: float | None = None  # at least
+
+
+def spread(values: Sequence[float]) -> Json:
+    """The middle, the least and the most of some turns, as `Ratio` has them."""
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
 LEAVE_S = 20.0

@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench_common import ROOT, Ratio, base_parser, machine_facts, parse, write_result
+from bench_common import ROOT, Ratio, base_parser, machine_facts, parse, spread, write_result
 
 from rlsf_ray.config import RunConfig
 from rlsf_ray.config_loading import load_config
@@ -167,14 +167,10 @@ def summed(name: str, found: Mapping[str, Sequence[Json]]) -> Json:
         "turns": [turn | {"prompts": len(turn["prompts"])} for turn in turns],
         "pairs_per_s": statistics.median(turn["pairs"] / turn["seconds"] for turn in turns),
         "against": row.against if others else None,
-        "speed": _spread(ratios) if others else None,
+        "speed": spread(ratios) if others else None,
         "target": TARGET if row.against == "TRL" else None,
         "overlap": overlap(turns) if turns[0]["stages"] else None,
     }
-
-
-def _spread(values: Sequence[float]) -> Json:
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
 def overlap(turns: Sequence[Json]) -> Json:

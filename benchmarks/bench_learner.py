@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from bench_common import ROOT, Ratio, base_parser, machine_facts, parse, write_result
+from bench_common import ROOT, Ratio, base_parser, machine_facts, parse, spread, write_result
 from safetensors.numpy import load_file
 
 from rlsf_ray.config import RunConfig
@@ -153,7 +153,7 @@ def _ratio(found: Sequence[Json], parts: Sequence[str]) -> Json:
         sum(turn["trl"]["seconds"][part] for part in parts) / sum(turn["ours"]["seconds"][part] for part in parts)
         for turn in found
     ]
-    return {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+    return spread(ratios)
 
 
 def _same(turn: Json, adapters: Sequence[dict[str, np.ndarray]]) -> Json:

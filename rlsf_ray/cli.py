@@ -35,6 +35,7 @@ from rlsf_ray.cli_options import (
     Set,
     Version,
     absolute,
+    expected,
     is_alpha,
     is_run,
     load,
@@ -112,13 +113,12 @@ def plan(
     recipe: Recipe, set_: Set = None, address: Address = None, seed: Seed = None, like: Like = None, root: Root = "runs"
 ) -> None:
     """Print the resolved config, what the run needs and what is missing; start nothing."""
-    from rlsf_ray.forecast import describe_forecast, rates_of
     from rlsf_ray.plan import check_input, describe
 
     checked, (there, where) = check_input(load(recipe, set_, seed)), resources_at(address)
     print(describe(checked, there, where))
     if like:
-        print(describe_forecast(checked, rates_of(open_run(like, root), checked.config, there), there))
+        print(expected(checked, open_run(like, root), there))
 
 
 @app.command("eval")

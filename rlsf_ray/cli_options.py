@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from rlsf_ray.config import RunConfig
+    from rlsf_ray.plan import Plan
     from rlsf_ray.run_store import RunStore
 
 MOST_ALPHA = 100.0
@@ -68,6 +69,13 @@ def resources_at(address: str | None) -> tuple[dict[str, float], str]:
     from rlsf_ray.operate import cluster_resources
 
     return cluster_resources(address), f"the cluster at {address}"
+
+
+def expected(plan: Plan, like: RunStore, there: dict[str, float]) -> str:
+    """What the planned run will take by the rates of another; see `forecast.rates_of`."""
+    from rlsf_ray.forecast import describe_forecast, rates_of
+
+    return describe_forecast(plan, rates_of(like, plan.config, there), there)
 
 
 def make_console() -> Console:

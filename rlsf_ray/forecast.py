@@ -17,7 +17,7 @@ from rlsf_ray.plan import Plan, pools
 from rlsf_ray.records import Json
 from rlsf_ray.rollouts.programs import CALIBRATION_TRACES
 from rlsf_ray.run_store import RunStore
-from rlsf_ray.timeline import make_timeline, merge
+from rlsf_ray.timeline import make_timeline
 from rlsf_ray.wording import duration
 
 ROLES = {"generate": "generator", "score": "scorer", "train": "trainer", "probe": "generator"}  # by stage
@@ -115,13 +115,8 @@ def describe_forecast(plan: Plan, rates: Rates, there: Mapping[str, float]) -> s
 
 def busy_seconds(stages: Sequence[Json]) -> dict[str, float]:
     """Seconds of work by stage, over all actors. What one actor does at the same time (vLLM) counts once."""
-    spans: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for row in stages:
-        spans.setdefault((row["stage"], row["actor"]), []).append((row["start"], row["end"]))
-    return {
-        stage: sum(end - start for (its, _), own in spans.items() if its == stage for start, end in merge(own))
-        for stage in ROLES
-    }
+    of = {stage: make_timeline([row for row in stages if row["stage"] == stage]) for stage in ROLES}
+    return {stage: sum(lane.busy_s for lane in line.lanes) for stage, line in of.items()}
 
 
 def _check_alike(store: RunStore, config: RunConfig) -> None:

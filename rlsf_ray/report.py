@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -59,7 +58,7 @@ def write_report(store: RunStore, others: Sequence[RunStore] = ()) -> str:
     """
     run = read_run(store)
     if run.stages:
-        store.write_text("trace.json", json.dumps(chrome_trace(run.stages)))
+        store.write_json("trace.json", chrome_trace(run.stages))
     return store.write_text("report.html", render(run, [read_run(other) for other in others]))
 
 

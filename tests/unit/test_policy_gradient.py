@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from group_data import advantage_group
+from learner_sides import grpo_inputs
 from tiny import tiny_config
 
 from rlsf_ray.algorithms.losses import importance_weights, kl_penalty, policy_gradient
@@ -145,28 +146,7 @@ def trl_loss(policy: Any, groups: list[Any], folder: Path, temperature: float, *
     )
     trainer.model.eval()
     pairs = [(group.prompt_ids, trace) for group in groups for trace in group.traces]
-    before, after = max(len(prompt) for prompt, _ in pairs), max(len(trace.token_ids) for _, trace in pairs)
-
-    def padded(rows: list[np.ndarray], size: int, *, left: bool, dtype: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        values, mask = np.zeros((len(rows), size), dtype), np.zeros((len(rows), size), np.int64)
-        for row, given in enumerate(rows):
-            place = slice(size - len(given), size) if left else slice(0, len(given))
-            values[row, place], mask[row, place] = given, 1
-        return torch.from_numpy(values), torch.from_numpy(mask)
-
-    prompt_ids, prompt_mask = padded([prompt for prompt, _ in pairs], before, left=True, dtype=np.int64)
-    ids, mask = padded([trace.token_ids for _, trace in pairs], after, left=False, dtype=np.int64)
-    inputs = {
-        "prompt_ids": prompt_ids,
-        "prompt_mask": prompt_mask,
-        "completion_ids": ids,
-        "completion_mask": mask,
-        "advantages": torch.tensor([float(trace.credit[0]) for _, trace in pairs], dtype=torch.float32),
-        "old_per_token_logps": padded([t.logprob for _, t in pairs], after, left=False, dtype=np.float32)[0],
-        "ref_per_token_logps": padded([t.reference_logprob for _, t in pairs], after, left=False, dtype=np.float32)[0],
-        "num_items_in_batch": mask.sum(),
-    }
-    return trainer._compute_loss(policy, inputs)
+    return trainer._compute_loss(policy, grpo_inputs(pairs))
 
 
 @pytest.mark.parametrize(("normalise", "theirs"), [("trace", "grpo"), ("token", "bnpo"), ("constant", "dr_grpo")])
