@@ -34,6 +34,7 @@ STATISTICS: dict[str, Callable[[Floats, Floats], float]] = {
     "aurc": calibration.aurc,
     "overconfidence": calibration.overconfidence,
 }
+NOT_SHARES = ("mean_length", "surprisal", "transitions", *MEANS)
 RESAMPLES = 500
 LEVEL = 0.95
 
@@ -42,14 +43,13 @@ def measure(rows: Sequence[Json]) -> Json:
     """{metric: value, metric_low, metric_high}: percentile intervals over questions, drawn alike for every metric."""
     draws = np.random.default_rng(0).integers(len(rows), size=(RESAMPLES, len(rows)))
     metrics: Json = {}
-    for name, values in _by_question(rows).items():
-        _put(metrics, name, float(values.mean()), values[draws].mean(axis=1))
+    each, one = _by_question(rows), np.ones(len(rows))
     right, parsed = (
         np.array([sum(map(read, row["samples"])) for row in rows], dtype=float) for read in (_right, _parsed)
     )
-    shares = {"accuracy_given_parsed": (right, parsed)} | (counts_of_tries(rows) if "episodes" in rows[0] else {})
-    for name, counts in shares.items():
-        interval = calibration.ratio_interval if name in MEANS else calibration.share_interval
+    ratios = {name: (values, one) for name, values in each.items()} | {"accuracy_given_parsed": (right, parsed)}
+    for name, counts in (ratios | (counts_of_tries(rows) if "episodes" in rows[0] else {})).items():
+        interval = calibration.ratio_interval if name in NOT_SHARES else calibration.share_interval
         _put_interval(metrics, name, *interval(*counts, resamples=RESAMPLES))
     for name in known_confidences(rows):
         confidence, correct = confidences(rows, name)
@@ -111,8 +111,8 @@ def difference(before: Json, after: Json) -> Json:
         return {}
     rows = [[found[i] for i in shared] for found in (first, last)]
     old, new = map(_by_question, rows)
-    names = ("sampled_accuracy", "greedy_accuracy", "majority_accuracy")
-    rises = {name: list(calibration.paired_interval(list(old[name]), list(new[name]))) for name in names}
+    names, one = ("sampled_accuracy", "greedy_accuracy", "majority_accuracy"), np.ones(len(shared))
+    rises = {name: list(calibration.share_rise((old[name], one), (new[name], one))) for name in names}
     tries = all("episodes" in row for of in rows for row in of)
     return rises | (rises_of_tries(*map(counts_of_tries, rows)) if tries else {})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from tiny import tiny_config, tiny_model
@@ -13,6 +14,8 @@ from rlsf_ray import access
 from rlsf_ray.config import RunConfig
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+hypothesis.settings.register_profile("any machine", deadline=None)  # a busy one may take a second for one example
+hypothesis.settings.load_profile("any machine")
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
 

@@ -113,24 +113,6 @@ def overconfidence(confidence: ArrayLike, correct: ArrayLike) -> float:
     return float(c.mean() - y.mean())
 
 
-def bootstrap_interval(
-    values_by_question: Sequence[ArrayLike],
-    *,
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Interval:
-    """(estimate, low, high): percentile bootstrap that draws whole questions, since their samples hang together.
-
-    Of the mean over the samples [n] of all questions. Raises ValueError if there are no samples.
-    """
-    questions = [np.asarray(values, dtype=np.float64) for values in values_by_question]
-    if sum(len(values) for values in questions) == 0:
-        raise ValueError("an interval needs samples, got none; give at least one question with one sample")
-    sums, counts = [values.sum() for values in questions], [len(values) for values in questions]
-    return ratio_interval(sums, counts, level=level, resamples=resamples, seed=seed)
-
-
 def ratio_interval(
     part: ArrayLike, whole: ArrayLike, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> Interval:
@@ -175,22 +157,6 @@ def share_rise(before: Counts, after: Counts) -> Interval:
         return ratio_rise(before, after)
     rise = new - old
     return rise, rise - math.hypot(new - new_low, old_high - old), rise + math.hypot(new_high - new, old - old_low)
-
-
-def paired_interval(
-    before_by_question: Sequence[ArrayLike],
-    after_by_question: Sequence[ArrayLike],
-    *,
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Interval:
-    """(estimate, low, high) of the mean over questions of (mean after - mean before); the questions are the same."""
-    differences = [
-        np.atleast_1d(np.mean(np.asarray(after, dtype=np.float64)) - np.mean(np.asarray(before, dtype=np.float64)))
-        for before, after in zip(before_by_question, after_by_question, strict=True)
-    ]
-    return bootstrap_interval(differences, level=level, resamples=resamples, seed=seed)
 
 
 def _ratios(counts: Sequence[Counts], resamples: int, seed: int) -> Floats:

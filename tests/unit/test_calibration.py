@@ -16,7 +16,6 @@ from sklearn.metrics import brier_score_loss, log_loss, precision_recall_curve, 
 from rlsf_ray.algorithms.calibration import (
     aurc,
     auroc,
-    bootstrap_interval,
     brier,
     brier_skill,
     ece,
@@ -24,7 +23,6 @@ from rlsf_ray.algorithms.calibration import (
     fit_temperature,
     nll,
     overconfidence,
-    paired_interval,
     ratio_interval,
     ratio_rise,
     reliability,
@@ -169,30 +167,18 @@ def test_bad_input_is_named(metric: Callable[[list[float], list[int]], object]) 
 
 def test_bootstrap_draws_questions_not_samples() -> None:
     # Two questions, all samples alike within each: a draw of two gives a mean of 0, 0.5 or 1 (1/4, 1/2, 1/4).
-    assert bootstrap_interval([[0.0] * 100, [1.0] * 100], seed=1) == (0.5, 0.0, 1.0)
+    assert ratio_interval([0, 100], [100, 100], seed=1) == (0.5, 0.0, 1.0)
     # Without a difference between questions there is no width.
-    assert bootstrap_interval([[0.0, 1.0]] * 5) == (0.5, 0.5, 0.5)
+    assert ratio_interval([1] * 5, [2] * 5) == (0.5, 0.5, 0.5)
 
 
 def test_bootstrap_interval_is_near_the_normal_one() -> None:
     # 400 questions, half 0 and half 1: standard error 0.5 / 20 = 0.025, so 0.5 -+ 1.96 * 0.025 = 0.451, 0.549
-    estimate, low, high = bootstrap_interval([[float(q % 2)] for q in range(400)])
+    part, whole = np.arange(400) % 2, np.ones(400)
+    estimate, low, high = ratio_interval(part, whole)
     assert estimate == 0.5
     assert (low, high) == (pytest.approx(0.451, abs=0.006), pytest.approx(0.549, abs=0.006))
-    assert bootstrap_interval([[float(q % 2)] for q in range(400)]) == (estimate, low, high)  # same seed
-
-
-def test_paired_interval_is_of_the_difference_per_question() -> None:
-    # before and after differ by 0.25 on each question, however far apart the questions are
-    before, after = [[0.0, 0.0], [0.5, 0.5], [0.75]], [[0.25], [0.5, 1.0], [1.0]]
-    assert paired_interval(before, after) == (0.25, 0.25, 0.25)
-    with pytest.raises(ValueError, match="zip"):
-        paired_interval(before, after[:2])
-
-
-def test_an_interval_needs_samples() -> None:
-    with pytest.raises(ValueError, match="got none"):
-        bootstrap_interval([[], []])
+    assert ratio_interval(part, whole) == (estimate, low, high)  # same seed
 
 
 def test_a_share_of_none_or_all_has_wilson_s_interval_over_questions() -> None:

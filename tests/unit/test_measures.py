@@ -80,10 +80,22 @@ def test_where_no_trace_has_an_answer_nothing_is_given_parsed() -> None:
 
 
 def test_rises_are_paired_over_shared_questions() -> None:
-    better = [question("a", *[sample(0, True, 0.5)] * 4), question("d", *[sample(0, True, 0.5)] * 4)]
+    """Question a gains one sample of four; d stands in one evaluation only."""
+    better = [question(name, *[sample(0, True, 0.5)] * 3, sample(1, False, 0.5)) for name in "ad"]
     rises = difference({"questions": ROWS}, {"questions": better})
-    assert rises["sampled_accuracy"] == [0.5, 0.5, 0.5]
+    assert rises["sampled_accuracy"] == [0.25, 0.25, 0.25]
     assert rises["greedy_accuracy"][0] == rises["majority_accuracy"][0] == 1.0
+
+
+def test_all_right_or_none_is_no_certainty() -> None:
+    """Wilson's interval of 2 of 2 questions, and Newcombe's of the rise to it from none; a length has no such limit."""
+    none, everything = ([question(name, *[sample(0, right, 0.5)] * 4) for name in "ab"] for right in (False, True))
+    away, found = 3.8415 / 5.8415, measure(everything)
+    for name in ("greedy_accuracy", "sampled_accuracy", "parsed"):
+        assert [found[f"{name}_low"], found[f"{name}_high"]] == pytest.approx([1 - away, 1], abs=1e-4)
+    assert found["mean_length_low"] == found["mean_length_high"] == 10
+    rises = difference({"questions": none}, {"questions": everything})
+    assert rises["greedy_accuracy"] == pytest.approx([1.0, 1 - np.hypot(away, away), 1.0 + 0.0], abs=1e-4)
 
 
 def told(name: str, *tries: list[bool]) -> dict[str, Any]:
