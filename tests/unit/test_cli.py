@@ -122,7 +122,7 @@ def test_sigterm_ends_a_command_as_an_error_would() -> None:
 
 
 def test_what_was_not_foreseen_ends_with_code_4_and_a_traceback(monkeypatch, capsys) -> None:
-    monkeypatch.setattr("rlsf_ray.cli.open_run", lambda *_: 1 / 0)
+    monkeypatch.setattr("rlsf_ray.cli_results.open_run", lambda *_: 1 / 0)
     assert exit_code("export", "x", "--what", "pairs", "--to", "x.jsonl") == 4
     assert "Traceback" in capsys.readouterr().err
 
