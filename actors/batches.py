@@ -11,7 +11,7 @@ from ray.exceptions import ObjectLostError
 
 from actors.journal import Journal
 from actors.measuring import TRAINING
-from actors.pool import GeneratorPool, GivenUp
+from actors.pool import LOST, GeneratorPool, GivenUp
 from actors.scorers import ScorerPool
 from actors.spawn import Crew
 from actors.watch import Watch
@@ -56,7 +56,7 @@ class Batches:
         self, round: int, part: int, first: int, prompts: Sequence[Prompt]
     ) -> tuple[list[Outcome], dict[int, str]]:
         """(outcomes, {sequence: why it was given up}). Traces go from generator to scorer as references."""
-        failed, reason = dict[int, str](), "TracesLost"
+        failed, reason = dict[int, str](), LOST
         for _ in range(self._attempts):
             boxed, failed = await self._generate(round, first, prompts)
             if not boxed:
@@ -64,7 +64,9 @@ class Batches:
             try:
                 outcomes, event = await self._scorers.score(boxed, round, part)
                 self._journal.record(event)
-                return outcomes, failed
+                # they may be of an earlier attempt, which others of the prompts have failed
+                rest = set(range(first, first + len(prompts))) - {outcome.sequence for outcome in outcomes}
+                return outcomes, {sequence: failed.get(sequence, reason) for sequence in sorted(rest)}
             except ObjectLostError as error:
                 logger.warning("round %d: the traces from prompt %d on are lost: %s", round, first, error)
             except GivenUp as error:

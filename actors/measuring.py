@@ -10,7 +10,7 @@ from typing import Any
 from ray.exceptions import ObjectLostError
 
 from actors.journal import Journal
-from actors.pool import GeneratorPool, GivenUp
+from actors.pool import LOST, GeneratorPool, GivenUp
 from actors.watch import Watch
 from rlsf_ray.config import RunConfig
 from rlsf_ray.errors import ServiceError
@@ -118,7 +118,7 @@ class Measuring:
                 return
             except ObjectLostError as error:  # the generator's node went before they were read
                 logger.warning("version %d: the traces from question %d on are lost: %s", version, first, error)
-        raise _unmeasured(version, "TracesLost")
+        raise _unmeasured(version, LOST)
 
 
 def _unmeasured(version: int, reason: str) -> ServiceError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import groupby
@@ -21,6 +22,10 @@ class PairBuffer:
         self._job, self._name = job, name
         self._changed = asyncio.Condition()
         self._closed = False
+        # By (round, part): the attempt that may store the batch, and what an attempt has stored
+        self._attempts: dict[tuple[int, int], int] = {}
+        self._stored: dict[tuple[int, int], tuple[Sequence[TrainingGroup], Sequence[int]]] = {}
+        self._turns: dict[tuple[int, int], asyncio.Lock] = defaultdict(asyncio.Lock)
         self._idle_cpu_s = time.process_time()  # spent on imports, before any work
 
     async def prepare(
@@ -56,13 +61,45 @@ class PairBuffer:
         outcomes = [rows_to_outcome(rows, pairs.get(rows[0]["sequence"], 0)) for rows in groups]
         return [outcome for outcome in outcomes if outcome.num_examples or outcome.reason is not None]
 
-    async def put(self, round: int, part: int, groups: Sequence[TrainingGroup], skipped: Sequence[int]) -> int:
-        """Take a batch: stored first, then let in as there is room. Returns how many groups were new."""
-        new = unknown(self._queue, groups)
-        if new:
-            # the whole part: an earlier put of the same batch may have been let in halfway
-            await asyncio.to_thread(self._write, round, part, groups)
-        for group in new:
+    async def begin(self, round: int, part: int, attempt: int) -> list[Outcome] | None:
+        """An attempt at a batch begins: from here on an earlier one, whose scorer has died, stores nothing any more.
+
+        Returns how the batch has ended if an earlier one has stored it: that holds, whatever was written since. Waits
+        for room as that one's `put` did.
+        """
+        key = round, part
+        async with self._turns[key]:
+            self._attempts[key] = attempt
+            stored = self._stored.get(key)
+        if stored is None:
+            return None
+        groups, skipped = stored
+        await self._let_in(round, groups, skipped)
+        ended = {*(group.sequence for group in groups), *skipped}
+        outcomes = await asyncio.to_thread(self._outcomes, round)
+        return [outcome for outcome in outcomes if outcome.sequence in ended]
+
+    async def put(
+        self, round: int, part: int, attempt: int, groups: Sequence[TrainingGroup], skipped: Sequence[int]
+    ) -> int:
+        """Take a batch: stored first, then let in as there is room. Returns how many groups were new.
+
+        What comes from an attempt after which another has begun is dropped.
+        """
+        key = round, part
+        async with self._turns[key]:
+            if attempt < self._attempts.get(key, attempt):
+                return 0
+            new = unknown(self._queue, groups)
+            if new:
+                await asyncio.to_thread(self._write, round, part, groups)
+            self._stored[key] = groups, skipped
+        await self._let_in(round, groups, skipped)
+        return len(new)
+
+    async def _let_in(self, round: int, groups: Sequence[TrainingGroup], skipped: Sequence[int]) -> None:
+        """A batch into the queue, group by group; those that it knows change nothing."""
+        for group in groups:
             async with self._changed:
                 while not (self._closed or self._queue.has_room(group)):
                     await self._changed.wait()
@@ -71,7 +108,6 @@ class PairBuffer:
         async with self._changed:
             self._queue.skip(round, skipped)
             self._changed.notify_all()
-        return len(new)
 
     async def give_up(self, round: int, sequences: Sequence[int]) -> list[Outcome]:
         """No more attempts for these prompts. Returns the outcomes of those whose groups are held all the same."""
@@ -112,6 +148,9 @@ class PairBuffer:
         async with self._changed:
             self._queue.end_rounds(count)
             self._changed.notify_all()
+        for known in (self._attempts, self._stored, self._turns):
+            for key in [key for key in known if key[0] < count]:
+                del known[key]
 
     async def close(self) -> None:
         """No more leases: the trainer stops at its next step."""

@@ -34,6 +34,9 @@ class Hands:
     leaving: Callable[[Mapping[str, Any]], Collection[str]]
 
 
+LOST = "TracesLost"  # why a batch or a prompt is given up whose traces are not there any more
+
+
 class GivenUp(Exception):
     """A batch failed as often as it may; `reason` names the last error's type."""
 

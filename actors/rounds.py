@@ -12,7 +12,7 @@ from typing import Any
 from actors.batches import Batches
 from actors.journal import Journal
 from actors.measuring import Collapse, Measuring
-from actors.pool import GeneratorPool
+from actors.pool import LOST, GeneratorPool
 from actors.scorers import ScorerPool
 from actors.spawn import MOST_SLOTS, Crew, most_batches
 from actors.watch import Watch
@@ -180,7 +180,7 @@ class Rounds:
             self._recover(round, found)
         self._state.work_begins()
         for round, without in self._without(ended).items():  # the new buffer must not wait for these
-            await answer(crew.buffer.put.remote(round, 0, [], without), "pair_buffer")
+            await answer(crew.buffer.give_up.remote(round, without), "pair_buffer")
 
     def _without(self, ended: int) -> dict[int, list[int]]:
         """Prompts without pairs of the rounds that are not over."""
@@ -201,13 +201,21 @@ class Rounds:
         return prompts_of_round(self._train, round, self._config.prompts_per_round, self._config.seed, feeds)
 
     def _recover(self, round: int, found: Sequence[Outcome]) -> None:
-        """Book what the run directory says about a round in progress; a batch counts whole or not at all."""
+        """Book what the run directory says about a round in progress.
+
+        A batch counts whole or not at all, or it would be written anew beside what the buffer holds of it: where that
+        is something, prompts without traces had failed.
+        """
         size, outcomes = len(self._prompts(round)), {outcome.sequence: outcome for outcome in found}
-        self._state.ledger.admit(round, size)
+        ledger = self._state.ledger
+        ledger.admit(round, size)
         for start in range(0, size, self._size):
             batch = range(start, min(start + self._size, size))
-            if all(sequence in outcomes for sequence in batch):
-                self._state.recovered(round, [outcomes[sequence] for sequence in batch])
+            there = [outcomes[sequence] for sequence in batch if sequence in outcomes]
+            if len(there) == len(batch) or any(outcome.num_examples for outcome in there):
+                self._state.recovered(round, there)
+                lost = set(ledger.sequences(round, IN_FLIGHT)) & set(batch)
+                ledger.failed(round, sorted(lost), LOST)
 
     async def _fit(self) -> None:
         await self._watch.answer_while_moving(self.fit, "the trainer")
@@ -232,11 +240,6 @@ class Rounds:
             self._say(f"round {round + 1}: generating and scoring")
             await self._admit(round)
         await self._watch.until(lambda: admission.rounds_ended >= self._config.rounds, "the trainer")
-
-    def _trained_reward(self) -> bool:
-        """Is the run in the rounds of its reward model, and one of them is over?"""
-        ended = self._state.admission.rounds_ended
-        return self._config.trains_reward(ended) and self._store.reward_round(ended) is not None
 
     async def _check_reward(self, round: int) -> None:
         """Raises NoPairsError where the policy's rounds begin and those of the reward model had no pairs."""
@@ -301,15 +304,31 @@ class Rounds:
     async def _take_commits(self) -> None:
         while True:
             record, boxed = await self._commits.get()
+            await self._check_checkpoint(record["round"] if record else -1)
             if record is not None:
                 await self._commit(record, boxed)
-            elif self._state.admission.newest > 0 or await asyncio.to_thread(self._trained_reward):
-                raise StorageError(
-                    f"{self._state.admission.rounds_ended} rounds are over, but the trainer finds no checkpoint in"
-                    f" {self._store.path('checkpoints')}; restore that folder from a copy, or begin a new run"
-                )
             self._trainer_at = record["round"] + 1 if record else 0
             self._watch.moved()
+
+    async def _check_checkpoint(self, round: int) -> None:
+        """Raises StorageError unless the trainer's checkpoint, of `round`, has all that was trained and no gap before.
+
+        -1: it finds none.
+        """
+        admission, ledger = self._state.admission, self._state.ledger
+        over, reward = admission.rounds_ended, None
+        if self._config.reward_model:
+            reward = await asyncio.to_thread(self._store.reward_round, over)
+        last = max([made for made, _ in admission.made()], default=-1 if reward is None else reward)
+        missing = [r for r in range(over, round) if not ledger.size(r) or ledger.sequences(r, PAIRS)]
+        if (round >= last and not missing) or not self.may_train:  # the run goes back: nothing is trained any more
+            return
+        found = f"the checkpoint of round {round + 1}" if round >= 0 else "no checkpoint"
+        raise StorageError(
+            f"{self._store.path('state.json')}: {over} rounds are over, round {last + 1} was the last that was trained,"
+            f" but the trainer finds {found} in {self._store.path('checkpoints')}; expected that round's or the next."
+            " Restore both from one copy, or begin a new run"
+        )
 
     async def _commit(self, record: Json, boxed: list[Any]) -> None:
         """Publish the version of a saved checkpoint. Being told twice changes nothing."""

@@ -50,18 +50,24 @@ class ScorerWorker:
                 self._weights = self._job.actor("weight_store")
                 self._scorer = scorer
 
-    def process(self, boxed: list[Any], round: int, part: int) -> tuple[list[Outcome], Json]:
+    def process(self, boxed: list[Any], round: int, part: int, attempt: int) -> tuple[list[Outcome], Json]:
         """Score one batch and put it into the buffer; waits while the buffer is full.
 
         `boxed` holds references of lists of groups. Traces are stored before the buffer hears of them. The
-        coordinator watches how long this takes.
+        coordinator watches how long this takes. `attempt` grows; where an earlier one at this batch has stored it, that
+        holds, and its outcomes are returned.
         """
         from rlsf_ray.engines.scorer import outcome
 
         with self._waiting():
+            self.prepare()
+            start = time.time()
+            held: list[Outcome] | None = ray.get(self._buffer.begin.remote(round, part, attempt))
+            if held is not None:
+                return held, event("scorer", self._name, "score", round, start)
             scored, training, done = self._compute(boxed, round, part)
         skipped = [one.group.sequence for one in scored if one.reason is not None]
-        ray.get(self._buffer.put.remote(round, part, training, skipped))
+        ray.get(self._buffer.put.remote(round, part, attempt, training, skipped))
         return [outcome(one) for one in scored], done
 
     @contextmanager
@@ -76,7 +82,6 @@ class ScorerWorker:
 
     def _compute(self, boxed: list[Any], round: int, part: int) -> tuple[list[ScoredGroup], list[TrainingGroup], Json]:
         """(scored groups, those with something to learn, the stage event); stores the traces."""
-        self.prepare()
         lists: list[list[Group]] = ray.get(boxed, timeout=self._store.config.cluster.deadline_s)
         groups = [group for groups in lists for group in groups]
         self._fetch(round, {group.version for group in groups})

@@ -42,6 +42,7 @@ class ScorerPool:
         self._queued = dict.fromkeys(handles, 0)  # batches at each one that takes work
         self._idle_since = dict.fromkeys(handles, time.monotonic())
         self._numbers = itertools.count(len(handles))
+        self._tries = itertools.count()  # of batches: a later one at the same batch has a higher number
         self._left: set[str] = set()  # ended because their nodes go
         self._away: set[str] = set()  # broken, and not back yet
 
@@ -71,7 +72,7 @@ class ScorerPool:
             name = min(sorted(there), key=lambda scorer: (failures[scorer], self._queued[scorer]))
             self._queued[name] += 1
             try:
-                call = self._handles[name].process.remote(boxed, round, part)
+                call = self._handles[name].process.remote(boxed, round, part, next(self._tries))
                 outcomes, event = await self._watch.answer_while_moving(call, name)
                 return list(outcomes), event
             except RayActorError as error:

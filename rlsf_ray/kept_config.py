@@ -26,9 +26,9 @@ def read_config(storage: Storage) -> Json | None:
     try:
         values = yaml.safe_load(data)
     except yaml.YAMLError as error:
-        raise damaged(storage.path("config.yaml"), error) from error
+        raise damaged(storage.path("config.yaml"), error, needed=False) from error
     if not isinstance(values, dict):
-        raise damaged(storage.path("config.yaml"), f"expected keys, got {type(values).__name__}")
+        raise damaged(storage.path("config.yaml"), f"expected keys, got {type(values).__name__}", needed=False)
     return values
 
 
@@ -47,7 +47,7 @@ def check_schema(storage: Storage) -> None:
         values = json.loads(data or b"{}")
         schema, made_by = int(values.get("schema", 1)), values.get("packages", {}).get("rlsf-ray", "a later one")
     except (ValueError, AttributeError, TypeError) as error:
-        raise damaged(storage.path("packages.json"), error) from error
+        raise damaged(storage.path("packages.json"), error, needed=False) from error
     if schema > SCHEMA:
         raise InputError(
             f"{storage.root} is a run directory of form {schema}, expected at most {SCHEMA}; open it with the rlsf-ray"

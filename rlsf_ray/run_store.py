@@ -125,7 +125,8 @@ class RunStore:
         try:
             return json.loads(data)
         except ValueError as error:
-            raise damaged(self.path(name), error) from error
+            needed = name == "state.json" or name.startswith(("versions/", "reward/"))
+            raise damaged(self.path(name), error, needed=needed) from error
 
     def write_table(self, kind: str, round: int, part: int, rows: Sequence[Json]) -> None:
         """Put one part of a table in place (see tables.py for the kinds and their columns)."""
@@ -163,7 +164,7 @@ class RunStore:
         try:
             return tables.decode(self.storage.read(name) or b"")
         except ValueError as error:
-            raise damaged(self.path(name), error) from error
+            raise damaged(self.path(name), error, needed=True) from error
 
     def append_metrics(self, name: str, records: Sequence[Json]) -> None:
         """Add rows to `metrics/<name>.jsonl`, and those of `train` to TensorBoard. One writer for each name."""
@@ -179,7 +180,7 @@ class RunStore:
         try:
             return [json.loads(line) for line in whole.split(b"\n") if line]
         except ValueError as error:
-            raise damaged(self.path(path), error) from error
+            raise damaged(self.path(path), error, needed=False) from error
 
     def _append_events(self, name: str, records: Sequence[Json]) -> None:
         """TensorBoard reads every event file of a folder, so each process and each resume begins a file of its own."""
@@ -220,7 +221,7 @@ class RunStore:
         try:
             adapter = adapters.from_peft(self.storage.read(weights) or b"")
         except ValueError as error:
-            raise damaged(self.path(weights), error) from error
+            raise damaged(self.path(weights), error, needed=True) from error
         found = checksum(adapter)
         if found != known.get("checksum"):
             raise WeightsError(

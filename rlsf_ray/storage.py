@@ -248,12 +248,10 @@ class Storage:
             ) from error
 
 
-def damaged(path: str, why: object) -> StorageError:
-    """The error for a file whose content cannot be understood."""
-    return StorageError(
-        f"{path} is damaged or was only half written ({why}); restore it from a copy, or delete it and run the same"
-        " command again"
-    )
+def damaged(path: str, why: object, *, needed: bool) -> StorageError:
+    """The error for a file whose content cannot be understood. `needed`: the run cannot go on without it."""
+    other = "begin a new run" if needed else "delete it and run the same command again"
+    return StorageError(f"{path} is damaged or was only half written ({why}); restore it from a copy, or {other}")
 
 
 def _file_system(root: str) -> tuple[Any, str]:

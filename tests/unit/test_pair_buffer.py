@@ -52,8 +52,8 @@ def test_a_put_waits_while_the_buffer_is_full_and_goes_on_after_a_lease(job: Job
     async def scenario() -> None:
         buffer = PairBuffer(job, "pair_buffer")
         await buffer.prepare(0)
-        await buffer.put(0, 0, [group(0), group(1)], [])
-        second = asyncio.create_task(buffer.put(0, 1, [group(2)], [3]))
+        await buffer.put(0, 0, 0, [group(0), group(1)], [])
+        second = asyncio.create_task(buffer.put(0, 1, 0, [group(2)], [3]))
         await asyncio.sleep(0.2)
         assert not second.done()
         lease = await buffer.lease(0, 0, 8, 1.0)
@@ -91,14 +91,14 @@ def test_a_new_life_finds_the_groups_that_were_put_and_why_the_others_are_missin
     async def first_life() -> None:
         buffer = PairBuffer(job, "pair_buffer")
         await buffer.prepare(0)
-        await buffer.put(0, 0, [group(0)], [1])
+        await buffer.put(0, 0, 0, [group(0)], [1])
 
     async def second_life() -> None:
         buffer = PairBuffer(job, "pair_buffer")
         found = (await buffer.prepare(0))[0]
         ends = [(outcome.sequence, outcome.num_examples, outcome.reason) for outcome in found]
         assert ends == [(0, 1, None), (1, 0, "tie"), (2, 0, "tie")]
-        assert await buffer.put(0, 0, [group(0)], [1]) == 0  # told again: not taken twice
+        assert await buffer.put(0, 0, 0, [group(0)], [1]) == 0  # told again: not taken twice
         lease = await buffer.lease(0, 0, 8, 1.0)
         assert lease is not None
         again = lease.groups[0]
@@ -109,29 +109,67 @@ def test_a_new_life_finds_the_groups_that_were_put_and_why_the_others_are_missin
     asyncio.run(second_life())
 
 
-def test_a_batch_that_is_put_again_while_the_first_put_waits_is_stored_whole(job: Job) -> None:
-    """The buffer has room for two of three groups; the scorer dies waiting, another puts the same batch."""
-    RunStore.open(job.root).write_table("traces", 0, 0, [trace_row(sequence, None) for sequence in range(3)])
+def test_a_batch_is_what_the_first_attempt_has_stored(job: Job) -> None:
+    """The buffer has room for two of three groups: the scorer dies waiting, and its put lives on.
+
+    The next attempt has other traces, of which none but the last prompt would have pairs.
+    """
+    reasons = (None, None, None, "tie")
+    rows = [trace_row(sequence, reason) for sequence, reason in enumerate(reasons)]
+    RunStore.open(job.root).write_table("traces", 0, 0, rows)
 
     async def first_life() -> None:
         buffer = PairBuffer(job, "pair_buffer")
         await buffer.prepare(0)
-        batch = [group(0), group(1), group(2)]
-        first = asyncio.create_task(buffer.put(0, 0, batch, []))
+        assert await buffer.begin(0, 0, 4) is None
+        first = asyncio.create_task(buffer.put(0, 0, 4, [group(0), group(1), group(2)], [3]))
         while len(buffer._queue.num_examples(0)) < 2:
             await asyncio.sleep(0.01)
-        first.cancel()
-        second = asyncio.create_task(buffer.put(0, 0, batch, []))
+        again = asyncio.create_task(buffer.begin(0, 0, 9))
         lease = await buffer.lease(0, 0, 8, 60.0)
         assert lease is not None
-        assert (len(lease.groups), await second) == (2, 1)
+        assert (len(lease.groups), await first) == (2, 3)
+        ended = [(outcome.sequence, outcome.num_examples, outcome.reason) for outcome in await again or ()]
+        assert ended == [(0, 1, None), (1, 1, None), (2, 1, None), (3, 0, "tie")]
 
     async def second_life() -> None:
         found = (await PairBuffer(job, "pair_buffer").prepare(0))[0]
-        assert [outcome.sequence for outcome in found] == [0, 1, 2]
+        assert [outcome.sequence for outcome in found] == [0, 1, 2, 3]
 
     asyncio.run(first_life())
     asyncio.run(second_life())
+
+
+def test_what_comes_late_from_a_dead_scorer_is_dropped(job: Job) -> None:
+    """Its put reaches the buffer after the next attempt at the batch has begun."""
+
+    async def scenario() -> None:
+        buffer = PairBuffer(job, "pair_buffer")
+        await buffer.prepare(0)
+        assert await buffer.begin(0, 0, 1) is None
+        assert await buffer.begin(0, 0, 2) is None
+        assert await buffer.put(0, 0, 1, [group(0)], [1]) == 0
+        assert RunStore.open(job.root).rounds("groups") == []
+        assert await buffer.put(0, 0, 2, [group(1)], [0]) == 1
+        await _has_only(buffer, 1, size=2)
+
+    asyncio.run(scenario())
+
+
+def test_a_batch_that_could_not_be_stored_may_be_stored_by_the_next_attempt(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        buffer = PairBuffer(job, "pair_buffer")
+        await buffer.prepare(0)
+        with monkeypatch.context() as patch:
+            patch.setattr(buffer, "_write", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                await buffer.put(0, 0, 1, [group(0)], [])
+        assert await buffer.begin(0, 0, 2) is None
+        assert await buffer.put(0, 0, 2, [group(0)], []) == 1
+
+    asyncio.run(scenario())
 
 
 async def _has_only(buffer: PairBuffer, sequence: int, *, size: int) -> None:
@@ -149,7 +187,7 @@ def test_a_prompt_that_was_given_up_does_not_come_back_in_a_new_life(job: Job) -
     async def scenario() -> None:
         first = PairBuffer(job, "pair_buffer")
         await first.prepare(0)
-        await first.put(0, 0, [group(0), group(1)], [])
+        await first.put(0, 0, 0, [group(0), group(1)], [])
         second = PairBuffer(job, "pair_buffer")
         found = (await second.prepare(0, {0: [1]}))[0]
         assert [outcome.sequence for outcome in found] == [0]
@@ -164,10 +202,10 @@ def test_giving_a_batch_up_keeps_what_was_put_and_skips_the_rest(job: Job) -> No
     async def scenario() -> None:
         buffer = PairBuffer(job, "pair_buffer")
         await buffer.prepare(0)
-        await buffer.put(0, 0, [group(0)], [])
+        await buffer.put(0, 0, 0, [group(0)], [])
         held = await buffer.give_up(0, [0, 1])
         assert [(outcome.sequence, outcome.num_examples) for outcome in held] == [(0, 1)]
-        assert await buffer.put(0, 0, [group(1)], []) == 0  # too late: it counts as failed
+        assert await buffer.put(0, 0, 0, [group(1)], []) == 0  # too late: it counts as failed
         await _has_only(buffer, 0, size=2)
 
     asyncio.run(scenario())

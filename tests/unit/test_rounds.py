@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,7 @@ from actors.measuring import Measuring
 from actors.pool import GivenUp
 from actors.rounds import Rounds
 from actors.watch import Watch
-from rlsf_ray.errors import DeadlineError, ServiceError
+from rlsf_ray.errors import DeadlineError, ServiceError, StorageError
 from rlsf_ray.records import Json, Outcome
 from rlsf_ray.run_store import RunStore
 from rlsf_ray.stream.effort import Effort
@@ -35,18 +35,22 @@ EVENT = {"role": "scorer", "actor": "s", "stage": "score", "start": 0.0, "end": 
 class Scorer:
     """Its n-th call raises what `reply(n)` gives, else it answers with its own name; `back`: the same of its start."""
 
+    attempts = 0  # the highest so far, of all scorers
+
     def __init__(self, name: str, reply: Reply) -> None:
         self._name, self._reply, self.got = name, reply, list[Any]()
         self.back: Reply = fine
         self.built = 0
         self.process, self.prepare = SimpleNamespace(remote=self._call), SimpleNamespace(remote=self._build)
 
-    async def _call(self, boxed: list[Any], round: int, part: int) -> tuple[list[str], Json]:
+    async def _call(self, boxed: list[Any], round: int, part: int, attempt: int = 0) -> tuple[list[Outcome], Json]:
         self.got.append(boxed[0])
+        assert attempt == 0 or attempt > Scorer.attempts
+        Scorer.attempts = attempt
         error = self._reply(len(self.got))
         if error is not None:
             raise error
-        return [self._name], EVENT
+        return [_filtered(0, self._name)], EVENT
 
     async def _build(self) -> None:
         self.built += 1
@@ -83,7 +87,7 @@ def score(made: Rounds) -> Any:
         async with asyncio.TaskGroup() as made._tasks:
             outcomes, failed = await made._batches._generate_and_score(0, 0, 0, [])
         assert not failed
-        return outcomes
+        return [outcome.group_id for outcome in outcomes]
 
     try:
         return asyncio.run(play())
@@ -326,7 +330,7 @@ def test_a_prompt_that_kills_its_generator_takes_no_other_of_its_batch_along(tmp
             raise GivenUp("GeneratorDied")
         return f"traces of {first}", EVENT
 
-    async def process(boxed: list[Any], round: int, part: int) -> tuple[list[Outcome], Json]:
+    async def process(boxed: list[Any], round: int, part: int, attempt: int) -> tuple[list[Outcome], Json]:
         scorers["a"].got.append(boxed)
         return [_filtered(sequence) for sequence in (0, 2)], EVENT
 
@@ -352,9 +356,82 @@ def test_a_prompt_that_kills_its_generator_takes_no_other_of_its_batch_along(tmp
     assert made._state.ledger.totals()["in_flight"] == 0
 
 
-def _filtered(sequence: int) -> Outcome:
+def _filtered(sequence: int, name: str = "g") -> Outcome:
     counts = {"num_traces": 4, "num_tokens": 9, "num_cut_off": 0, "num_parsed": 0, "num_examples": 0}
-    return Outcome(group_id=f"g{sequence}", sequence=sequence, reason="no_answers", **counts)
+    return Outcome(group_id=name, sequence=sequence, reason="no_answers", **counts)
+
+
+def _with_pairs(sequence: int) -> Outcome:
+    return replace(_filtered(sequence), num_parsed=4, num_examples=2, reason=None)
+
+
+def test_outcomes_of_an_earlier_attempt_hold_whatever_was_written_since(tmp_path: Path) -> None:
+    """The first attempt had prompts 0 and 1, the traces that were written anew are of 1 and 2."""
+    made, scorers, _ = make(tmp_path, a=fine)
+
+    async def call(method: str, prompts: list[str], round: int, first: int, **options: Any) -> tuple[str, Json]:
+        if len(prompts) > 1 or prompts == ["poison"]:
+            raise GivenUp("GeneratorDied")
+        return f"traces of {first}", EVENT
+
+    async def process(boxed: list[Any], round: int, part: int, attempt: int) -> tuple[list[Outcome], Json]:
+        return [_with_pairs(0), _filtered(1)], EVENT
+
+    made._batches._pool = SimpleNamespace(call=call)  # type: ignore[assignment]
+    scorers["a"].process = SimpleNamespace(remote=process)
+    outcomes, failed = asyncio.run(made._batches._generate_and_score(0, 0, 0, ["poison", "b", "c"]))  # type: ignore[list-item]
+    assert ([outcome.sequence for outcome in outcomes], failed) == ([0, 1], {2: "TracesLost"})
+
+
+@pytest.mark.parametrize(
+    ("found", "ends"),
+    [
+        ([_with_pairs(0), _filtered(1)], {"pairs": [0], "filtered": [1], "failed": [2]}),  # the buffer holds the batch
+        ([_filtered(0), _filtered(1)], {"in_flight": [0, 1, 2]}),  # perhaps it was not stored any more: made anew
+        ([_filtered(0), _filtered(1), _filtered(2)], {"filtered": [0, 1, 2]}),
+    ],
+)
+def test_a_batch_of_a_round_in_progress_is_taken_up_whole_or_made_anew(
+    tmp_path: Path, found: list[Outcome], ends: dict[str, list[int]]
+) -> None:
+    made, _, _ = make(tmp_path, a=fine)
+    made._size, made._train = 3, []
+    made._prompts = lambda round: ["prompt"] * 3  # type: ignore[method-assign,list-item]
+    made._recover(0, found)
+    ledger = made._state.ledger
+    states = ("pairs", "filtered", "failed", "in_flight")
+    assert {state: known for state in states if (known := ledger.sequences(0, state))} == ends
+
+
+@pytest.mark.parametrize(
+    ("ended", "pairs", "checkpoint", "fits"),
+    [
+        ([], 0, -1, True),
+        ([1, 2], 0, 1, True),
+        ([1, 2], 0, 2, True),  # saved, but the run had not heard of it
+        ([1, None], 0, 0, True),  # round 1 had no pairs
+        ([1], 0, 2, True),  # nor had round 1 here, which had not been noted
+        ([1], 1, 2, False),  # but here it had
+        ([1, 2], 0, 0, False),  # an older copy of the checkpoints
+        ([1, 2], 0, -1, False),
+        ([], -1, 1, False),  # no state.json
+    ],
+)
+def test_a_checkpoint_that_does_not_belong_to_the_state_is_refused(
+    tmp_path: Path, ended: list[int | None], pairs: int, checkpoint: int, fits: bool
+) -> None:
+    """`pairs`: of the round after those that have ended; -1: nothing is known of it."""
+    made, _, _ = make(tmp_path, a=fine, rounds=4)
+    for round, version in enumerate(ended):
+        made._state.admission.end_round(round, version)
+    if pairs >= 0:
+        made._state.ledger.admit(len(ended), 1)
+        made._state.scored(len(ended), [_with_pairs(0) if pairs else _filtered(0)])
+    if fits:
+        asyncio.run(made._check_checkpoint(checkpoint))
+        return
+    with pytest.raises(StorageError, match="Restore both from one copy"):
+        asyncio.run(made._check_checkpoint(checkpoint))
 
 
 def test_pairs_that_a_dead_scorer_had_put_are_not_lost(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ class Scorer:
         self.process, self.backlog = SimpleNamespace(remote=self._process), SimpleNamespace(remote=self._backlog)
         self.prepare = self.__ray_ready__ = SimpleNamespace(remote=self._prepare)
 
-    async def _process(self, boxed: list[Any], round: int, part: int) -> tuple[list[Any], Any]:
+    async def _process(self, boxed: list[Any], round: int, part: int, attempt: int) -> tuple[list[Any], Any]:
         if self._dies:
             raise ActorDiedError
         self._waiting += 1
