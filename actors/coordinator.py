@@ -141,14 +141,15 @@ class Coordinator:
             await self._journal.save()  # an order that was taken outlives this process
 
     async def feed(self, name: str, data: bytes) -> Json:
-        """Take a file's prompts into the run: {"prompts", "known", "first_round"}.
+        """Take a file's prompts into the run: {"prompts", "known", "first_round", "room": of the rounds from there on}.
 
         Raises InputError for a bad file, ServiceError if the run is not going on.
         """
-        _, rounds = self._ordered()
+        state, rounds = self._ordered()
         feed = await rounds.feed(name, data)
         logger.info("fed with %d prompts of %s from round %d on", len(feed.prompts), name, feed.first_round + 1)
-        return {"prompts": len(feed.prompts), "known": feed.known, "first_round": feed.first_round}
+        told = {"prompts": len(feed.prompts), "known": feed.known, "first_round": feed.first_round}
+        return told | {"room": state.room(feed.first_round)}
 
     def _ordered(self) -> tuple[RunState, Rounds]:
         """What an order changes. Raises ServiceError where it would come too early or too late."""

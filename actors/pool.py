@@ -267,6 +267,8 @@ class GeneratorPool:
             raise ServiceError(f"every generator died, the last one so: {error}; see its log") from error
 
     def _give_back(self, name: str) -> None:
+        if name not in self._handles:  # given back meanwhile
+            return
         self._fleet.remove(name)
         self._hands.end(self._handles.pop(name), False)
 

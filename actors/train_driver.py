@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from typing import Any
 
 from actors.job import Job
 from rlsf_ray.run_store import RunStore
+from rlsf_ray.storage import Storage
 
 LAG_S = 5.0  # the coordinator notes a checkpoint after Ray Train has it
 logger = logging.getLogger(__name__)
@@ -29,6 +31,7 @@ class TrainDriver:
         import ray.train
 
         store = self._job.enter(self._name)
+        mend_index(store.storage, self._job.run)
         while True:
             before = rounds_ended(store)
             try:
@@ -71,6 +74,35 @@ class TrainDriver:
                 callbacks=[Commit(self._job)],
             ),
         )
+
+
+def keep_index(storage: Storage, run: str) -> None:
+    """Copy Ray Train's list of checkpoints, which is whole now."""
+    if (data := storage.read(_index(run))) is not None:
+        storage.write(f"{_index(run)}.copy", data)
+
+
+def mend_index(storage: Storage, run: str) -> None:
+    """Put the copy in the place of a list that a crash has cut short; else Ray Train would start no more."""
+    data = storage.read(_index(run))
+    if data is None:
+        return
+    try:
+        json.loads(data)
+    except ValueError:
+        copy = storage.read(f"{_index(run)}.copy")
+        logger.warning(
+            "%s was only half written: %s", storage.path(_index(run)), "its copy" if copy else "none is kept"
+        )
+        if copy:
+            storage.write(_index(run), copy)
+        else:  # it was the first
+            storage.remove(_index(run))
+
+
+def _index(run: str) -> str:
+    """Ray Train's list of a run's checkpoints (2.60), which it writes by truncating the old one."""
+    return f"checkpoints/{run}/checkpoint_manager_snapshot.json"
 
 
 def rounds_ended(store: RunStore) -> int:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import ray
 import ray.train
 
 from actors.job import Job
-from rlsf_ray.errors import DrainedError, RlsfError
+from actors.train_driver import keep_index
+from rlsf_ray.errors import DrainedError, RlsfError, StorageError
 from rlsf_ray.records import Json
+from rlsf_ray.run_store import RunStore
+
+logger = logging.getLogger(__name__)
 
 TELL_S = 60.0  # for the coordinator to hear of an error
 
@@ -25,6 +30,10 @@ class Commit(ray.train.UserCallback):
 
     def after_report(self, run_context: Any, metrics: list[Json], checkpoint: Any) -> None:
         if checkpoint is not None:
+            try:
+                keep_index(RunStore.open(self._job.root).storage, self._job.run)
+            except StorageError as error:  # what was trained is saved all the same
+                logger.warning("no copy of the list of checkpoints: %s", error)
             self._job.actor("coordinator").committed.remote(metrics[0], [checkpoint])
 
 

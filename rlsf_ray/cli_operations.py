@@ -87,6 +87,8 @@ def feed(
     found = operate.feed(run, file, address)
     known = f", {found['known']} it knew" if found["known"] else ""
     print(f"{run} takes {found['prompts']} prompts from round {found['first_round'] + 1} on{known}")
+    if found["prompts"] > found["room"]:
+        print(f"the rounds that are left take {found['room']} of them; feed the next run with the others")
 
 
 @operations.command()

@@ -30,6 +30,7 @@ from rlsf_ray.config_sections import (
     nearest,
     one_of,
 )
+from rlsf_ray.redaction import SECRET_NAME
 
 NAME_CHARACTERS = "A-Za-z0-9._+=-"  # of a run's name, as a class of a regular expression
 
@@ -126,6 +127,11 @@ class RunConfig(Section):
             raise ValueError(
                 "engine_args.trust_remote_code would run Python from the model's folder, and trainer and scorers never"
                 " do, got true; leave it out, and take a model that transformers knows"
+            )
+        if secret := next((key for key, value in self.engine_args.items() if _is_secret(key, value)), None):
+            raise ValueError(
+                f"the run directory keeps engine_args as they are, got a text for {secret} (not shown); leave it out,"
+                " and set it in the environment of every node, such as HF_TOKEN for the hub"
             )
         trainers = self.cluster.trainers
         if trainers.at_most > 1 and not (trainers.gpus or 0.0).is_integer():
@@ -243,3 +249,7 @@ class RunConfig(Section):
                 f"{self.cluster.max_staleness}, judges={list(self.judges)}; set max_staleness: 0 and judges: [live]"
             )
         return self
+
+
+def _is_secret(key: str, value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(SECRET_NAME, key, re.IGNORECASE) is not None

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat
 
 from rlsf_ray.algorithms.advantages import RULES as ADVANTAGE_RULES
 from rlsf_ray.algorithms.preferences import RULES
+from rlsf_ray.redaction import has_user
 
 # Known to rollouts/programs.py, which lies above this module; a test holds the two equal.
 ROLLOUT_NAMES = ("sample", "cot_decoding")
@@ -89,6 +90,11 @@ class SourceConfig(Section):
             raise ValueError(f"a {self.kind} source needs `name`, got none; set name: <data set>")
         if self.kind in ("file", "gsm8k", "commonsenseqa", "bfcl") and not self.path:
             raise ValueError(f"a {self.kind} source needs `path`, got none; set path: <file>")
+        if self.path and has_user(self.path):
+            raise ValueError(
+                "the run directory keeps `path` as it is, got a URL with a user or a password (not shown); give it"
+                " without them, and the file system's own credentials in the environment"
+            )
         if self.kind == "reasoning_gym" and self.count is None:
             raise ValueError("a reasoning_gym source is endless and needs `count`, got none; set count: 100")
         return self

@@ -77,7 +77,8 @@ def roll_back(run_name: str, version: int, address: str | None = None) -> None:
 
 
 def feed(run_name: str, file: Path, address: str | None = None) -> Json:
-    """Give a running run the prompts of a file: {"prompts", "known": left out, "first_round": that takes them}.
+    """Give a running run the prompts of a file: {"prompts", "known": left out, "first_round": that takes them,
+    "room": of the rounds from that one on}.
 
     The file has the columns of the run's own data file, or `question`. Raises InputError for a bad file.
     """

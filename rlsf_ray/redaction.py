@@ -22,6 +22,11 @@ _SECRETS = [  # each with what stays of it, in groups
 ]
 
 
+def has_user(url: str) -> bool:
+    """Does a URL bring a user's name or password along?"""
+    return re.search(r"://[^/\s]*@", url) is not None
+
+
 def redact(text: str, secrets: Collection[str] = ()) -> str:
     """`text` without `secrets`, and without what looks like one: known forms and named values."""
     for value in secrets:

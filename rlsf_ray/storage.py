@@ -25,6 +25,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from rlsf_ray.errors import InputError, StorageError
+from rlsf_ray.redaction import has_user
 
 logger = logging.getLogger(__name__)
 
@@ -262,6 +263,11 @@ def _file_system(root: str) -> tuple[Any, str]:
         )
     if "://" not in root:
         return LocalFileSystem(), os.path.abspath(os.path.expanduser(root))
+    if has_user(root):
+        raise InputError(
+            "logs and messages name the run directory, got a URL with a user or a password (not shown); give it without"
+            " them, and the file system's own credentials in the environment, here and on every node"
+        )
     try:
         fs, base = fsspec.core.url_to_fs(root)
     except (ValueError, ImportError) as error:

@@ -225,6 +225,10 @@ class RunState:
         share = (scored + min(1.0, self.counts["steps"] / expected)) / 2
         return self.seconds * (1.0 / share - 1.0)
 
+    def room(self, first: int) -> int:
+        """How many prompts the rounds from `first` on take."""
+        return (self._config.rounds - first) * self.prompts_per_round
+
     @property
     def examples(self) -> int:
         """Pairs and credited traces so far."""

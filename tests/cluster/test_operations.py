@@ -103,6 +103,7 @@ def test_a_run_waits_goes_on_is_fed_and_goes_back(
     assert went["to"] == 1
     store = RunStore.open(str(tmp_path / "held"))
     assert (fed["prompts"], fed["known"]) == (2, 0)
+    assert fed["room"] == (6 - fed["first_round"]) * config.prompts_per_round
     written = {row["prompt_id"] for row in store.read_table("traces", fed["first_round"]).to_pylist()}
     assert {"feed-0001-1", "feed-0001-2"} < written
     assert store.read_adapter(went["version"])[1].checksum == store.read_adapter(1)[1].checksum

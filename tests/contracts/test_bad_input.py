@@ -77,6 +77,11 @@ COMMANDS: dict[str, tuple[Make, int, str]] = {
         "Invalid value for '--what'",
     ),
     "an alpha that is no number": (lambda p: ["mix", "x", "--alphas", "0,one"], 2, "numbers between commas"),
+    "a password in the root": (
+        lambda p: [*p.plan(), "--like", "x", "--root", "s3://me:swordfish@bucket/runs"],
+        2,
+        "got a URL with a user or a password (not shown)",
+    ),
     "an infinite alpha": (lambda p: ["mix", "x", "--alphas", "0,inf"], 2, "numbers between commas"),
     "an alpha that overflows": (lambda p: ["mix", "x", "--alphas", "0,1e39"], 2, "none beyond 100"),
     "an option of one run for two": (lambda p: ["mix", "a", "b", "--version", "1"], 2, "--version: is for one run"),
@@ -97,6 +102,16 @@ CONFIG: dict[str, tuple[Make, int, str]] = {
     "a key nobody knows": (lambda p: p.plan("loss.betta=1"), 2, "did you mean 'beta'"),
     "a section nobody knows": (lambda p: p.plan("los.beta=1"), 2, "did you mean 'loss'"),
     "a text for a number": (lambda p: p.plan("rounds=two"), 2, "rounds: input should be a valid integer"),
+    "a token for the engine": (
+        lambda p: p.plan("engine=vllm", "cluster.generators.threads=0", "engine_args.hf_token=hf_swordfish"),
+        2,
+        "got a text for hf_token (not shown)",
+    ),
+    "a password in the address of a file": (
+        lambda p: p.plan("data.train=[{kind: file, path: 'https://me:swordfish@host/x.jsonl'}]"),
+        2,
+        "got a URL with a user or a password (not shown)",
+    ),
     "no rounds": (lambda p: p.plan("rounds=0"), 2, "rounds: input should be greater than 0, got 0"),
     "a loss that is nan": (lambda p: p.plan("loss.beta=.nan"), 2, "loss.beta: input should be a finite number"),
     "an unknown signal": (lambda p: p.plan("signal=answer_prb"), 2, "did you mean 'answer_prob'?"),
