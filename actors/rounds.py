@@ -117,7 +117,8 @@ class Rounds:
         """The last good version and a part of the step that was too much, or none of it, becomes a new version."""
         back = self._state.way_back()
         self._say(f"going back to {way_back(asdict(back))}")
-        made = await self._watch.answer(self._crew.weights.roll_back.remote(*astuple(back)), "weight_store")
+        call = self._crew.weights.roll_back.remote(*astuple(back), self._state.admission.newest)
+        made = await self._watch.answer(call, "weight_store")
         self._state.roll_back(made)
         await self._journal.save()
         await self._pool.prepare(made)

@@ -60,11 +60,15 @@ class WeightStore:
             )
         self._store.write_reward(weights, record["round"])
 
-    def roll_back(self, to: int, past: int | None, share: float) -> int:
-        """Publish what lies between two versions as one that is newer than all others; returns its number."""
+    def roll_back(self, to: int, past: int | None, share: float, known: int) -> int:
+        """Publish what lies between two versions as one that is newer than all others; returns its number.
+
+        `known`: the newest that the run has noted. Where a crash kept it from noting this one, it is that.
+        """
         config, newest = self._store.config, self._store.versions()[-1]
         adapter = self._store.read_between(to, past, share)
-        weights = self._store.write_adapter(newest + 1, adapter, config.model.name, config)
+        made = newest > known and self._store.read_adapter(newest)[1].checksum == checksum(adapter)
+        weights = self._store.write_adapter(newest if made else newest + 1, adapter, config.model.name, config)
         self._hold(weights, adapter, [])
         return weights.version
 

@@ -129,8 +129,8 @@ def test_the_next_life_of_a_run_that_was_to_go_back_trains_no_more(tmp_path: Pat
         await again.run(asyncio.get_running_loop().create_future())
 
     asyncio.run(play())
-    went = [("made", 0, 1, 0.125), ("loaded", 2)] if crashed_after == "verdict" else []
-    assert done == ["prepared", *went, ("judged", 2), ("made", 0, 1, 0.0), ("loaded", 3), ("judged", 3)]
+    went = [("made", 0, 1, 0.125, 1), ("loaded", 2)] if crashed_after == "verdict" else []
+    assert done == ["prepared", *went, ("judged", 2), ("made", 0, 1, 0.0, 2), ("loaded", 3), ("judged", 3)]
     assert again._state.rolled_back == {"from": 1, "to": 0, "past": 1, "share": 0.0, "version": 3}
     assert not again.may_train
 
