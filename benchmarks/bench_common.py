@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -89,6 +90,14 @@ def machine_facts(*modules: str) -> Json:
             for name in ("torch", "ray", "transformers", *(name for module in modules for name in _that_bring(module)))
         },
     }
+
+
+def commit() -> str | None:
+    """The source that a result was made with, with a "+" where it had been changed; None outside a repository."""
+    folder = str(Path(__file__).parent)
+    command = ["git", "-C", folder, "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None
 
 
 def _that_bring(module: str) -> list[str]:

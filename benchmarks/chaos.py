@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from bench_common import machine_facts  # noqa: E402
+from bench_common import commit, machine_facts  # noqa: E402
 from chaos_check import Accounts, check, faults, table  # noqa: E402
 from chaos_kills import RUN, Hang, kill_actors, kill_clusters  # noqa: E402
 from tiny import tiny_config, tiny_model  # noqa: E402
@@ -67,6 +67,7 @@ def measure(folder: Path, options: argparse.Namespace) -> tuple[Json, list[str]]
         "what": options.what,
         "command": f"python benchmarks/chaos.py {options.what} {arguments}",
         "machine": machine_facts(),
+        "commit": commit(),
         "minutes": minutes,
         "wanted": options.kills,
         "kills": [{name: value for name, value in asdict(kill).items() if name != "at"} for kill in kills],
@@ -86,11 +87,13 @@ def page(results: Sequence[Json]) -> str:
         " rounds, while its processes are killed (SIGKILL); where a death ends the run, the same command is given"
         " again. Recovered: a process of the role stands there again and the run has then moved on. Compared with a run"
         " that nobody disturbed. Two generators, one scorer, five attempts a batch. A sample of the status is right"
-        " if its sums close, one of the disk if what has ended stays so.",
+        " if whole rounds are admitted and its sums close, one of the disk if what has ended stays so and each version"
+        " was trained on as many prompts as are booked.",
     ]
     for result in results:
         machine = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
-        told = f"`{result['command']}`: {result['minutes']:.0f} min on {machine}."
+        code = f", commit {result['commit']}" if result.get("commit") else ""
+        told = f"`{result['command']}`: {result['minutes']:.0f} min on {machine}{code}."
         lines += ["", f"## {HEADS[result['what']]}", "", told, "", table(result), "", *result["faults"]]
     return "\n".join(lines).rstrip() + "\n"
 

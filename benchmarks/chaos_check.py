@@ -32,7 +32,7 @@ class Accounts:
     def __init__(self, root: Path, config: RunConfig) -> None:
         self._root, self._config = root, config
         self._books: Books = {}
-        self._looked = 0.0
+        self._looked, self._agreed = 0.0, set[int]()
         self.samples, self.violations = {"status": 0, "disk": 0}, list[str]()
 
     def status(self, found: Json) -> None:
@@ -48,10 +48,21 @@ class Accounts:
             self._looked = time.monotonic()
             saved = json.loads(file.read_text())
             self.books(saved["ledger"])
-            made = [version for _, version in saved["ended"] if version]
-            files = {version: self._root / f"versions/{version:04d}/{TRAINED_FILE}" for version in made}
-            lacking = [version for version, file in files.items() if not file.exists()]
-            self.violations += [f"round over, but nothing kept of version {version}" for version in lacking]
+            for round, version in saved["ended"]:
+                entries = saved["ledger"][str(round)]
+                if version and version not in self._agreed:
+                    self._agree(version, [at for at, (state, _) in enumerate(entries) if state == TRAINED])
+
+    def _agree(self, version: int, booked: Sequence[int]) -> None:
+        """Are the prompts that the ledger calls trained as many as those that the version says it was trained on?"""
+        file = self._root / f"versions/{version:04d}/{TRAINED_FILE}"
+        if not file.exists():
+            self.violations.append(f"round over, but nothing kept of version {version}")
+            return
+        groups = {pair.partition(" > ")[0].rpartition("/")[0] for pair in json.loads(file.read_text())["times"]}
+        if len(groups) != len(booked):
+            self.violations.append(f"{len(booked)} prompts booked as trained, version {version} has {len(groups)}")
+        self._agreed.add(version)
 
     def books(self, books: Books) -> None:
         """One ledger. What has ended in the one before has ended so for good."""

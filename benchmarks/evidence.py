@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench_common import machine_facts
+from bench_common import commit, machine_facts
 from evidence_markdown import put_summary
 from evidence_table import write_table
 
@@ -165,7 +165,7 @@ def run_cell(cell: str, runs: Path, *, anew: bool, to: Path = RESULTS) -> None:
         "recipe": recipe,
         "settings": overrides if recipe else measuring,
         "machine": machine_facts(*PACKAGES),
-        "commit": _commit(),
+        "commit": commit(),
         "minutes": round(summary.get("seconds", {"total": time.time() - start})["total"] / 60, 1),
         "training": {key: summary.get(key) for key in ("accounting", "guard", "training")} if summary else None,
         "guard_saw": RunStore.open(str(run)).read_json("state.json")["guard"] if recipe else None,
@@ -208,22 +208,6 @@ def _short(row: Json) -> Json:
         for s in row["samples"]
     ]
     return {"id": row["id"], "task": row["task"], "greedy": int(row["greedy"]["correct"]), "samples": samples}
-
-
-def _commit() -> str | None:
-    """The source that a cell was run with, with a "+" where it had been changed; None outside a repository."""
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--abbrev=12",
-        "--exclude=*",
-        "--dirty=+",
-    ]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or None
 
 
 def _tell(cell: str) -> Callable[[Json], None]:

@@ -226,6 +226,18 @@ def test_what_is_trained_on_disk_lies_in_a_version(of_three: RunConfig, tmp_path
         assert (accounts.samples["disk"], len(accounts.violations)) == (1, violations)
 
 
+@pytest.mark.parametrize("trained", [[pair(1, 0)], [pair(1, 0), pair(1, 1), pair(1, 2)]])
+def test_a_version_trained_on_other_prompts_than_are_booked_is_a_fault(
+    of_three: RunConfig, tmp_path: Path, trained: list[str]
+) -> None:
+    store = finished(tmp_path, of_three)
+    times(store, 2, times=dict.fromkeys(trained, EPOCHS))
+    store.write_json("state.json", store.read_json("state.json") | {"ended": [[0, 1], [1, 2]]})
+    accounts = Accounts(tmp_path, of_three)
+    accounts.disk()
+    assert accounts.violations == [f"2 prompts booked as trained, version 2 has {len(trained)}"]
+
+
 def test_kills_that_the_end_of_the_run_has_overtaken_do_not_count(of_three: RunConfig, tmp_path: Path) -> None:
     store, calm = finished(tmp_path / "hit", of_three), finished(tmp_path / "calm", of_three)
     kill = {"role": "scorer", "round": 1, "step": 3, "stage": "training", "new_life": True}
