@@ -12,7 +12,7 @@ from actors.job import Job
 from actors.train_driver import keep_index
 from rlsf_ray.errors import DrainedError, RlsfError, StorageError
 from rlsf_ray.records import Json
-from rlsf_ray.run_store import RunStore
+from rlsf_ray.storage import Storage
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class Commit(ray.train.UserCallback):
     def after_report(self, run_context: Any, metrics: list[Json], checkpoint: Any) -> None:
         if checkpoint is not None:
             try:
-                keep_index(RunStore.open(self._job.root).storage, self._job.run)
+                keep_index(Storage(self._job.root), self._job.run)
             except StorageError as error:  # what was trained is saved all the same
                 logger.warning("no copy of the list of checkpoints: %s", error)
             self._job.actor("coordinator").committed.remote(metrics[0], [checkpoint])

@@ -92,17 +92,17 @@ def machine_facts(*modules: str) -> Json:
     }
 
 
+def _that_bring(module: str) -> list[str]:
+    """Names of the installed packages that bring `module`."""
+    return metadata.packages_distributions().get(module, [])
+
+
 def commit() -> str | None:
     """The source that a result was made with, with a "+" where it had been changed; None outside a repository."""
     folder = str(Path(__file__).parent)
     command = ["git", "-C", folder, "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     return found.stdout.strip() or None
-
-
-def _that_bring(module: str) -> list[str]:
-    """Names of the installed packages that bring `module`."""
-    return metadata.packages_distributions().get(module, [])
 
 
 def write_result(result: Json, out: Path, text: str | None) -> None:

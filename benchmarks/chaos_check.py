@@ -49,19 +49,18 @@ class Accounts:
             saved = json.loads(file.read_text())
             self.books(saved["ledger"])
             for round, version in saved["ended"]:
-                entries = saved["ledger"][str(round)]
                 if version and version not in self._agreed:
-                    self._agree(version, [at for at, (state, _) in enumerate(entries) if state == TRAINED])
+                    self._agree(version, sum(state == TRAINED for state, _ in saved["ledger"][str(round)]))
 
-    def _agree(self, version: int, booked: Sequence[int]) -> None:
+    def _agree(self, version: int, booked: int) -> None:
         """Are the prompts that the ledger calls trained as many as those that the version says it was trained on?"""
         file = self._root / f"versions/{version:04d}/{TRAINED_FILE}"
         if not file.exists():
             self.violations.append(f"round over, but nothing kept of version {version}")
             return
         groups = {pair.partition(" > ")[0].rpartition("/")[0] for pair in json.loads(file.read_text())["times"]}
-        if len(groups) != len(booked):
-            self.violations.append(f"{len(booked)} prompts booked as trained, version {version} has {len(groups)}")
+        if len(groups) != booked:
+            self.violations.append(f"{booked} prompts booked as trained, version {version} has {len(groups)}")
         self._agreed.add(version)
 
     def books(self, books: Books) -> None:

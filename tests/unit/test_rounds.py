@@ -21,7 +21,6 @@ from rounds_parts import (
 from tiny import tiny_config
 from vitals_data import HEALTHY
 
-from actors import watch
 from actors.journal import Journal
 from actors.measuring import Measuring
 from actors.rounds import Rounds
@@ -31,11 +30,6 @@ from rlsf_ray.records import Json, Outcome
 from rlsf_ray.run_store import RunStore
 from rlsf_ray.stream.effort import Effort
 from rlsf_ray.stream.run_state import RunState
-
-
-@pytest.fixture(autouse=True)
-def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "RETRY_S", 0.01)
 
 
 def test_a_version_is_measured_once_whoever_asks(tmp_path: Path) -> None:
