@@ -41,12 +41,13 @@ from rlsf_ray.run_store import RunStore
 RESULTS = Path(__file__).parent / "results" / "evidence"
 ARITHMETIC = "{{kind: reasoning_gym, name: {name}, count: {count}, options: {{{options}}}}}"
 CELL_S = 5400.0  # the longest that one may take
+END_S = 60.0  # to end when it is asked to
 ONE_DIGIT = "min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 1"
 TWO_DIGITS = "min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 2"
 PLAIN = f"{TWO_DIGITS}, allow_parentheses: false, allow_negation: false"  # -(3 + 4) is nearly 3 + 4
 TO_FIFTY = "min_numbers: 2, max_numbers: 2, min_value: 1, max_value: 50"
 DATA = Path(os.environ.get("RLSF_DATA") or Path(__file__).parents[2] / "shared" / "data")
-CSQA = os.path.relpath(DATA / "commonsenseqa")  # its two files as the authors publish them, 1811.00937
+CSQA = str(DATA.absolute() / "commonsenseqa")  # its two files as the authors publish them, 1811.00937
 LETTER = "\\nThink in one or two short sentences, then give the letter of the answer."
 SHARED = ("engine=vllm", "engine_args={max_model_len: 1024}", "eval.samples=4", "eval.during=0")
 PACKAGES = ("vllm", "peft", "reasoning_gym")
@@ -118,7 +119,8 @@ def cells(only: str = "") -> list[str]:
 
 def lacks_data(cell: str) -> bool:
     """Does the cell's task need a file that is not there?"""
-    return cell.startswith("commonsenseqa/") and not Path(f"{CSQA}_train.jsonl").exists()
+    files = (Path(f"{CSQA}_{part}.jsonl") for part in ("train", "dev"))
+    return cell.startswith("commonsenseqa/") and not all(file.exists() for file in files)
 
 
 def path_of(cell: str) -> Path:
@@ -145,8 +147,12 @@ def settings_of(cell: str, *, training: bool) -> tuple[str | None, list[str]]:
 def run_cell(cell: str, runs: Path, *, anew: bool, to: Path = RESULTS) -> None:
     """Train, measure, keep in the folder `to`. `anew`: from the beginning, whatever is there."""
     start, run = time.time(), runs / cell
-    if anew:
+    source, begun_with = commit(), run.with_name(f"{run.name}.commit")
+    same = source and not source.endswith("+") and begun_with.exists() and begun_with.read_text() == source
+    if anew or not same:  # what other code has begun is not this code's result
         shutil.rmtree(run, ignore_errors=True)
+        begun_with.parent.mkdir(parents=True, exist_ok=True)
+        begun_with.write_text(str(source))
     recipe, overrides = settings_of(cell, training=True)
     summary: Json = {}
     if recipe is not None:
@@ -163,9 +169,9 @@ def run_cell(cell: str, runs: Path, *, anew: bool, to: Path = RESULTS) -> None:
         "cell": cell,
         "command": f"python benchmarks/evidence.py --cell {cell}",
         "recipe": recipe,
-        "settings": overrides if recipe else measuring,
+        "settings": [text.replace(f"{DATA.absolute()}/", "") for text in (overrides if recipe else measuring)],
         "machine": machine_facts(*PACKAGES),
-        "commit": commit(),
+        "commit": source,
         "minutes": round(summary.get("seconds", {"total": time.time() - start})["total"] / 60, 1),
         "training": {key: summary.get(key) for key in ("accounting", "guard", "training")} if summary else None,
         "guard_saw": RunStore.open(str(run)).read_json("state.json")["guard"] if recipe else None,
@@ -234,13 +240,28 @@ def run_missing(names: Sequence[str], runs: Path) -> None:
     for name in missing:
         start = time.time()
         command = [sys.executable, str(Path(__file__)), "--cell", name, "--runs", str(runs), "--go-on"]
-        try:
-            subprocess.run(command, check=True, timeout=CELL_S)
+        if failed := _failure(command):
+            print(f"{name}: FAILED ({failed}); again with: {shlex.join(command)}", flush=True)
+        else:
             print(f"{name}: done in {(time.time() - start) / 60:.1f} min", flush=True)
-        except subprocess.SubprocessError as error:
-            print(f"{name}: FAILED ({error}); again with: {shlex.join(command)}", flush=True)
     if left := [name for name in missing if not path_of(name).exists()]:
         sys.exit(f"{len(left)} cells failed: {' '.join(left)}")
+
+
+def _failure(command: Sequence[str]) -> str | None:
+    """Why the program failed. One that takes too long is asked to end first: killed, it would leave its engine."""
+    child = subprocess.Popen(command)
+    try:
+        code = child.wait(CELL_S)
+        return f"exit status {code}" if code else None
+    except subprocess.TimeoutExpired as error:
+        return str(error)
+    finally:
+        child.terminate()
+        try:
+            child.wait(END_S)
+        except subprocess.TimeoutExpired:
+            child.kill()
 
 
 def main() -> None:
@@ -250,7 +271,9 @@ def main() -> None:
     parser.add_argument("--only", default="", help="the cells whose name begins so")
     parser.add_argument("--cell", help="run this cell now, whether it has a result or not")
     parser.add_argument("--again", metavar="CELL", help="run a cell once more, beside its result")
-    parser.add_argument("--go-on", action="store_true", help="take up what an earlier call of a cell has left")
+    parser.add_argument(
+        "--go-on", action="store_true", help="take up what an earlier call of a cell has left, if it was of this commit"
+    )
     parser.add_argument("--table", action="store_true", help="write the table from the committed results")
     parser.add_argument("--runs", type=Path, default=Path("runs/evidence"), help="where the run directories lie")
     options = parser.parse_args()

@@ -10,34 +10,38 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rlsf_ray import __version__, evaluate, measures, records, tries, vitals
-from rlsf_ray.algorithms import agreement, answers, calibration, voting
+from rlsf_ray.algorithms import agreement, answers, calibration, thought, voting
 from rlsf_ray.config import RunConfig
 from rlsf_ray.config_sections import SEVERAL_TURNS
 from rlsf_ray.engines import tokens
 from rlsf_ray.engines.models import cache_root, find_model
 from rlsf_ray.records import Json
 from rlsf_ray.rollouts import desk, programs, seeds, several, stand_ins
-from rlsf_ray.tasks import checks, equality, sandbox, verdict
+from rlsf_ray.tasks import calls, checks, equality, math_helper, reading, sandbox, verdict
 from rlsf_ray.tasks.sources import PromptSets
 
 logger = logging.getLogger(__name__)
 
-# What a measure rests on
+# What a measure rests on; a test holds that nothing of ours is missing that these import
 JUDGES = (
     agreement,
     answers,
     calibration,
+    calls,
     checks,
     desk,
     equality,
     evaluate,
+    math_helper,
     measures,
     programs,
+    reading,
     records,
     sandbox,
     seeds,
     several,
     stand_ins,
+    thought,
     tokens,
     tries,
     verdict,

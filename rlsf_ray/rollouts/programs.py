@@ -79,16 +79,18 @@ def write_probe_groups(
     "branches": `eval.branches` traces of CoT-decoding, no such kind if that is 0, "episodes": `eval.samples` traces of
     a rollout of several turns, no such kind for others}.
 
-    The seeds do not depend on the run's seed, so that every run measures the base model alike.
+    The seeds do not depend on the run's seed, so that every run measures the base model alike. Nor do the samples on
+    whether branches are written: those are a call of their own, as bfloat16 sums depend on what a batch holds beside.
     """
     tokens, many = config.rollout.max_tokens, config.eval.branches
     kinds = {
         "sampled": (_sampled(config), config.eval.samples, "probe"),
         "greedy": (Sampling(method="greedy", max_tokens=tokens), 1, "greedy"),
     }
-    if many:
-        kinds["branches"] = (Sampling(method="branch", max_tokens=tokens), many, "branches")
     written = _write_kinds(engine, prompts, kinds, first_sequence, version)
+    if many:
+        branches = {"branches": (Sampling(method="branch", max_tokens=tokens), many, "branches")}
+        written |= _write_kinds(engine, prompts, branches, first_sequence, version)
     rollout = choose_rollout(config)
     if inspect.iscoroutinefunction(rollout):
         written["episodes"] = write_episodes(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def kept(folder: Path, name: str) -> Any:
 def test_a_cell_is_trained_measured_kept_and_taken_up_where_it_stopped(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(evidence, "commit", lambda: "abcdef012345")
     for name in ("base", "rlsf", "none"):
         evidence.run_cell(f"t/{name}/0", tmp_path / "runs", anew=True, to=small)
     base, ours, none = (kept(small, name) for name in ("base", "rlsf", "none"))
@@ -62,6 +64,22 @@ def test_a_cell_is_trained_measured_kept_and_taken_up_where_it_stopped(
     assert "| t/rlsf/0 | 0 of 6 | sampled_accuracy |" in (small.parent / "evidence.md").read_text()
     with pytest.raises(AssertionError, match="trained again"):
         evidence.run_cell("t/rlsf/0", tmp_path / "runs", anew=True, to=small)
+    for other in ("0123456789ab", "abcdef012345+"):  # of a tree with changes nobody can say whether it is the same
+        monkeypatch.setattr(evidence, "commit", lambda source=other: source)
+        with pytest.raises(AssertionError, match="trained again"):
+            evidence.run_cell("t/rlsf/0", tmp_path / "runs", anew=False, to=small / "again")
+
+
+def test_a_cell_that_takes_too_long_is_asked_to_end_before_it_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = tmp_path / "told"
+    program = f"import pathlib, signal, sys, time; signal.signal(15, lambda *_: (pathlib.Path({str(told)!r}).touch(), "
+    assert evidence._failure([sys.executable, "-c", "raise SystemExit(3)"]) == "exit status 3"
+    assert evidence._failure([sys.executable, "-c", ""]) is None
+    monkeypatch.setattr(evidence, "CELL_S", 3.0)
+    assert "timed out" in str(evidence._failure([sys.executable, "-c", program + "sys.exit(1))); time.sleep(60)"]))
+    assert told.exists()
 
 
 @pytest.mark.parametrize("task", evidence.TASKS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -113,6 +115,26 @@ def test_the_cache_is_keyed_by_model_probe_set_and_sampling(tiny: Path, config: 
     assert base_cache.cached_base(config, sets(probe("a", "5"), second)) is None
     unlabelled = items._replace(calibration=[second.prompt])
     assert base_cache.cached_base(config, unlabelled) is None
+
+
+def test_all_of_ours_that_judges_is_in_the_key_of_the_cache() -> None:
+    """What the judges import is a judge, too. Left out: what is in the key otherwise, or only stores and names."""
+    other = ("config", "config_sections", "errors", "choices", "run_store", "engines.", "stream.guard", "tasks.sources")
+    judges = {str(part.__name__) for part in base_cache.JUDGES}
+    for part in base_cache.JUDGES:
+        tree = ast.parse(Path(str(part.__file__)).read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("rlsf_ray."):
+                below = (f"{node.module}.{alias.name}" for alias in node.names)
+                modules = [name for name in below if importlib.util.find_spec(name)] if _is_package(node) else []
+                for module in modules or [str(node.module)]:
+                    known = module in judges or module.removeprefix("rlsf_ray.").startswith(other)
+                    assert known, f"{part.__name__} imports {module}, which base_cache.JUDGES lacks"
+
+
+def _is_package(node: ast.ImportFrom) -> bool:
+    spec = importlib.util.find_spec(str(node.module))
+    return spec is not None and spec.submodule_search_locations is not None
 
 
 def test_other_weights_are_another_model(tiny: Path, config: RunConfig, tmp_path: Path) -> None:

@@ -46,9 +46,10 @@ def asked(prompt: Prompt) -> tuple[str, tuple[str, ...], str]:
 
 
 def test_every_row_is_measured_alike() -> None:
-    assert evidence.settings_of("arithmetic/rlsf/1", training=False) == evidence.settings_of(
-        "arithmetic/rlsf_paper/2", training=False
-    )
+    """The base model's branches are a call of their own (test_programs.py)."""
+    judge, ours = evidence.settings_of("arithmetic/rlsf/1", training=False)
+    assert evidence.settings_of("arithmetic/rlsf_paper/2", training=False) == (judge, ours)
+    assert evidence.settings_of("arithmetic/base/0", training=False) == (judge, [*ours, "eval.branches=10"])
 
 
 def cell(name: str, *right: list[int]) -> dict[str, Any]:

@@ -108,6 +108,21 @@ def test_branches_are_measured_where_they_are_asked_for(engine: TransformersEngi
     assert all(len({int(t.token_ids[0]) for t in group.traces}) == 3 for group in written["branches"])
 
 
+def test_branches_are_not_in_one_batch_with_the_other_traces(
+    engine: TransformersEngine, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[list[str]] = []
+
+    def generate(requests: Sequence[Request], version: int) -> list[list[Completion]]:
+        calls.append(sorted({request.sampling.method for request in requests}))
+        return real(requests, version)
+
+    real = engine.generate
+    monkeypatch.setattr(engine, "generate", generate)
+    write_probe_groups(engine, prompts(2), config=tiny_config(tiny, eval={"branches": 3}), version=0, first_sequence=0)
+    assert calls == [["greedy", "sample"], ["branch"]]
+
+
 def test_an_unknown_rollout_names_the_known_ones(engine: TransformersEngine, config: RunConfig) -> None:
     wrong = config.model_copy(update={"rollout": config.rollout.model_copy(update={"name": "smaple"})})
     with pytest.raises(InputError, match="did you mean 'sample'"):
