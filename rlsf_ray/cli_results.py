@@ -52,6 +52,7 @@ def evaluate(
     ] = None,
     set_: Set = None,
     root: Root = "runs",
+    as_json: Annotated[bool, typer.Option("--json", help="Every metric as JSON instead of a table.")] = False,
 ) -> None:
     """Measure a run's newest adapter, or any model, on the probe set."""
     store = open_run(run_or_model, root) if is_run(run_or_model, root) else None
@@ -65,7 +66,7 @@ def evaluate(
         from rlsf_ray.config_loading import override_config
 
         config = override_config(store.config, set_ or [])
-    _evaluate(config, store, version, keep=not set_)
+    _evaluate(config, store, version, keep=not set_, as_json=as_json)
 
 
 @results.command()
@@ -175,7 +176,8 @@ def export(
         print(write(store, latest_version(store, version), to, alpha))
 
 
-def _evaluate(config: RunConfig, store: RunStore | None, version: int | None, *, keep: bool) -> None:
+def _evaluate(config: RunConfig, store: RunStore | None, version: int | None, *, keep: bool, as_json: bool) -> None:
+    from rlsf_ray.encoding import to_json
     from rlsf_ray.export import latest_version
     from rlsf_ray.plan import check_input
     from rlsf_ray.progress import print_metrics
@@ -196,6 +198,9 @@ def _evaluate(config: RunConfig, store: RunStore | None, version: int | None, *,
     if store is not None and keep:
         store.write_evaluation(result)
     what = (config.model.name if store is None else store.root).rstrip("/").rpartition("/")[2]
+    if as_json:
+        found = {"of": what, "version": number, "questions": len(sets.probe), "metrics": result["metrics"]}
+        return print(to_json(found).decode(), end="")
     print_metrics(console, f"{what}, version {number}, {len(sets.probe)} questions", result["metrics"])
 
 

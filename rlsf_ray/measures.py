@@ -128,11 +128,10 @@ def _by_question(rows: Sequence[Json]) -> dict[str, Floats]:
         "parsed": [_mean(map(_parsed, many)) for many in samples],
         "cut_off": [_mean(not sample["finished"] for sample in many) for many in samples],
         "mean_length": [_mean(sample["length"] for sample in many) for many in samples],
+        "anyhow_accuracy": [_mean(sample["anyhow"] for sample in many) for many in samples],
+        "transitions": [_mean(sample["transitions"] for sample in many) for many in samples],
+        "surprisal": [_a_token(many) for many in samples],
     }
-    if rows and "anyhow" in samples[0][0]:  # measured by an older program it is not there
-        found["anyhow_accuracy"] = [_mean(sample["anyhow"] for sample in many) for many in samples]
-        found["transitions"] = [_mean(sample["transitions"] for sample in many) for many in samples]
-        found["surprisal"] = [_a_token(many) for many in samples]
     if any(sample.get("unchecked") for many in samples for sample in many):  # they count as wrong
         found["unchecked"] = [_mean(sample.get("unchecked", False) for sample in many) for many in samples]
     if rows and rows[0].get("branches"):

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from rlsf_ray.records import Json, Reply
 from rlsf_ray.stream.run_state import NEARLY_FULL
-from rlsf_ray.wording import METRICS, TRIES, duration, way_back
+from rlsf_ray.wording import CONFIDENCES, METRICS, STATISTICS, TRIES, duration, way_back
 
 
 class Progress:
@@ -187,7 +187,7 @@ def print_before_after(console: Console, summary: Json) -> None:
 
 
 def print_metrics(console: Console, title: str, metrics: Json) -> None:
-    """One version's metrics on the probe set."""
+    """One version's metrics on the probe set; every statistic of every confidence in a table of their own."""
     table = Table(title=title, title_justify="left")
     table.add_column("")
     table.add_column("value", justify="right", no_wrap=True)
@@ -195,6 +195,14 @@ def print_metrics(console: Console, title: str, metrics: Json) -> None:
         if metrics.get(key) is None:
             continue
         table.add_row(name, _value(metrics, key, digits))
+    console.print(table)
+    known = [key for key in CONFIDENCES if metrics.get(f"ece_{key}") is not None]
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("Of the confidence", no_wrap=True)
+    for key in known:
+        table.add_column(key.replace("_", " "), justify="right")
+    for kind, name, _ in STATISTICS:
+        table.add_row(name, *(_number(metrics.get(f"{kind}_{key}")) for key in known))
     console.print(table)
 
 
@@ -247,6 +255,11 @@ def print_replies(console: Console, replies: Sequence[Reply]) -> None:
         table.add_row(Text(reply.question), Text(answer), f"{reply.confidence:.2f}", str(reply.traces))
     console.print(table)
     console.print(f"answered by version {replies[0].version}", highlight=False)
+
+
+def _number(value: float | None) -> str:
+    """To three digits; a dash for what there is not."""
+    return "-" if value is None or math.isnan(value) else f"{value:.3f}"
 
 
 def _value(metrics: Json, key: str, digits: int) -> Text:

@@ -38,11 +38,10 @@ def read_talks(store: RunStore) -> list[Json]:
 
 def _read_round(store: RunStore, round: int, config: RunConfig) -> Json:
     table = store.read_table("traces", round)
-    kept = {"char_ends"} & set(table.column_names)  # not by an older program: its turns are shown whole
     left_out = _less_sure(store, round)
     rows = [
         row | ({"reason": LESS_SURE} if row["reason"] is None and row["sequence"] in left_out else {})
-        for row in table.select([*COLUMNS, "token_ids", *kept]).to_pylist()
+        for row in table.select([*COLUMNS, "token_ids", "char_ends"]).to_pylist()
     ]
     groups = [list(group) for _, group in groupby(rows, key=lambda row: row["group_id"])]
     groups = [group for group in groups if group[0]["turns"]]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from rlsf_ray.algorithms.answers import ANSWERING, label_answers, normalise
+from rlsf_ray.algorithms.answers import ANSWERING, label_answers
 from rlsf_ray.algorithms.calibration import ratio_rise, share_rise
 from rlsf_ray.records import Group, Json, ProbePrompt
 from rlsf_ray.tasks.checks import equality, is_right
@@ -89,7 +89,7 @@ def _of_question(episodes: Sequence[Sequence[Json]]) -> dict[str, tuple[float, f
 def _voted(lasts: Sequence[Json]) -> bool:
     """Is the commonest answer right? Of equally common ones the first counts."""
     given = [turn for turn in lasts if turn["answer"] is not None]
-    labels = [turn.get("label", normalise(turn["answer"])) for turn in given]  # none where an older program measured
+    labels = [turn["label"] for turn in given]
     if not labels:
         return False
     winner, _ = Counter(labels).most_common(1)[0]

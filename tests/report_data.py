@@ -97,6 +97,7 @@ def question(index: int, version: int) -> dict:
     text = f"To multiply 7 by {index + 2}, I add 7 that many times. So the answer is {answer}."
     sample = {"text": text, "answer": answer, "correct": right, "answer_prob": 0.52, "agreement": 1 / 3}
     sample |= {"length": 31, "finished": True, "label": 0, "disparity": 0.5}
+    sample |= {"anyhow": right, "transitions": 0.0, "surprisal": 0.4}
     if index == 4:
         sample |= {
             "text": "First " * 60,

@@ -15,4 +15,5 @@ HEALTHY = Vitals(
     parsed=0.9,
     votes={str(prompt): "4" for prompt in range(12)},
     prompts=40,
+    agreed=0.25,
 )

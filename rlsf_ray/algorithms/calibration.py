@@ -49,10 +49,10 @@ def brier_skill(confidence: ArrayLike, correct: ArrayLike) -> float:
     return 1.0 - float(np.mean((c - y) ** 2)) / (p * (1.0 - p)) if 0.0 < p < 1.0 else float("nan")
 
 
-def nll(confidence: ArrayLike, correct: ArrayLike, clip: float = 1e-6) -> float:
-    """Mean negative log-likelihood of correctness in nats; confidence is kept `clip` away from 0 and 1."""
+def nll(confidence: ArrayLike, correct: ArrayLike) -> float:
+    """Mean negative log-likelihood of correctness in nats; confidence is kept 1e-6 away from 0 and 1."""
     c, y = _checked(confidence, correct)
-    c = np.clip(c, clip, 1.0 - clip)
+    c = np.clip(c, 1e-6, 1.0 - 1e-6)
     return float(-np.mean(y * np.log(c) + (1.0 - y) * np.log(1.0 - c)))
 
 
@@ -113,18 +113,16 @@ def overconfidence(confidence: ArrayLike, correct: ArrayLike) -> float:
     return float(c.mean() - y.mean())
 
 
-def ratio_interval(
-    part: ArrayLike, whole: ArrayLike, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> Interval:
-    """(estimate, low, high) of the sum of `part` [Q] over that of `whole` [Q], by percentile bootstrap over questions.
+def ratio_interval(part: ArrayLike, whole: ArrayLike, *, resamples: int = 2000) -> Interval:
+    """(estimate, low, high) at 95 % of the sum of `part` [Q] over that of `whole` [Q], by bootstrap over questions.
 
     All three are nan where the whole is nothing.
     """
-    return _percentiles(_ratios([(part, whole)], resamples, seed)[0], level)
+    return _percentiles(_ratios([(part, whole)], resamples)[0])
 
 
 def share_interval(part: ArrayLike, whole: ArrayLike, *, resamples: int = 2000) -> Interval:
-    """`ratio_interval` at 95 % of counts: `part` [Q] of `whole` [Q] samples.
+    """`ratio_interval` of counts: `part` [Q] of `whole` [Q] samples.
 
     Of none or all of them a bootstrap sees no spread. Then it is Wilson's interval, in which a question counts once
     however many samples it has, since they hang together.
@@ -142,8 +140,8 @@ def ratio_rise(before: Counts, after: Counts) -> Interval:
 
     Paired: each draw takes the same questions for both. nan where either is of nothing.
     """
-    old, new = _ratios([before, after], 2000, 0)
-    return _percentiles(new - old, 0.95)
+    old, new = _ratios([before, after], 2000)
+    return _percentiles(new - old)
 
 
 def share_rise(before: Counts, after: Counts) -> Interval:
@@ -159,22 +157,21 @@ def share_rise(before: Counts, after: Counts) -> Interval:
     return rise, rise - math.hypot(new - new_low, old_high - old), rise + math.hypot(new_high - new, old - old_low)
 
 
-def _ratios(counts: Sequence[Counts], resamples: int, seed: int) -> Floats:
+def _ratios(counts: Sequence[Counts], resamples: int) -> Floats:
     """[len(counts), 1 + resamples]: the ratio of each (part [Q], whole [Q]), and of questions drawn alike for all."""
     pairs = np.asarray(counts, dtype=np.float64)  # [n, 2, Q]
-    draws = np.random.default_rng(seed).integers(pairs.shape[-1], size=(resamples, pairs.shape[-1]))
+    draws = np.random.default_rng(0).integers(pairs.shape[-1], size=(resamples, pairs.shape[-1]))
     sums = np.concatenate([pairs.sum(axis=-1)[..., None], pairs[..., draws].sum(axis=-1)], axis=-1)
     with np.errstate(invalid="ignore"):  # a draw may hold empty questions only; nan is left out later
         return np.asarray(sums[:, 0] / sums[:, 1], dtype=np.float64)
 
 
-def _percentiles(drawn: Floats, level: float) -> Interval:
-    """(estimate, low, high) of the estimate and its resamples [1 + resamples]."""
+def _percentiles(drawn: Floats) -> Interval:
+    """(estimate, low, high) at 95 % of the estimate and its resamples [1 + resamples]."""
     known = drawn[1:][~np.isnan(drawn[1:])]
     if np.isnan(drawn[0]) or not len(known):
         return float("nan"), float("nan"), float("nan")
-    tail = (1.0 - level) / 2.0
-    low, high = np.quantile(known, [tail, 1.0 - tail])
+    low, high = np.quantile(known, [0.025, 0.975])
     return float(drawn[0]), float(low), float(high)
 
 

@@ -36,17 +36,8 @@ class Vitals:
     logprob_gap: float = 0.0  # trainer against generators, in nats a token, when that training began
     prompts: int = 0  # how many were written for
     cut_off: float = 0.0  # share of traces that reached the token limit
-    agreed: float = math.nan  # share of the pairs of ANSWERED traces of a prompt with the same answer
-
-    @property
-    def agreement_if_answered(self) -> float:
-        """`agreed`, which learning the format does not move; guessed where nothing counted it (an older run directory).
-
-        The guess takes traces without an answer as spread evenly; where they are not it is too high.
-        """
-        if math.isfinite(self.agreed):
-            return self.agreed
-        return min(1.0, self.agreement / max(self.parsed, 1e-6) ** 2)
+    # Share of the pairs of ANSWERED traces of a prompt with the same answer, which learning the format does not move
+    agreed: float = math.nan  # no prompt has two of them
 
     @classmethod
     def from_json(cls, found: Json) -> Vitals:
@@ -165,10 +156,9 @@ class Guard:
             reason = sign.crossed(getattr(now, sign.name), getattr(base, sign.name))
             if reason and not any(reason == known for _, known in found):
                 found.append((sign.action, reason))
-        same, at_first = now.agreement_if_answered, base.agreement_if_answered
-        if same > at_first + UNANIMOUS:
-            text = f"two answers to a prompt agree in {same:.0%}, the base model's in {at_first:.0%}"
-            found.append(("stop", f"{text}, expected at most {at_first + UNANIMOUS:.0%}"))
+        if now.agreed > base.agreed + UNANIMOUS:
+            text = f"two answers to a prompt agree in {now.agreed:.0%}, the base model's in {base.agreed:.0%}"
+            found.append(("stop", f"{text}, expected at most {base.agreed + UNANIMOUS:.0%}"))
         surer, agrees = now.answer_prob - base.answer_prob, now.agreement - base.agreement
         if surer > max(SURER, TWICE * agrees):
             found.append(("warn", f"answer_prob rose by {surer:.3g} while agreement moved by {agrees:+.3g}"))

@@ -236,6 +236,14 @@ def test_eval_of_a_model_takes_its_probe_set_from_a_recipe(runs: Path, tiny: Pat
     assert "version 0, 6 questions" in " ".join(capsys.readouterr().out.split())
 
 
+def test_eval_gives_every_metric_as_json(runs: Path, capsys) -> None:
+    assert exit_code("eval", "done", "--version", "0", "--json", "--root", str(runs)) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["of"], found["version"], found["questions"]) == ("done", 0, 6)
+    for metric in ("sampled_accuracy", "sampled_accuracy_low", "brier_disparity", "aurc_vote_share", "nll_answer_prob"):
+        assert metric in found["metrics"]
+
+
 @pytest.fixture(scope="module")
 def watched(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of runs with one finished run, `watched`, that has a calibration."""

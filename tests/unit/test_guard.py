@@ -47,15 +47,16 @@ def test_each_sign_of_collapse_stops_the_run_with_its_numbers(name: str, value: 
 
 
 def test_sudden_unanimity_stops_the_run_but_an_answer_format_that_is_learned_does_not() -> None:
-    unanimous = replace(HEALTHY, agreement=0.7, parsed=1.0)
+    unanimous = replace(HEALTHY, agreed=0.7)
     text = "two answers to a prompt agree in 70%, the base model's in 25%, expected at most 65%"
-    assert guard().observe(1, replace(unanimous, agreement=0.64)).action == "go_on"
+    assert guard().observe(1, replace(unanimous, agreed=0.64)).action == "go_on"
     verdict = guard().observe(1, unanimous)
     assert (verdict.action, verdict.reasons) == ("stop", (text,))
-    shy = replace(HEALTHY, agreement=0.1, parsed=0.45)  # of the answered traces half agree
-    watching = Guard()
-    watching.observe(0, shy)
-    assert watching.observe(1, unanimous).action == "go_on"
+    for shy in (replace(HEALTHY, agreement=0.1, parsed=0.45, agreed=0.5), replace(HEALTHY, agreed=math.nan)):
+        watching = Guard()
+        watching.observe(0, shy)  # it seldom answers, or never twice
+        answers_alike = replace(unanimous, agreement=0.7, parsed=1.0)
+        assert watching.observe(1, answers_alike).action == "go_on"
 
 
 @pytest.mark.parametrize(

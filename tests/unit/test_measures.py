@@ -14,6 +14,7 @@ from rlsf_ray.measures import CONFIDENCES, STATISTICS, confidences, difference, 
 def sample(label: int, correct: bool, disparity: float, prob: float = 0.5, agreement: float = 0.0) -> dict[str, Any]:
     answer = None if label < 0 else str(label)
     shared = {"answer": answer, "label": label, "correct": correct, "finished": True, "length": 10}
+    shared |= {"anyhow": correct, "transitions": 0.0, "surprisal": 0.5}
     return shared | {"answer_prob": prob if answer else 0.0, "disparity": disparity, "agreement": agreement}
 
 

@@ -127,8 +127,13 @@ def test_a_run_without_probe_set_says_so() -> None:
 
 def test_one_version_alone_can_be_shown() -> None:
     console, out = written()
-    print_metrics(console, "version 0", BEFORE)
+    print_metrics(
+        console, "version 0", BEFORE | {"ece_disparity": 0.25, "brier_disparity": 0.125, "aurc_disparity": 0.75}
+    )
     assert "0.137 [0.09, 0.19]" in out.getvalue()
+    last = out.getvalue().rpartition("Of the confidence")[2]
+    rows = [" ".join(text.split()) for text in last.splitlines()]
+    assert {"ECE 0.250", "Brier 0.125", "AUROC -", "risk-coverage 0.750"} <= set(rows)
 
 
 def test_durations_name_their_units() -> None:

@@ -5,8 +5,6 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from report_data import HOSTILE, bare_run, make_run, talking_run
 
@@ -317,10 +315,6 @@ def test_what_a_token_counts_stands_on_it(tmp_path):
     assert '<div class="turn attempt "><span class="small">attempt: 3 tokens, 0 each; ' in page
     assert HOSTILE not in page
     assert page.count('<div class="turn ') == 9
-    store = talking_run(str(tmp_path / "old"))
-    rows = store.read_table("traces", 0).drop(["char_ends"])
-    store.storage.write(f"traces/round-0000/{store.names('traces/round-0000')[0]}", without(rows))
-    assert 'title="1 token, +2.00 each">No never' in write_and_read(store)
 
 
 def test_a_group_that_was_left_out_for_surer_ones_is_not_called_learned_from(tmp_path):
@@ -334,10 +328,3 @@ def test_a_group_that_was_left_out_for_surer_ones_is_not_called_learned_from(tmp
 
 def write_and_read(store) -> str:
     return Path(write_report(store)).read_text()
-
-
-def without(table) -> bytes:
-    """The bytes of a table as an older program has written it."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    return sink.getvalue().to_pybytes()

@@ -16,7 +16,8 @@ def episode(*tries: tuple[str, bool], thought: int = 10) -> list[Json]:
     for n, (answer, right) in enumerate(tries):
         if n:
             turns.append({"role": "reflection", "answer": None, "right": None, "length": thought, "repetition": 0.5})
-        turns.append({"role": "retry" if n else "attempt", "answer": answer, "right": right, "length": 3})
+        told = {"answer": answer, "label": hash(answer), "right": right, "length": 3}
+        turns.append({"role": "retry" if n else "attempt", **told})
     return turns
 
 
@@ -92,5 +93,3 @@ def test_answers_that_the_task_calls_equal_are_one_in_the_vote() -> None:
     exact = Check(kind="exact", data={"accepted": ["0.5", "1/2"]})
     apart = written(exact, ("3",), ("0.5",), ("1/2",), ("3",))
     assert shares(apart)["voted_tries"] == 0.0
-    older = [[{key: value for key, value in turn.items() if key != "label"} for turn in turns] for turns in same]
-    assert shares(older)["voted_tries"] == 0.0  # by their texts: .50 and 0.5 are one, but 3 came first
