@@ -17,6 +17,7 @@ from rlsf_ray.records import Json
 from rlsf_ray.stream.guard import Guard, Vitals
 
 DRAWS = 2000  # of a bootstrap
+SHARES = (*WAYS, "parsed", "cut_off")
 COMMAND = "python benchmarks/evidence.py --table"
 CONFIDENCES = (
     "answer_prob",
@@ -79,6 +80,8 @@ def table_of(rows: dict[str, list[Json]]) -> Json:
                 entry[f"from_{against}"] = {kind: difference(others, cells, kind) for kind in kinds}
                 each = [difference(others, [cell], "sampled")[0] for cell in cells]
                 entry[f"from_{against}"]["sampled_by_seed"] = each if len(each) > 1 else None
+        if name == "rlsf" and {"base", "random_pairs"} <= rows.keys():
+            entry |= above(rows["base"], cells, rows["random_pairs"])
         if "base" in rows and _calibrated(cells):
             entry["against_base"] = calibration_against(rows["base"], cells)
         entry["confidence"] = confidence_of(cells)
@@ -105,6 +108,9 @@ def _figure(cells: Sequence[Json], metric: str) -> list[float] | None:
     """[mean, smallest, largest] over the seeds; of one seed [value, low, high] over questions. None: not measured."""
     if len(cells) > 1:
         return _spread([cell["metrics"].get(metric) for cell in cells])
+    value, questions = cells[0]["metrics"].get(metric), len(cells[0]["questions"])
+    if metric in SHARES and value in (0.0, 1.0):  # some of the cells were run before these had an interval
+        return list(calibration.share_interval([value] * questions, [1.0] * questions))
     found = [cells[0]["metrics"].get(f"{metric}{end}") for end in ("", "_low", "_high")]
     return _spread(found[:1]) if None in found else found
 
@@ -116,10 +122,10 @@ def _calibrated(cells: Sequence[Json]) -> bool:
 
 
 def calibration_against(base: Sequence[Json], ours: Sequence[Json]) -> Json:
-    """{"ece_ratio", "skill", "base_skill"}: [value, low, high] with questions drawn alike for both, and seeds.
+    """{"ece_ratio", "skill", "skill_gain"}: [value, low, high] with questions drawn alike for both, and seeds.
 
-    Our calibrated confidence against the base model's answer probability: the ratio of the ECEs, and each Brier skill,
-    all of them means over the seeds.
+    Our calibrated confidence against the base model's answer probability: the ratio of the ECEs, our Brier skill, and
+    how far it lies above the base's; ECEs and skills are means over the seeds.
     """
     old = [_confidence(cell, "answer_prob") for cell in base]
     new = [_confidence(cell, "calibrated") for cell in ours]
@@ -130,9 +136,9 @@ def calibration_against(base: Sequence[Json], ours: Sequence[Json]) -> Json:
         names = [shared[q] for q in draw]
         sides = [[side[s] for s in drawn.integers(len(side), size=len(side))] if rows else side for side in (old, new)]
         before, after = (np.mean([_ece_and_skill(found, names) for found in side], axis=0) for side in sides)
-        rows.append((after[0] / (before[0] or np.nan), after[1], before[1]))
+        rows.append((after[0] / (before[0] or np.nan), after[1], after[1] - before[1]))
     low, high = np.nanquantile(rows[1:], [0.025, 0.975], axis=0)
-    kinds = ("ece_ratio", "skill", "base_skill")
+    kinds = ("ece_ratio", "skill", "skill_gain")
     found = {kind: [float(rows[0][k]), float(low[k]), float(high[k])] for k, kind in enumerate(kinds)}
     return {name: values for name, values in found.items() if np.isfinite(values).all()}
 
@@ -157,20 +163,41 @@ def _pairs(cell: Json) -> float | None:
 
 def difference(before: Sequence[Json], after: Sequence[Json], kind: str) -> list[float]:
     """[mean, low, high] of the rise, a bootstrap over the questions, the same for both, and over each side's seeds."""
-    old, new = (
+    old, new = _accuracies((before, after), kind)
+    return _interval(new - old)
+
+
+def above(base: Sequence[Json], ours: Sequence[Json], chance: Sequence[Json]) -> Json:
+    """Of sampled accuracy, [value, low, high] each, drawn alike for all three.
+
+    {"times": ours over the base's, "chance_above_third": what chance gains beyond a third of what we gain}.
+    """
+    old, new, drawn = _accuracies((base, ours, chance), "sampled")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = {"times": _interval(new / old), "chance_above_third": _interval(drawn - old - (new - old) / 3)}
+    return {name: values for name, values in found.items() if np.isfinite(values).all()}
+
+
+def _accuracies(sides: Sequence[Sequence[Json]], kind: str) -> list[Any]:
+    """[1 + DRAWS] of each side: its mean, and that of questions drawn alike for all sides and of its drawn seeds."""
+    found = [
         [{question["id"]: _right(question, kind) for question in cell["questions"]} for cell in cells]
-        for cells in (before, after)
-    )
-    shared = sorted(set.intersection(*(set(found) for found in (*old, *new))))
+        for cells in sides
+    ]
+    shared = sorted(set.intersection(*(set(one) for side in found for one in side)))
     drawn = np.random.default_rng(0)
     questions = drawn.multinomial(len(shared), [1 / len(shared)] * len(shared), size=DRAWS) / len(shared)
-    estimate, rise = 0.0, np.zeros(DRAWS)
-    for side, sign in ((old, -1.0), (new, 1.0)):
-        right = np.array([[found[question] for question in shared] for found in side])  # [seeds, questions]
+    means = []
+    for side in found:
+        right = np.array([[one[question] for question in shared] for one in side])  # [seeds, questions]
         seeds = drawn.multinomial(len(side), [1 / len(side)] * len(side), size=DRAWS) / len(side)
-        rise += sign * np.einsum("ds,sq,dq->d", seeds, right, questions)
-        estimate += sign * float(right.mean())
-    return [estimate, *np.quantile(rise, [0.025, 0.975]).tolist()]
+        means.append(np.append(right.mean(), np.einsum("ds,sq,dq->d", seeds, right, questions)))
+    return means
+
+
+def _interval(drawn: Any) -> list[float]:
+    """[estimate, low, high] of an estimate and its draws."""
+    return [float(drawn[0]), *np.quantile(drawn[1:], [0.025, 0.975]).tolist()]
 
 
 def _right(question: Json, kind: str) -> float:

@@ -200,7 +200,7 @@ def print_metrics(console: Console, title: str, metrics: Json) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("Of the confidence", no_wrap=True)
     for key in known:
-        table.add_column(key.replace("_", " "), justify="right")
+        table.add_column(key.replace("_", " "), justify="right", min_width=max(map(len, key.split("_"))))
     for kind, name, _ in STATISTICS:
         table.add_row(name, *(_number(metrics.get(f"{kind}_{key}")) for key in known))
     console.print(table)
