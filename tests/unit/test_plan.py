@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from tiny import tiny_config
 from rlsf_ray.config import RunConfig
 from rlsf_ray.config_loading import load_config, override_config
 from rlsf_ray.config_sections import ModelConfig
+from rlsf_ray.engines import build
+from rlsf_ray.engines.build import build_engine
 from rlsf_ray.engines.models import cached_model_folder, find_model
 from rlsf_ray.engines.tokens import encode_reply
 from rlsf_ray.errors import InputError
@@ -265,6 +268,16 @@ def test_a_name_that_a_users_module_does_not_define_is_refused(config: RunConfig
     }.items():
         with pytest.raises(InputError, match=message):
             check_input(config.model_copy(update={"signal": f"rlsf_own_{name}"}))
+
+
+@pytest.mark.parametrize("needs", [check_input, build_engine])
+def test_an_engine_that_is_not_installed_is_named_with_the_cure(
+    needs: Callable[[RunConfig], object], config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a run too that was written elsewhere, as `rlsf answer` reads it."""
+    monkeypatch.setattr(build, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="needs the package vllm, which is not installed"):
+        needs(override_config(config, ["engine=vllm", "cluster.generators.threads=0"]))
 
 
 def test_planning_imports_no_torch_and_is_quick(tiny: Path, tmp_path: Path) -> None:
