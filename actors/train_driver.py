@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from typing import Any
 
@@ -48,14 +49,17 @@ class TrainDriver:
     def _trainer(self, store: RunStore) -> Any:
         """A new training job from the run's last checkpoint on."""
         import ray.train
-        from ray.train.torch import TorchTrainer
+        from ray.train.torch import TorchConfig, TorchTrainer
 
+        from actors.trainer import WAIT_S
         from actors.training_job import Commit, train_fn
 
         pool = store.config.cluster.trainers
         return TorchTrainer(
             train_fn,
             train_loop_config={"job": self._job},
+            # longer than rank 0 waits for anyone, so that its own error comes first and says who was silent
+            torch_config=TorchConfig(timeout_s=math.ceil(store.config.cluster.deadline_s + 2 * WAIT_S)),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=(pool.count, pool.most) if pool.most else pool.count,
                 use_gpu=bool(pool.gpus),

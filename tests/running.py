@@ -50,7 +50,13 @@ def our_processes(matches: Callable[[psutil.Process], bool]) -> list[psutil.Proc
     return found
 
 
+def training_workers() -> list[int]:
+    """The processes of the training workers of this Ray."""
+    found = our_processes(lambda process: "RayTrainWorker" in " ".join(process.cmdline()))
+    return sorted(process.pid for process in found)
+
+
 def training_worker() -> int:
-    """The process of the only training worker of this Ray."""
-    (worker,) = our_processes(lambda process: "RayTrainWorker" in " ".join(process.cmdline()))
-    return int(worker.pid)
+    """The process of the only one."""
+    (worker,) = training_workers()
+    return worker

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import ray
 from advantage_runs import REWARD
-from running import alive, free_cpus, standing_groups, training_worker, wait_for
+from running import alive, free_cpus, our_processes, standing_groups, training_worker, training_workers, wait_for
 from tiny import tiny_config
 
 from actors.job import NAMESPACE, Job, source_hash
@@ -87,6 +88,37 @@ def test_a_scorer_that_dies_while_it_waits_for_room_loses_nothing(
     assert operate.status("waiting")["traces"] == 0  # the first batch waits: the trainer has not begun
     ray.kill(ray.get_actor("waiting/scorer-0", namespace=NAMESPACE), no_restart=False)
     _equals_the_loop(life.result(), config, tmp_path / "waiting", tmp_path / "loop")
+
+
+def test_a_buffer_that_stays_empty_for_longer_than_the_collective_timeout_ends_nothing(
+    launch: Launch, small: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    config = small(cluster={"trainers": {"count": 2}, "deadline_s": 20.0}, data={"probe": []})
+    life = launch(config, tmp_path / "idle")
+    wait_for(lambda: "idle/generator-0" in alive("idle"), life=life)
+    operate.pause("idle")
+    workers = wait_for(lambda: len(found := training_workers()) == 2 and found, life=life)
+    time.sleep(45.0)  # the collectives' time-out is 30 s
+    assert operate.status("idle")["steps"] == 0
+    operate.resume("idle")
+    wait_for(lambda: operate.status("idle")["steps"] > 0, life=life)
+    assert training_workers() == workers
+    counts = life.result()["accounting"]
+    assert counts["trained"] > 0
+    assert counts["admitted"] == counts["trained"] + counts["filtered"] == 16
+
+
+def test_a_straggler_is_waited_for(launch: Launch, small: Callable[..., RunConfig], tmp_path: Path) -> None:
+    two = {"count": 2, "cpus": 0.5, "threads": 1}
+    config = small(rounds=3, cluster={"prompts_per_call": 2, "generators": two}, data={"probe": []})
+    life = launch(config, tmp_path / "slow")
+    wait_for(lambda: "slow/generator-1" in alive("slow"), life=life)
+    wait_for(lambda: operate.status("slow")["version"] == 1, life=life)
+    straggler = our_processes(lambda process: "ray::Generator" in " ".join(process.cmdline()))[0]
+    straggler.suspend()
+    time.sleep(10.0)
+    straggler.resume()
+    _equals_the_loop(life.result(), config, tmp_path / "slow", tmp_path / "loop")
 
 
 def _equals_the_loop(summary: Json, config: RunConfig, root: Path, loop_root: Path) -> None:
