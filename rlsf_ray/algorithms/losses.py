@@ -111,7 +111,7 @@ def kl_penalty(policy_N: Tensor, reference_N: Tensor, estimator: Literal["k1", "
     With d = reference - policy: k1 = -d (its gradient is 0 in expectation: a measure, not a pull), k2 = d^2 / 2 (the
     gradient of the true KL), k3 = exp(d) - 1 - d (never negative, unbiased; GRPO's).
     """
-    gap = reference_N - policy_N
+    gap = (reference_N - policy_N).clamp(max=FARTHEST)  # k3 of more is inf
     if estimator == "k1":
         return -gap
     return gap.square() / 2 if estimator == "k2" else gap.exp() - 1.0 - gap

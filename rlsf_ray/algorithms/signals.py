@@ -144,17 +144,17 @@ def p_true(traces: Sequence[TraceStats]) -> Scores:
 
 
 def majority(traces: Sequence[TraceStats]) -> Scores:
-    """1 for the commonest answer, 0 for others and none (a trace that was cut off has none); all absent on a tie.
+    """1 for the commonest answer, 0 for others and none (a trace that was cut off has none); all absent without a vote.
 
     TTRL 2504.16084, SRT 2505.21444.
 
-    `self_consistency` is its soft form. A tie is no vote (TTRL would draw one): with K different answers nothing speaks
-    for any of them.
+    A tie is no vote (TTRL would draw one), nor is one voice: with K different answers, or one among the silent, nothing
+    speaks for any of them. `self_consistency` is its soft form among those that answer: the others take no part there.
     """
     answered = _answered(traces)
     labels = np.array([trace.label for trace in traces])
     found, counts = np.unique(labels[answered], return_counts=True)
-    if not len(found) or (counts == counts.max()).sum() > 1:
+    if not len(found) or counts.max() < 2 or (counts == counts.max()).sum() > 1:
         return np.full(len(traces), np.nan)
     return np.where(answered & (labels == found[counts.argmax()]), 1.0, 0.0)
 

@@ -249,6 +249,42 @@ def test_stale_traces_are_weighed_and_not_clipped(tiny: Path) -> None:
     assert reports[1].means()["weight"] == pytest.approx(1.2, abs=1e-5)  # exp(ln 1.5), cut at 1.2
 
 
+def test_the_weight_of_a_stale_trace_counts_in_its_gradient(tiny: Path) -> None:
+    """Under the cut it is the ratio itself: 1.5 times the gradient of a trace that was written just now."""
+    made = learner(tiny)
+    made._config = made._config.model_copy(
+        update={"learner": made._config.learner.model_copy(update={"max_grad_norm": 1e6})}
+    )
+    group = _as_now(made, advantage_group(0, 3))
+    older = replace(group, traces=tuple(replace(t, logprob=t.logprob - np.float32(LN(1.5))) for t in group.traces))
+    now = gradients(copy.deepcopy(made), [group], newest=0)
+    assert max(gradient.abs().max() for gradient in now) > 1e-3
+    for most, times in ((1.2, 1.2), (2.0, 1.5)):
+        made._objective._settings = made._objective._settings.model_copy(update={"max_weight": most})
+        for stale, fresh in zip(gradients(copy.deepcopy(made), [older], newest=1), now, strict=True):
+            torch.testing.assert_close(stale, times * fresh, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_the_estimator_of_the_kl_that_is_asked_for_is_the_one_in_the_loss(tiny: Path, estimator: Any) -> None:
+    made, group = learner(tiny, kl=1.0, kl_estimator=estimator), advantage_group(0, 3)
+    now = _as_now(made, group)
+    policy, reference = (
+        torch.cat([torch.from_numpy(getattr(t, name)[t.learned]) for t in now.traces])
+        for name in ("logprob", "reference_logprob")
+    )
+    traces = torch.from_numpy(np.repeat(range(len(now.traces)), [t.learned.sum() for t in now.traces]))
+    tokens = kl_penalty(policy, reference, estimator)
+    expected = np.mean([float(tokens[traces == k].mean()) for k in range(len(now.traces))])
+    report = made.train_step([now], size=StepSize.of([now]), round=0, pass_index=0)
+    assert report.means()["kl"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    assert report.means()["loss"] == pytest.approx(expected - np.mean([t.credit[0] for t in now.traces]), abs=1e-4)
+
+
+def test_a_token_far_from_the_reference_does_not_make_the_penalty_infinite() -> None:
+    assert torch.isfinite(kl_penalty(torch.tensor([-95.0]), torch.tensor([-1.0]), "k3")).all()
+
+
 def test_the_entropy_bonus_raises_the_entropy(tiny: Path) -> None:
     def entropy_after(bonus: float) -> float:
         made, group = learner(tiny, entropy_bonus=bonus), advantage_group(0, 3)

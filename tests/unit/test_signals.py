@@ -147,6 +147,7 @@ def test_majority_gives_one_to_the_commonest_answer_and_abstains_on_a_tie() -> N
     tied = [*votes, trace(0.5, span=(0, 1), label=0)]  # two each; the cut-off trace for 0 casts no vote
     assert np.isnan(scores("majority", *tied, cut)).all()
     assert np.isnan(scores("majority", silent)).all()
+    assert np.isnan(scores("majority", votes[0], silent, cut)).all()  # one voice
 
 
 def test_p_true_is_shared_among_the_answers_called_true() -> None:
