@@ -18,6 +18,9 @@ from rlsf_ray import loop, plots
 from rlsf_ray.base_cache import cached_base, fingerprint, store_base
 from rlsf_ray.config import RunConfig
 from rlsf_ray.config_loading import override_config
+from rlsf_ray.config_sections import ModelConfig
+from rlsf_ray.engines.models import generation_config, load_tokenizer
+from rlsf_ray.engines.tokens import eos_ids
 from rlsf_ray.errors import GuardError, InputError, NoPairsError
 from rlsf_ray.evaluate import measure_version
 from rlsf_ray.export import export_merged, latest_version
@@ -105,9 +108,12 @@ def _point(alpha: float, config: RunConfig, to: Path, tell: Tell | None) -> Json
 
 
 def write_mixture(a: Path, b: Path, alpha: float, to: Path) -> Path:
-    """Save (1 - alpha) A + alpha B, summed in float32 and rounded once, with A's tokenizer, as a model folder."""
+    """Save (1 - alpha) A + alpha B, summed in float32 and rounded once, as a model folder.
+
+    Its texts end where those of A or of B do: a base model and one that was taught to talk may end theirs differently.
+    """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     from rlsf_ray.engines.lora import rounded
@@ -122,14 +128,29 @@ def write_mixture(a: Path, b: Path, alpha: float, to: Path) -> Path:
                 f"{a} and {b} cannot be mixed: {name} has shape {shapes[0]} in one and {shapes[1]} in the other; give"
                 " two models of one architecture"
             )
+    (tokenizer, ends), (other_tokenizer, other_ends) = (_tokenizer_and_ends(folder) for folder in (a, b))
+    known = other_tokenizer.get_vocab()
+    if odd := sorted(token for token, number in tokenizer.get_vocab().items() if known.get(token, number) != number):
+        raise InputError(
+            f"{a} and {b} cannot be mixed: they number {len(odd)} tokens differently, such as {odd[0]!r}; give two"
+            " models of one vocabulary"
+        )
+    tokenizer.chat_template = tokenizer.chat_template or other_tokenizer.chat_template
+    mixed.generation_config.eos_token_id = sorted(ends | other_ends)
     with torch.no_grad():
         for name, parameter in ours.items():
             total = (1.0 - alpha) * parameter.float() + alpha * theirs[name].float()
             parameter.data = rounded(total, parameter.dtype, name)
     shutil.rmtree(to, ignore_errors=True)
     mixed.save_pretrained(to)
-    AutoTokenizer.from_pretrained(a, trust_remote_code=False).save_pretrained(to)
+    tokenizer.save_pretrained(to)
     return to
+
+
+def _tokenizer_and_ends(folder: Path) -> tuple[Any, set[int]]:
+    """A model's tokenizer, with a chat template or without, and the tokens that end its texts."""
+    tokenizer = load_tokenizer(ModelConfig(name=str(folder), chat="plain"))
+    return tokenizer, eos_ids(generation_config(folder), tokenizer)
 
 
 def _with_model(config: RunConfig, name: str) -> RunConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from tiny import tiny_config, tiny_model
 from rlsf_ray import loop
 from rlsf_ray.between import between, draw, gain, write_mixture
 from rlsf_ray.config_sections import ModelConfig
-from rlsf_ray.engines.models import load_model
+from rlsf_ray.engines.models import generation_config, load_model, load_tokenizer
+from rlsf_ray.engines.tokens import eos_ids
 from rlsf_ray.errors import InputError
 from rlsf_ray.run_store import RunStore
 
@@ -45,6 +47,32 @@ def test_models_of_two_shapes_are_refused(tiny: Path, tmp_path: Path) -> None:
     wider.save_pretrained(tmp_path / "wider")
     with pytest.raises(InputError, match="cannot be mixed"):
         write_mixture(tiny, tmp_path / "wider", 0.5, tmp_path / "mixed")
+
+
+def test_a_mixture_ends_where_either_model_does_and_talks_as_either_can(
+    tiny: Path, other: Path, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(tiny, tmp_path / "base"))
+    (base / "chat_template.jinja").unlink()
+    settings = json.loads((base / "generation_config.json").read_text())
+    (base / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": 7}))
+    taught = load_tokenizer(ModelConfig(name=str(other)))
+    for a, b in ((base, other), (other, base)):
+        mixed = write_mixture(a, b, 0.5, tmp_path / "mixed")
+        tokenizer = load_tokenizer(ModelConfig(name=str(mixed)))
+        assert tokenizer.chat_template == taught.chat_template
+        assert eos_ids(generation_config(mixed), tokenizer) == {7, taught.eos_token_id}
+
+
+def test_models_that_number_tokens_differently_are_refused(tiny: Path, tmp_path: Path) -> None:
+    swapped = Path(shutil.copytree(tiny, tmp_path / "swapped"))
+    kept = json.loads((swapped / "tokenizer.json").read_text())
+    vocabulary = kept["model"]["vocab"]
+    one, two = sorted(vocabulary)[-2:]
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+    (swapped / "tokenizer.json").write_text(json.dumps(kept))
+    with pytest.raises(InputError, match="number 2 tokens differently"):
+        write_mixture(tiny, swapped, 0.5, tmp_path / "mixed")
 
 
 def test_each_mixture_is_measured_and_trained(tiny: Path, other: Path, tmp_path: Path) -> None:
