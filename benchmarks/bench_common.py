@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -103,6 +104,25 @@ def commit() -> str | None:
     command = ["git", "-C", folder, "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     return found.stdout.strip() or None
+
+
+def take_up(run: Path, *, anew: bool) -> str | None:
+    """The commit of the code that is about to go on with `run`; what other code has begun there is removed.
+
+    So is everything where `anew`, or where the source has changes: of these nobody can say whether they are the same.
+    """
+    source, begun_with = commit(), run.with_name(f"{run.name}.commit")
+    same = source and not source.endswith("+") and begun_with.exists() and begun_with.read_text() == source
+    if anew or not same:
+        shutil.rmtree(run, ignore_errors=True)
+        begun_with.parent.mkdir(parents=True, exist_ok=True)
+        begun_with.write_text(str(source))
+    return source
+
+
+def code_of(result: Json) -> str:
+    """The commit of a result, for a page."""
+    return (result.get("commit") or "not noted")[:9]
 
 
 def write_result(result: Json, out: Path, text: str | None) -> None:

@@ -19,7 +19,6 @@ import argparse
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -27,7 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench_common import commit, machine_facts
+from bench_common import machine_facts, take_up
 from evidence_markdown import put_summary
 from evidence_table import write_table
 
@@ -147,12 +146,7 @@ def settings_of(cell: str, *, training: bool) -> tuple[str | None, list[str]]:
 def run_cell(cell: str, runs: Path, *, anew: bool, to: Path = RESULTS) -> None:
     """Train, measure, keep in the folder `to`. `anew`: from the beginning, whatever is there."""
     start, run = time.time(), runs / cell
-    source, begun_with = commit(), run.with_name(f"{run.name}.commit")
-    same = source and not source.endswith("+") and begun_with.exists() and begun_with.read_text() == source
-    if anew or not same:  # what other code has begun is not this code's result
-        shutil.rmtree(run, ignore_errors=True)
-        begun_with.parent.mkdir(parents=True, exist_ok=True)
-        begun_with.write_text(str(source))
+    source = take_up(run, anew=anew)
     recipe, overrides = settings_of(cell, training=True)
     summary: Json = {}
     if recipe is not None:

@@ -18,12 +18,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import time
 from pathlib import Path
 
 import numpy as np
-from bench_common import machine_facts
+from bench_common import code_of, machine_facts, take_up
 from evidence import DATA, PACKAGES, SHARED, measure
 from evidence import TASKS as EVIDENCE_TASKS
 
@@ -63,10 +62,9 @@ def main() -> None:
         print(PAGE.read_text())
         return
     folder = options.runs.absolute() / f"{options.task}-{options.seed}"
-    if not options.go_on:
-        shutil.rmtree(folder, ignore_errors=True)
+    source = take_up(folder, anew=not options.go_on)
     folder.mkdir(parents=True, exist_ok=True)
-    kept = run_task(options.task, options.seed, folder, options.set)
+    kept = run_task(options.task, options.seed, folder, options.set) | {"commit": source}
     if not options.set:
         RESULTS.mkdir(parents=True, exist_ok=True)
         (RESULTS / f"{options.task}-{options.seed}.json").write_text(json.dumps(kept) + "\n")
@@ -160,8 +158,14 @@ def write_sums(folder: Path) -> tuple[Path, Path]:
 
 def lines_of(kept: Json) -> list[str]:
     """One result as a section of reflect.md."""
-    took = f"{'its last call ' if kept.get('resumed') else ''}{kept['minutes']} min"
-    head = ["", f"## {kept['task']}, seed {kept['seed']}", "", f"`{kept['command']}`, {took}.", ""]
+    took = f"{'its last call ' if kept.get('resumed') else ''}{kept['minutes']} min, code {code_of(kept)}"
+    head = [
+        "",
+        f"## {kept['task']}, seed {kept['seed']}",
+        "",
+        f"`{kept['command']}`, {took}.",
+        "",
+    ]
     counts = ", ".join(f"{count} {name}" for name, count in kept["accounting"].items() if isinstance(count, int))
     trained = kept["accounting"]["trained"]
     rises = rises_of_tries(*kept["by_question"].values()) if trained and "by_question" in kept else {}

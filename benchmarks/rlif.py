@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import time
 from pathlib import Path
 
 import matplotlib
-from bench_common import machine_facts
+from bench_common import code_of, machine_facts, take_up
 from evidence import PACKAGES, SHARED, TASKS
 from evidence_markdown import signed
 from matplotlib.figure import Figure
@@ -111,8 +110,7 @@ def path_of(name: str, seed: int) -> Path:
 
 def run_row(name: str, seed: int, run: Path, *, anew: bool) -> None:
     """Train, measure the base model, every third version and the last, keep."""
-    if anew:
-        shutil.rmtree(run, ignore_errors=True)
+    source = take_up(run, anew=anew)
     start, config = time.time(), config_of(name, seed)
     summary: Json = {}
     failed = None
@@ -128,6 +126,7 @@ def run_row(name: str, seed: int, run: Path, *, anew: bool) -> None:
         "seed": seed,
         "command": f'python benchmarks/rlif.py --only "{name}" --seed {seed}',
         "machine": machine_facts(*PACKAGES),
+        "commit": source,
         "minutes": round((time.time() - start) / 60, 1),
         "failed": failed,
         "guard": summary.get("guard"),
@@ -193,7 +192,8 @@ def draw(found: list[Json], to: Path) -> None:
     for axes, name in zip(panels.flat, CURVES, strict=True):
         for one in found:
             at, values = zip(*((p["version"], p[COLUMNS[name]]) for p in one["points"]), strict=True)
-            axes.plot(at, values, marker="o", markersize=3, label=f"{one['name']}, seed {one['seed']}")
+            drawn = "" if one["temperature"] == 1.0 else f", drawn at {one['temperature']:g}"
+            axes.plot(at, values, marker="o", markersize=3, label=f"{one['name']}, seed {one['seed']}{drawn}")
         axes.set(title=name, xlabel="version", ylim=(0, None))
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     with matplotlib.rc_context({"svg.hashsalt": "rlif"}):  # else its ids differ each time
@@ -209,7 +209,10 @@ def page(kept: list[Json]) -> str:
         " 200 probe questions, four traces each, drawn as in training (temperature 1 where nothing else is said); 64"
         " prompts x 8 traces a round, a step for each 128 traces with an advantage. Intervals are over questions,"
         " rises paired. The best version is picked from those measured, which makes a fall from it likely by chance"
-        " alone. Traces that reach the limit of 80 tokens take no part in rewards over a trace's tokens.",
+        " alone. Traces that reach the limit of 80 tokens take no part in rewards over a trace's tokens. A round's last"
+        " step is of what its other steps have left. -log p is of temperature 1: of texts drawn at temperature 1 it"
+        " estimates the entropy, of those drawn closer it lies below it, and their sampled accuracy is higher from the"
+        " start.",
     ]
     machines = list(dict.fromkeys(", ".join(f"{key} {v}" for key, v in one["machine"].items()) for one in kept))
     if kept:
@@ -224,7 +227,7 @@ def page(kept: list[Json]) -> str:
             "",
             f"## {one['name']}, seed {one['seed']}",
             "",
-            f"`{one['command']}`, {one['minutes']} min in its last call.",
+            f"`{one['command']}`, {one['minutes']} min in its last call, code {code_of(one)}.",
             "",
         ]
         lines += ["| version | " + " | ".join(COLUMNS) + " | rise, sampled |", "|" + " --- |" * (len(COLUMNS) + 2)]
@@ -233,7 +236,8 @@ def page(kept: list[Json]) -> str:
             lines.append(f"| {p['version']} | {figures} | {signed(p['rises'].get(WAYS[0]))} |")
         lines += ["", *verdict(one)]
         for found in (one["guard"] or {}).get("verdicts") or ():
-            lines.append(f"\n- version {found['version']}, {found['action']}: {'; '.join(found['reasons'])}")
+            would = "" if found["found"] == found["action"] else f" (would {found['found']})"
+            lines.append(f"\n- version {found['version']}, {found['action']}{would}: {'; '.join(found['reasons'])}")
         if back := (one["guard"] or {}).get("rolled_back"):
             lines.append(f"\n- went back from version {back['from']}: version {back['version']} is {way_back(back)}")
     return "\n".join(lines) + "\n"

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import bench_common
 import evidence
 import pytest
 from evidence_table import table_of, write_table
@@ -40,7 +41,7 @@ def kept(folder: Path, name: str) -> Any:
 def test_a_cell_is_trained_measured_kept_and_taken_up_where_it_stopped(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evidence, "commit", lambda: "abcdef012345")
+    monkeypatch.setattr(bench_common, "commit", lambda: "abcdef012345")
     for name in ("base", "rlsf", "none"):
         evidence.run_cell(f"t/{name}/0", tmp_path / "runs", anew=True, to=small)
     base, ours, none = (kept(small, name) for name in ("base", "rlsf", "none"))
@@ -65,7 +66,7 @@ def test_a_cell_is_trained_measured_kept_and_taken_up_where_it_stopped(
     with pytest.raises(AssertionError, match="trained again"):
         evidence.run_cell("t/rlsf/0", tmp_path / "runs", anew=True, to=small)
     for other in ("0123456789ab", "abcdef012345+"):  # of a tree with changes nobody can say whether it is the same
-        monkeypatch.setattr(evidence, "commit", lambda source=other: source)
+        monkeypatch.setattr(bench_common, "commit", lambda source=other: source)
         with pytest.raises(AssertionError, match="trained again"):
             evidence.run_cell("t/rlsf/0", tmp_path / "runs", anew=False, to=small / "again")
 
