@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from tiny import tiny_config
 
 from rlsf_ray import loop
 from rlsf_ray.algorithms.signals import Signal
+from rlsf_ray.config import RunConfig
+from rlsf_ray.config_loading import load_config
 from rlsf_ray.errors import InputError, NoPairsError
 from rlsf_ray.records import Json
 from rlsf_ray.run_store import RunStore
@@ -43,6 +46,56 @@ def test_advantages_come_from_what_the_version_itself_reads(tiny: Path, tmp_path
     assert {"entropy", "kl", "reward", "clipped", "weight"} <= rows[0].keys()
     assert all(math.isfinite(row["entropy"]) for row in rows)
     assert "credited traces" in seen[-1]
+
+
+def as_the_recipe_says(name: str, tiny: Path) -> RunConfig:
+    """A recipe as it is but for its size: a few sums, and the tiny model."""
+    size = tiny_config(tiny).model_dump(mode="json")
+    taken = {"data": size["data"], "model": size["model"], "rounds": 2, "prompts_per_round": 8}
+    taken |= {"rollout.traces": 6, "rollout.max_tokens": 12, "advantages.traces_per_step": 16, "eval.samples": 2}
+    taken |= {"learner.lora_rank": 4, "learner.lora_alpha": 8, "learner.learning_rate": 1e-3, "guard": "warn"}
+    taken |= {"reward_model.rounds": 1, "pairs.min_chosen": 0.0} if name == "rlsf_reward_model" else {}
+    return load_config(name, [f"{key}={json.dumps(value)}" for key, value in taken.items()])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "reward"),
+    [
+        ("rlif_self_certainty", "self_certainty"),
+        ("rlif_token_entropy", "token_entropy"),
+        ("rlif_trajectory_entropy", "trajectory_logprob"),
+        ("rlif_majority", "majority"),
+        ("rlsf_reward_model", "reward"),
+    ],
+)
+def test_every_recipe_trains_on_what_its_reward_says(recipe: str, reward: str, tiny: Path, tmp_path: Path) -> None:
+    config = as_the_recipe_says(recipe, tiny)
+    loop.run(config, str(tmp_path / "run"))
+    store = RunStore.open(str(tmp_path / "run"))
+    adapter = store.read_adapter(store.versions()[-1])[0]
+    assert any(array.any() for name, array in adapter.items() if ".lora_B." in name)
+    groups: dict[str, list[Json]] = {}
+    for row in store.read_table("traces").to_pylist():
+        if row["signal"] == reward:
+            groups.setdefault(row["group_id"], []).append(row)
+    credited = [[row for row in rows if row["advantage"] is not None] for rows in groups.values()]
+    credited = [rows for rows in credited if rows]
+    assert len(credited) >= 2
+    for rows in credited:
+        assert _rewards(recipe, rows) == pytest.approx([row["score"] for row in rows], rel=1e-3), recipe
+        better = np.argsort([row["score"] for row in rows], kind="stable")
+        assert (np.diff(np.array([row["advantage"] for row in rows])[better]) >= -1e-6).all()
+
+
+def _rewards(recipe: str, rows: list[Json]) -> list[float]:
+    """What can be told from the traces alone; else the scores themselves."""
+    if recipe == "rlif_trajectory_entropy":
+        return [float(np.sum(row["logprob"])) for row in rows]
+    if recipe == "rlif_majority":
+        labels = [row["label"] if row["finished"] else -1 for row in rows]
+        commonest = max((label for label in labels if label >= 0), key=labels.count)
+        return [float(label == commonest) for label in labels]
+    return [row["score"] for row in rows]
 
 
 def test_the_trainer_reads_tempered_traces_as_they_were_drawn(tiny: Path, tmp_path: Path) -> None:
