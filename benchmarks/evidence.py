@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench_common import machine_facts, take_up
-from evidence_markdown import put_summary
+from evidence_markdown import MARKS, put_between, summary
 from evidence_table import write_table
 
 from rlsf_ray.cli import exit_on_sigterm
@@ -279,7 +279,7 @@ def main() -> None:
     if options.cell or options.again:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     if options.table:
-        put_summary(Path(__file__).parents[1] / "README.md", write_table(RESULTS))
+        put_between(MARKS, summary(write_table(RESULTS)))
     elif options.cell:
         run_cell(options.cell, options.runs.absolute(), anew=not options.go_on)
     elif options.again:

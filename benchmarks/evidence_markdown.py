@@ -38,6 +38,7 @@ DIFFERENCES = (
     ("best", "sampled"),
     ("random_pairs", "sampled"),
 )
+README = Path(__file__).parents[1] / "README.md"
 MARKS = ("<!-- evidence -->", "<!-- end of the evidence -->")
 ANSWERS = ("greedy", "majority", "sampled")
 COMPARED = {"base": "base", "best": "base at its best temperature", "random_pairs": "random pairs"}
@@ -186,11 +187,11 @@ def _rise(differences: Json) -> str:
     return signed(differences.get("sampled")) + (f"; {', '.join(f'{s:+.3f}' for s in seeds)}" if seeds else "")
 
 
-def put_summary(readme: Path, facts: Json) -> None:
-    """Write the summary between README's two marks."""
-    text = readme.read_text()
-    start, end = (text.index(mark) for mark in MARKS)
-    readme.write_text(text[: start + len(MARKS[0])] + "\n\n" + "\n".join(summary(facts)) + "\n\n" + text[end:])
+def put_between(marks: tuple[str, str], lines: Sequence[str], page: Path = README) -> None:
+    """Write lines between the two marks of a page."""
+    text = page.read_text()
+    start, end = (text.index(mark) for mark in marks)
+    page.write_text(text[: start + len(marks[0])] + "\n\n" + "\n".join(lines) + "\n\n" + text[end:])
 
 
 def _change(old: Json, new: Json, metric: str) -> str:

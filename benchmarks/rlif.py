@@ -19,7 +19,7 @@ from pathlib import Path
 import matplotlib
 from bench_common import code_of, machine_facts, take_up
 from evidence import PACKAGES, SHARED, TASKS
-from evidence_markdown import signed
+from evidence_markdown import put_between, signed
 from matplotlib.figure import Figure
 
 from rlsf_ray import loop
@@ -37,6 +37,7 @@ from rlsf_ray.wording import way_back
 
 RESULTS = Path(__file__).parent / "results" / "rlif"
 PAGE = Path(__file__).parent / "results" / "rlif.md"
+MARKS = ("<!-- rlif -->", "<!-- end of rlif -->")
 SURPRISAL = "-log p a token"  # drawn at temperature 1 it estimates the entropy
 CURVES = (
     "sampled",
@@ -88,6 +89,7 @@ def main() -> None:
     if options.table:
         found = committed()
         PAGE.write_text(page(found))
+        put_between(MARKS, summary(found))
         draw(found, PAGE.with_suffix(".svg"))
         print(PAGE.read_text())
         return
@@ -241,6 +243,27 @@ def page(kept: list[Json]) -> str:
         if back := (one["guard"] or {}).get("rolled_back"):
             lines.append(f"\n- went back from version {back['from']}: version {back['version']} is {way_back(back)}")
     return "\n".join(lines) + "\n"
+
+
+def summary(kept: list[Json]) -> list[str]:
+    """README's table: first and last version of every row."""
+    names = ("sampled", "greedy", "ECE answer prob.", SURPRISAL, "length", "cut off", "parsed")
+    lines = ["| reward | drawn at | " + " | ".join(names) + " | best version, sampled | the guard would stop at |"]
+    lines.append("|" + " --- |" * (len(names) + 4))
+    for one in kept:
+        first, last = one["points"][0], one["points"][-1]
+        best = next(point for point in one["points"] if point["version"] == one["best"])
+        ends = [f"{_plain(first, COLUMNS[name])} → {_plain(last, COLUMNS[name])}" for name in names]
+        stops = [found["version"] for found in (one["guard"] or {}).get("verdicts") or () if found["found"] == "stop"]
+        top = f"{best['version']}: {_plain(best, COLUMNS['sampled'])}"
+        cells = [one["name"], f"{one['temperature']:g}", *ends, top, str(min(stops)) if stops else "-"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _plain(point: Json, key: str) -> str:
+    """A figure without its interval."""
+    return shown(point, key).partition(" ")[0]
 
 
 def verdict(one: Json) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import rlif
+from evidence_markdown import README
 
 from rlsf_ray.records import Json
 
@@ -41,4 +42,8 @@ def test_a_fall_is_said_where_it_is_beyond_chance(found: Json, says: str, not_sa
 
 
 def test_the_committed_page_is_that_of_the_committed_rows() -> None:
-    assert rlif.PAGE.read_text() == rlif.page(rlif.committed())
+    found = rlif.committed()
+    assert rlif.PAGE.read_text() == rlif.page(found)
+    readme = README.read_text()
+    shown = readme[readme.index(rlif.MARKS[0]) + len(rlif.MARKS[0]) : readme.index(rlif.MARKS[1])]
+    assert shown.strip().splitlines() == rlif.summary(found)
