@@ -130,7 +130,6 @@ def settings_of(task: str, folder: Path) -> list[str]:
         return [
             f"data.train=[{{{source}, count: 250, labels: true}}]",
             f"data.probe=[{{{source}, count: 100}}]",
-            r"data.answer='regex:(?s)\s*(.*\S)\s*'",
             "rounds=5",
         ]
     train, probe = write_sums(folder)
@@ -138,7 +137,6 @@ def settings_of(task: str, folder: Path) -> list[str]:
     return [
         f"data.train=[{{{source} {train}, labels: true}}]",
         f"data.probe=[{{{source} {probe}}}]",
-        "data.answer=number",
         "data.calibration=20",
         "rollout.max_tokens=40",
     ]
@@ -177,7 +175,8 @@ def lines_of(kept: Json) -> list[str]:
     table = ["| | before | after | rise, paired |", "| --- | --- | --- | --- |", *rows, ""]
     change, low, high = kept["forgetting"]
     elsewhere = f"Sampled accuracy on gcd, of which nothing was trained: {change:+.3f} [{low:+.3f}, {high:+.3f}]."
-    notes = ["{} of {} prompts are mostly failed and trained on".format(*kept["failed"]) + f": {counts}. {elsewhere}"]
+    failed = "{} of {} prompts are failed; those not set aside for calibration are trained on".format(*kept["failed"])
+    notes = [f"{failed}: {counts}. {elsewhere}"]
     if not trained:
         notes.append("Nothing was learned, as no prompt had reflections that helped and others: after is before.")
     if "by_question" not in kept:

@@ -13,7 +13,7 @@ def sums_with_checks(folder: Path) -> Path:
     rows = []
     for n in range(40):
         wanted = 1 + n % 3
-        check = {"kind": "countdown", "data": {"numbers": [wanted], "target": wanted}}
+        check = {"kind": "exact", "data": {"accepted": [str(wanted)]}}
         question = f"State the final answer: {n % 10} + {n // 10} ="
         rows.append({"question": question, "answer": str(wanted), "check": check})
     path.write_text("\n".join(map(json.dumps, rows)))
@@ -25,7 +25,7 @@ def reflecting(folder: Path, **changes: Any) -> dict[str, Any]:
     source = {"kind": "file", "path": str(sums_with_checks(folder)), "check": "check", "id": None}
     return {
         "signal": "passed",
-        "data": {"train": [{**source, "count": 24}], "probe": [{**source, "count": 6}]},
+        "data": {"train": [{**source, "count": 24, "labels": True}], "probe": [{**source, "count": 6}]},
         "rollout": {"name": "reflect_retry", "traces": 6, "max_tokens": 12},
         "advantages": {"turns": ["reflection"], "traces_per_step": 12},
         **changes,

@@ -7,6 +7,7 @@ Each returns the traces of one prompt, by their index. What a turn is worth is n
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
@@ -150,9 +151,12 @@ PROGRAMS: dict[str, Program] = {
 }
 
 
+_YES = re.compile(r"[\W_]*(?:yes|(?:(?:it|this|that|(?:the|my|your) (?:final )?answer) is )?correct)(?![\w'])", re.I)
+
+
 def says_yes(text: str) -> bool:
-    """Does a verdict call the answer correct?"""
-    return text.strip().casefold().startswith(("yes", "correct", "it is correct"))
+    """Does a verdict begin by calling the answer correct?"""
+    return _YES.match(text) is not None
 
 
 async def _independent(

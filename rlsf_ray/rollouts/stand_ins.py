@@ -26,7 +26,10 @@ VOTERS = 8
 
 
 async def vote(desk: Desk, prompt: Prompt) -> str | None:
-    """The commonest answer of VOTERS samples, in its canonical form; None on a tie and without any. TTRL 2504.16084."""
+    """The commonest answer of VOTERS samples, in its canonical form. TTRL 2504.16084.
+
+    None on a tie, and where no two agree: one voice is no majority.
+    """
     ids, settings = desk.engine.encode(prompt), desk.config.rollout
     sampling = Sampling(max_tokens=settings.max_tokens, temperature=settings.temperature)
     seeds = [trace_seed(desk.salt, prompt.id, f"voter/{k}") for k in range(VOTERS)]
@@ -35,7 +38,7 @@ async def vote(desk: Desk, prompt: Prompt) -> str | None:
     spans = [(one.text, find_answer(one.text, prompt.answer_format)) for one in written if one.finished]
     common = Counter(normalise(text[slice(*span)]) for text, span in spans if span).most_common(2)
     tied = len(common) == 2 and common[0][1] == common[1][1]
-    return common[0][0] if common and not tied else None
+    return common[0][0] if common and common[0][1] > 1 and not tied else None
 
 
 async def by_majority(desk: Desk, prompt: Prompt, answer: str | None) -> Verdict:

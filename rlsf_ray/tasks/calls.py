@@ -14,7 +14,8 @@ from rlsf_ray.tasks.verdict import Verdict
 
 Call = tuple[str, list[tuple[str, Any]]]  # name, arguments in their order: a name may stand there twice
 
-_OPENING = re.compile(r"(?<![\w.])[^\W\d]\w*(?:\.[^\W\d]\w*)*\(|\[\s*\{|\{")
+_OPENING = re.compile(r"(?<![\w.])(?<!def )(?<!class )[^\W\d]\w*(?:\.[^\W\d]\w*)*\(|\[\s*\{|\{")
+_GOES_ON = re.compile(r"[(\[]|\.[^\W\d]")  # what is called or looked up is then what a call gives
 _TYPES: dict[str, tuple[type, ...]] = {
     "string": (str,),
     "integer": (int,),
@@ -33,11 +34,12 @@ def function_call(text: str, functions: Sequence[Json], expected: Sequence[Json]
 
     `functions` describes what may be called (name, parameters with properties and required); `expected` is BFCL's
     ground truth [{name: {argument: [values that count]}}], where "" among them means that it may be left out.
-    Read: Python calls of literals, `name(...)` without a space, over any number of lines, and JSON objects {name,
-    arguments}, alone or in an array. Prose, backticks, an assignment or square brackets may stand around them; where
-    blocks are fenced, only these are read. Two calls are wrong, even if one of them is the right one, and so is an
-    argument given twice; a mention, `name()` in the prose, is a call too. A call with anything but literals, `**`, too
-    many arguments or an open bracket is none. Arguments without a name (which BFCL does not take) are in the order
+    Read: Python calls of literals, `name(...)` without a space, over any number of lines, but no definition and
+    nothing that is called or looked up further; and JSON objects {name, arguments}, alone, in an array, or as
+    OpenAI's chats hold them. Prose, backticks, an assignment or square brackets may stand around them; where blocks
+    are fenced, only these are read. Two calls are wrong, even if one of them is the right one, and so is an argument
+    given twice; a mention, `name()` in the prose, is a call too. A call with anything but literals, `**`, too many
+    arguments or an open bracket is none. Arguments without a name (which BFCL does not take) are in the order
     described. Values have the described type, as have the items of an array: an integer counts as a float, never a
     boolean as a number. Texts are equal but for case, spaces and punctuation.
     """
@@ -70,7 +72,7 @@ def _fault(arguments: Sequence[tuple[str, Any]], described: Json, accepted: Mapp
                 return f"lacks {argument}"
         elif not _has_type(given[argument], properties[argument]):
             return f"{argument} is no {_type_name(properties[argument])}"
-        elif not any(_same(given[argument], value) for value in values):
+        elif not any(_same(given[argument], value) if value != "" else given[argument] == "" for value in values):
             return f"{argument} is {given[argument]!r}"
     return ""
 
@@ -86,21 +88,29 @@ def _calls(text: str, order: Sequence[str]) -> list[Call]:
         end = closing(text, start, PYTHON_MARKS if in_python else JSON_MARKS)
         if end is None:
             break
-        if in_python:
+        if not in_python:
+            found += _json_calls(json_at(text, start, strict=True))
+        elif not _GOES_ON.match(text, end):
             found += _python_call(text[match.start() : end], order)
-        else:
-            found += _json_calls(json_at(text, start))
         at = end
     return found
 
 
 def _json_calls(value: Any) -> list[Call]:
-    calls = []
+    """{name, arguments}, alone or in an array; also as OpenAI's chats hold them: in `function`, in `tool_calls`."""
+    calls: list[Call] = []
     for one in value if isinstance(value, list) else [value]:
-        if isinstance(one, dict) and isinstance(one.get("name"), str):
-            arguments = one.get("arguments", one.get("parameters", {}))
-            if isinstance(arguments, dict):
-                calls.append((one["name"], list(arguments.items())))
+        if not isinstance(one, dict):
+            continue
+        if isinstance(one.get("tool_calls"), list):
+            calls += _json_calls(one["tool_calls"])
+            continue
+        one = one["function"] if isinstance(one.get("function"), dict) else one
+        arguments = one.get("arguments", one.get("parameters", {}))
+        if isinstance(arguments, str):
+            arguments = json_at(arguments.strip(), 0, strict=True)
+        if isinstance(one.get("name"), str) and isinstance(arguments, dict):
+            calls.append((one["name"], list(arguments.items())))
     return calls
 
 

@@ -105,7 +105,7 @@ def countdown(text: str, numbers: Sequence[int], target: int) -> Verdict:
 
 def _without_strays(text: str) -> str:
     """An expression without what stands around it in a sentence: bold type, a full stop, the bracket it ends."""
-    bare = text.strip(" \t\n*`.")
+    bare = text.strip(" \t\n*`").rstrip(" \t\n*`.")
     while bare.endswith(")") and bare.count(")") > bare.count("("):
         bare = bare[:-1].rstrip()
     while bare.startswith("(") and bare.count("(") > bare.count(")"):
@@ -164,7 +164,10 @@ _DATA: dict[str, tuple[str, Callable[[Mapping[str, Any]], bool]]] = {
         lambda data: isinstance(data["numbers"], list | tuple) and _whole(*data["numbers"], data["target"]),
     ),
     "exact": ("`accepted`, a list of texts", lambda data: _texts(data["accepted"])),
-    "function_call": ("`expected`, a list of one call", lambda data: _one_call(data["expected"])),
+    "function_call": (
+        "`expected`, a list of one call, and `functions` that describe it: name, parameters with properties",
+        lambda data: _one_call(data["expected"]) and _describes(data["functions"], *data["expected"][0]),
+    ),
     "schema": ("`schema`, a JSON Schema", lambda data: _accepts(_validator, data["schema"])),
     "code": ("`tests`, Python code", lambda data: _accepts(check_tests, data["tests"])),
 }
@@ -183,6 +186,15 @@ def _texts(found: Any) -> bool:
 
 def _whole(*found: Any) -> bool:
     return all(type(one) is int for one in found)
+
+
+def _describes(functions: Any, wanted: str) -> bool:
+    """Every function by a name and parameters with properties, and the wanted one among them."""
+    if not isinstance(functions, list | tuple) or not all(isinstance(one, Mapping) for one in functions):
+        return False
+    parameters = {one.get("name"): one.get("parameters") for one in functions}
+    good = all(isinstance(p, Mapping) and isinstance(p.get("properties"), Mapping) for p in parameters.values())
+    return good and wanted in parameters
 
 
 def _one_call(found: Any) -> bool:

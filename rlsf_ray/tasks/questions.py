@@ -100,6 +100,25 @@ def with_suffix(messages: Messages, suffix: str) -> Messages:
     )
 
 
+_WHOLE = r"regex:(?s)\s*(.*\S)\s*"
+# What a check reads of a text. An expression is the last on one line: not a number alone, nor a part of a decimal or of
+# a power.
+READS = {
+    "countdown": r"regex:(?<![\d.])[-−–]?(?:\([ \t]*)*(?<![\d.])\d(?:[\d \t()]*[\d)])?"
+    r"(?:[ \t]*[-+*/×÷−–][ \t(]*[-−–]?[ \t(]*\d(?:[\d \t()]*[\d)])?)+(?![\d^]|\.\d)",
+    "function_call": _WHOLE,
+    "schema": _WHOLE,
+    "code": _WHOLE,
+}
+
+
+def _format_of(question: Question, of_run: str) -> str:
+    """By the question itself; where the run looks for numbers, and the check reads something else, by the check."""
+    if question.check is not None and of_run == "number":
+        of_run = READS.get(question.check.kind, of_run)
+    return question.answer_format or of_run
+
+
 def to_prompt(question: Question, *, suffix: str, answer_format: str) -> Prompt:
     """The prompt of a question; its gold answer stays behind."""
     return Prompt(
@@ -107,7 +126,7 @@ def to_prompt(question: Question, *, suffix: str, answer_format: str) -> Prompt:
         messages=with_suffix(question.messages, suffix),
         task=question.task,
         key=question.key,
-        answer_format=question.answer_format or answer_format,
+        answer_format=_format_of(question, answer_format),
         check=question.check,
     )
 

@@ -27,6 +27,15 @@ _OPENING = re.compile(r"[\[{]")
 _DECODER = json.JSONDecoder()
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a key stands twice")
+    return found
+
+
+_STRICT = json.JSONDecoder(object_pairs_hook=_once)
+
+
 def fenced(text: str) -> list[tuple[str, str]]:
     """(name in lower case, content) of each block between ``` and ```; the last may lack its end."""
     return [(name.casefold(), content) for name, content in _FENCED.findall(text)]
@@ -51,10 +60,10 @@ def closing(text: str, start: int, marks: re.Pattern[str]) -> int | None:
     return None
 
 
-def json_at(text: str, start: int) -> Any:
-    """The JSON value whose bracket stands at `start`, None where there is none."""
+def json_at(text: str, start: int, *, strict: bool = False) -> Any:
+    """The JSON value whose bracket stands at `start`, else None; `strict`: None too where a key stands twice."""
     try:
-        return _DECODER.raw_decode(text, start)[0]
+        return (_STRICT if strict else _DECODER).raw_decode(text, start)[0]
     except (ValueError, RecursionError):
         return None
 

@@ -1,13 +1,15 @@
 """Code that a model wrote, run against tests in a process of its own.
 
-Covered: processor time, wall-clock time, memory, size and number of files, no new processes, no network, no file but
-those of a temporary folder and (to read) Python's own, no environment, no inherited file, output thrown away. The
-verdict comes over a pipe with a secret, so that ending early or printing does not look like passing.
+Covered: processor time, wall-clock time, memory, size of each file and files open at once, no new processes, no
+network, no file but those of a temporary folder and (to read) Python's own, no environment, no inherited file, output
+thrown away. The verdict comes over a pipe with a secret, so that ending early or printing does not look like passing.
 Not covered: whether a path is there, and its size and times (os.stat, os.readlink); a fault of CPython; code that looks
 for the secret in the frames below its own, or breaks the standard library under the fence; an answer whose own __eq__
-says yes to everything. The fences are audit hooks of Python and limits of the kernel, not a virtual machine: they hold
-what a model writes by accident or for an easy reward, not an attacker. Numpy and other packages are not there, nor
-sockets (so no asyncio.run) or databases.
+says yes to everything; how many files it writes; code that raises MemoryError itself, which counts as out of memory;
+code that makes built-in modules anew (posix, pwd) to get back what is taken out of them, or signals a process by a
+descriptor of it (signal.pidfd_send_signal). The fences are audit hooks of Python and limits of the kernel, not a
+virtual machine: they hold what a model writes by accident or for an easy reward, not an attacker. Numpy and other
+packages are not there, nor sockets (so no asyncio, subprocess or unittest.mock) or databases.
 Where the kernel lets us, the process also gets a network of its own with nothing in it.
 """
 
@@ -84,7 +86,8 @@ def main():
     sys.modules["__main__"] = types.ModuleType("__main__")
     write(pipe, secret)  # from here on what goes wrong is the solution's doing
     sys.addaudithook(hook)
-    space = {"__name__": "solution"}
+    solution = sys.modules["solution"] = types.ModuleType("solution")  # classes look for their module by its name
+    space = solution.__dict__
     try:
         run(make(source, "<solution>", "exec"), space)
         run(tests, space)

@@ -93,12 +93,12 @@ def test_a_scorer_that_dies_while_it_waits_for_room_loses_nothing(
 def test_a_buffer_that_stays_empty_for_longer_than_the_collective_timeout_ends_nothing(
     launch: Launch, small: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    config = small(cluster={"trainers": {"count": 2}, "deadline_s": 20.0}, data={"probe": []})
+    config = small(cluster={"trainers": {"count": 2}, "deadline_s": 45.0}, data={"probe": []})
     life = launch(config, tmp_path / "idle")
     wait_for(lambda: "idle/generator-0" in alive("idle"), life=life)
     operate.pause("idle")
     workers = wait_for(lambda: len(found := training_workers()) == 2 and found, life=life)
-    time.sleep(45.0)  # the collectives' time-out is 30 s
+    time.sleep(70.0)  # the collectives' time-out is 55 s
     assert operate.status("idle")["steps"] == 0
     operate.resume("idle")
     wait_for(lambda: operate.status("idle")["steps"] > 0, life=life)

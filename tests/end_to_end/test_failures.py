@@ -23,7 +23,7 @@ from rlsf_ray.tasks.sources import load_sets
 
 def mined(config: RunConfig, path: Path) -> RunConfig:
     """The same run on the prompts in a file of failures."""
-    source = SourceConfig(kind="file", path=str(path), messages="messages", check="check", id="id")
+    source = SourceConfig(kind="file", path=str(path), messages="messages", check="check", id="id", labels=True)
     return config.model_copy(update={"data": config.data.model_copy(update={"train": (source,), "probe": ()})})
 
 
@@ -80,7 +80,7 @@ def test_failures_of_greedy_attempts_are_those_that_the_run_fails(tiny: Path, tm
     for item, (first, *_) in list(turns_of_the_run().items())[::2]:  # which are right from now on
         if first.answer and first.answer.isdigit():
             number = int(first.answer)
-            rows[int(item.rpartition("-")[2]) - 1]["check"]["data"] = {"numbers": [number], "target": number}
+            rows[int(item.rpartition("-")[2]) - 1]["check"]["data"] = {"accepted": [str(number)]}
     data.write_text("\n".join(map(json.dumps, rows)))
     kept, judged = find_failures(config, to, most=0.5)
     assert 0 < kept < judged
@@ -95,7 +95,7 @@ def test_a_prompt_that_has_changed_is_judged_anew(tiny: Path, tmp_path: Path) ->
     data = tmp_path / "checked.jsonl"
     rows = [json.loads(line) for line in data.read_text().splitlines()]
     rows[0]["question"] += " Say it."
-    rows[1]["check"]["data"] = {"numbers": [77], "target": 77}
+    rows[1]["check"]["data"] = {"accepted": ["77"]}
     data.write_text("\n".join(map(json.dumps, rows)))
     anew: list[int] = []
     kept, judged = find_failures(config, to, most=0.0, on_batch=lambda done, of, kept: anew.append(done))

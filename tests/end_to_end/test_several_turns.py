@@ -98,7 +98,7 @@ def of_recipe(name: str, tiny: Path, folder: Path, *more: str) -> RunConfig:
     """A recipe as it is, on the tiny model and a few sums that the model sometimes passes."""
     source = f"kind: file, path: {sums_with_checks(folder)}, check: check"
     size = ("rounds=1", "prompts_per_round=10", "rollout.traces=4", "rollout.max_tokens=12", "eval.samples=2")
-    data = (f"data.train=[{{{source}, count: 24}}]", f"data.probe=[{{{source}, count: 4}}]", "data.answer=number")
+    data = (f"data.train=[{{{source}, count: 24, labels: true}}]", f"data.probe=[{{{source}, count: 4}}]")
     here = (f"model.name={tiny}", "model.dtype=float32", "data.calibration=0", "data.suffix=''", "guard=off")
     return load_config(name, [*size, *data, *here, *more])
 
@@ -106,6 +106,11 @@ def of_recipe(name: str, tiny: Path, folder: Path, *more: str) -> RunConfig:
 @pytest.mark.parametrize(
     ("recipe", "more", "roles"),
     [
+        (
+            "reflect_retry_reward",
+            ("rollout.traces=12", "rollout.uncredited_temperature=0.5"),
+            {"attempt", "reflection", "retry"},
+        ),
         ("try_again", (), {"attempt"}),
         ("score_first", (), {"attempt", "retry"}),
         ("score_second", (), {"attempt", "retry"}),

@@ -17,6 +17,7 @@ from rlsf_ray.errors import InputError
 from rlsf_ray.records import Check, Prompt
 from rlsf_ray.tasks.checks import check_answer, countdown, equality, fits_schema, function_call, validate
 from rlsf_ray.tasks.equality import AnswerChecker
+from rlsf_ray.tasks.questions import Question, as_user, to_prompt
 from rlsf_ray.tasks.verdict import Verdict
 
 DATA = Path(os.environ.get("RLSF_DATA") or Path(__file__).parents[3] / "shared" / "data") / "bfcl"
@@ -61,12 +62,33 @@ def test_countdown(text: str, reason: str | None) -> None:
         ("-(5 - 3 * 2)", False),  # is 1
         ("5 + 3 − 2", False),
         ("The answer is 11.", False),
+        ("1.5 + 3 * 2", False),
+        ("5 + 3 * 2^1", False),
+        ("5 + 3 * 2.0", False),
     ],
 )
 def test_the_recipe_reads_an_expression_as_it_stands_in_a_text(text: str, right: bool) -> None:
-    span = find_answer(text, load_config("reflect_retry_reward").data.answer)
-    answer = text[slice(*span)] if span else None
-    assert check_answer(Check(kind="countdown", data={"numbers": [5, 3, 2], "target": 11}), answer).right is right
+    check = Check(kind="countdown", data={"numbers": [5, 3, 2], "target": 11})
+    assert verdict_of_the_recipe(check, text) is right
+
+
+def verdict_of_the_recipe(check: Check, text: str) -> bool | None:
+    """What the recipe as it is makes of a text, from finding the answer on."""
+    question = Question(id="q", messages=as_user("q"), task="t", key="q", gold=None, check=check)
+    prompt = to_prompt(question, suffix="", answer_format=load_config("reflect_retry_reward").data.answer)
+    span = find_answer(text, prompt.answer_format)
+    return check_answer(check, text[slice(*span)] if span else None).right
+
+
+def test_the_recipe_as_it_is_reads_calls_json_and_code() -> None:
+    call = Check(kind="function_call", data={"functions": [AREA], "expected": WANTED})
+    assert verdict_of_the_recipe(call, "Sure: geo.area(base=10)\n")
+    assert not verdict_of_the_recipe(call, "geo.area(base=12)")
+    schema = Check(kind="schema", data={"schema": {"type": "object", "required": ["a"]}})
+    assert verdict_of_the_recipe(schema, 'Here:\n{"a": 1}\n')
+    assert verdict_of_the_recipe(
+        Check(kind="code", data={"tests": "assert f(1) == 2"}), "def f(x):\n    return x + 1\n"
+    )
 
 
 def test_countdown_is_exact() -> None:
@@ -144,6 +166,15 @@ WANTED: list[dict[str, Any]] = [
         ("geo.area(base=10, sides=[1.0, 2])", "sides is no array of integer"),
         ("geo.area(base=10, where={'x': True})", "where is {'x': True}"),
         ("geo.area(\n    base=10,  # (metres, don't ask\n)", ""),
+        ('{"name": "geo.area", "arguments": {"base": 11, "base": 10}}', "no call"),
+        ("def geo.area(base=10): pass", "no call"),
+        ("geo.area(base=10)(1)", "no call"),
+        ("geo.area(base=10).x", "no call"),
+        ("geo.area(base=10).", ""),
+        ("geo.area(base=10, unit='-')", "unit is '-'"),  # "" among the values: it may be left out, no more
+        ("geo.area(base=10, unit='')", ""),
+        ('{"type": "function", "function": {"name": "geo.area", "arguments": "{\\"base\\": 10}"}}', ""),
+        ('{"tool_calls": [{"function": {"name": "geo.area", "arguments": {"base": 10}}}]}', ""),
     ],
 )
 def test_function_calls_by_name_required_arguments_types_and_values(text: str, reason: str) -> None:
@@ -263,7 +294,11 @@ def test_a_schema_says_whether_an_object_or_an_array_is_read() -> None:
         ("countdown", {"numbers": [1, 2], "target": "3"}),
         ("exact", {"accepted": "12"}),
         ("exact", {"accepted": []}),
-        ("function_call", {"functions": [], "expected": []}),
+        ("function_call", {"functions": [AREA], "expected": []}),
+        ("function_call", {"functions": [], "expected": WANTED}),
+        ("function_call", {"functions": None, "expected": WANTED}),
+        ("function_call", {"functions": [{"name": "geo.area"}], "expected": WANTED}),
+        ("function_call", {"functions": [AREA | {"name": "geo.volume"}], "expected": WANTED}),
         ("schema", {"schema": {"type": "number?"}}),
         ("schema", {"schema": 3}),
         ("code", {"tests": "assert f(1 =="}),

@@ -328,7 +328,9 @@ def test_votes_stand_in_for_a_check_and_are_asked_for_once_a_prompt(tiny: Path) 
     assert [[turn.passed for turn in trace.turns] for trace in group.traces] == [[0.0, 1.0], [1.0, 0.0]]
     scripted.script = iter([["It is 5", "It is 7"], ["It is 7", "It is 5"] * 4, ["It is 7", "It is 7"]])  # type: ignore[attr-defined]
     (tied,) = write(scripted, config, [bare])
-    assert all(np.isnan(turn.passed) for trace in tied.traces for turn in trace.turns)
+    scripted.script = iter([["It is 5", "It is 7"], ["It is 7"] + ["No idea"] * 7, ["It is 7", "It is 7"]])  # type: ignore[attr-defined]
+    (alone,) = write(scripted, config, [bare])
+    assert all(np.isnan(turn.passed) for trace in (*tied.traces, *alone.traces) for turn in trace.turns)
 
 
 def test_the_model_s_own_opinion_stands_in_for_a_check(engine: Counting, tiny: Path) -> None:

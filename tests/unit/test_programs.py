@@ -15,6 +15,7 @@ from rlsf_ray.engines.transformers_engine import TransformersEngine
 from rlsf_ray.errors import InputError
 from rlsf_ray.records import Group, IntArray, Prompt
 from rlsf_ray.rollouts.programs import trace_seed, write_calibration_groups, write_groups, write_probe_groups
+from rlsf_ray.rollouts.several import says_yes
 
 
 @pytest.fixture(scope="module")
@@ -182,3 +183,24 @@ def test_seeds_fit_a_signed_64_bit_column() -> None:
     seeds = [trace_seed("0/round-0", f"p{n}", 0) for n in range(200)]
     assert len(set(seeds)) == 200
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "yes"),
+    [
+        ("Yes.", True),
+        ("**Yes**, it is.", True),
+        ('"Yes"', True),
+        ("Correct!", True),
+        ("The answer is correct.", True),
+        ("It is correct", True),
+        ("No", False),
+        ("Correction: it should be 12", False),
+        ("Correctness is in doubt", False),
+        ("The answer is not correct", False),
+        ("yesterday", False),
+        ("", False),
+    ],
+)
+def test_a_verdict_is_read_by_how_it_begins(verdict: str, yes: bool) -> None:
+    assert says_yes(verdict) is yes

@@ -37,6 +37,11 @@ def test_the_standard_library_and_the_own_folder_can_be_used() -> None:
     assert (found.right, found.reason) == (True, "")
 
 
+def test_a_class_finds_the_module_that_it_stands_in() -> None:
+    source = "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    x: int"
+    assert run_tests(source, "assert A(1).x == 1").right is True
+
+
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
