@@ -96,6 +96,7 @@ def test_a_buffer_that_stays_empty_for_longer_than_the_collective_timeout_ends_n
     config = small(cluster={"trainers": {"count": 2}, "deadline_s": 45.0}, data={"probe": []})
     life = launch(config, tmp_path / "idle")
     wait_for(lambda: "idle/generator-0" in alive("idle"), life=life)
+    wait_for(lambda: "fleet" in operate.status("idle"), life=life)  # the run goes on: it takes orders
     operate.pause("idle")
     workers = wait_for(lambda: len(found := training_workers()) == 2 and found, life=life)
     time.sleep(70.0)  # the collectives' time-out is 55 s
